@@ -1,0 +1,239 @@
+"""What the ComfyUI process and the workers say to each other.
+
+A message is a frozen dataclass. On the wire it is a JSON text plus a list of tensors: no pickled
+object of ours ever travels, so the receiving unpickler needs to let through tensors and strings only.
+A worker answers with a `Result` or, for any error, a `Failure`: errors travel as data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .parallel.spec import ParallelSpec
+
+Tree = Any
+"""None, bool, int, float, str, Tensor, and lists and str-keyed dicts of those."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Message:
+    """Base of everything on the wire; subclasses are registered by their class name."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadModel(Message):
+    """Make a diffusion transformer resident on every rank; a no-op when `model` is resident already.
+
+    model: key made by the client of file, prefix and dtypes; later messages refer to it.
+    path: a safetensors file that every worker can map; prefix: what its keys start with ("" or e.g.
+    "model.diffusion_model."). family: a name in `comfy_xdit.models.FAMILIES`.
+    storage_dtype, compute_dtype: torch names ("bfloat16"); they differ for fp8 weights.
+    """
+
+    model: str
+    path: str
+    prefix: str
+    family: str
+    storage_dtype: str
+    compute_dtype: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Patch(Message):
+    """One LoRA-like change of one weight, in ComfyUI's key layout.
+
+    key: without "diffusion_model." and ".weight" kept, e.g. "double_blocks.0.img_attn.qkv.weight".
+    kind: "lora", "loha", "lokr", "glora", "oft", "boft", "diff", "set".
+    weights: the adapter's tuple as ComfyUI orders it: tensors, floats and None.
+    new = strength_model · base + strength · change, on rows or columns `offset` = [dim, start, length]
+    when given. function: None or "swap_scale_shift".
+    """
+
+    key: str
+    kind: str
+    weights: list[Any]
+    strength: float
+    strength_model: float = 1.0
+    offset: list[int] | None = None
+    function: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SetPatches(Message):
+    """Replace the patches of `model` by these (in order of application); an empty list restores the base."""
+
+    model: str
+    patches_id: str
+    patches: list[Patch]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hold(Message):
+    """Keep `value` on the workers under `name` until the client's turn ends or `Drop`."""
+
+    name: str
+    value: Tree
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Held(Message):
+    """Stands, inside a `Tree`, for what `Hold` left under `name`."""
+
+    name: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Drop(Message):
+    """Forget held values; unknown names are ignored."""
+
+    names: list[str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Denoise(Message):
+    """Evaluate the transformer once.
+
+    calls: one dict for each separate call of ComfyUI's diffusion model (several when cond and uncond
+    cannot be batched: they then run side by side on the cfg axis). Each has x [batch, channels, ...],
+    timestep [batch], context [batch, tokens, dim] and what else the family takes ("y", "guidance",
+    "attention_mask", "ref_latents", ...), as ComfyUI passes them.
+    chunks: how many equal chunks (cond, uncond, ...) the batch of each call is made of.
+    Answer: `Result(value=[x_out, ...])`, one per call, from rank 0; None from the others.
+    """
+
+    model: str
+    patches_id: str
+    spec: ParallelSpec
+    calls: list[dict[str, Any]]
+    chunks: list[int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadVAE(Message):
+    """Make an image VAE resident: a safetensors file in ComfyUI's layout, and its dtype."""
+
+    vae: str
+    path: str
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VAEDecode(Message):
+    """latent [batch, channels, height, width], unscaled → Result(value=image [batch, 3, H, W] in about -1..1)."""
+
+    vae: str
+    latent: Tensor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VAEEncode(Message):
+    """image [batch, 3, H, W] in -1..1 → Result(value=moments [batch, 2 · channels, height, width])."""
+
+    vae: str
+    image: Tensor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Unload(Message):
+    """Free models and VAEs by their keys; an empty list frees all."""
+
+    keys: list[str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Status(Message):
+    """Ask a rank for pid, device, memory and what is resident: Result(value=dict)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result(Message):
+    """value: what the message asked for. report: numbers about the call (seconds, bytes per collective, ...)."""
+
+    value: Tree = None
+    report: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Failure(Message):
+    """An error on a rank. kind: "input" (the user's mistake), "memory" (out of memory), "fault" (ours), "lost"."""
+
+    rank: int
+    kind: str
+    message: str
+    trace: str = ""
+
+
+def _kinds() -> dict[str, type]:
+    kinds: dict[str, type] = {cls.__name__: cls for cls in Message.__subclasses__()}
+    kinds["ParallelSpec"] = ParallelSpec
+    return kinds
+
+
+def encode(message: Message) -> tuple[str, list[Tensor]]:
+    """The message as a JSON text and the tensors it refers to (on the CPU, detached, contiguous)."""
+    tensors: list[Tensor] = []
+
+    def pack(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            # A plain Tensor: Parameters and subclasses pickle through classes that the other side refuses.
+            tensors.append(value.detach().as_subclass(Tensor).cpu().contiguous())
+            return {"$tensor": len(tensors) - 1}
+        if isinstance(value, (Message, ParallelSpec)):
+            fields = {f.name: pack(getattr(value, f.name)) for f in dataclasses.fields(value)}
+            return {"$": type(value).__name__, **fields}
+        if isinstance(value, dict):
+            for key in value:
+                if not isinstance(key, str) or key.startswith("$"):
+                    raise TypeError(f"a message cannot carry the dict key {key!r}; use plain strings")
+            return {key: pack(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [pack(item) for item in value]
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        raise TypeError(f"a message cannot carry a {type(value).__name__}; use tensors, numbers and text")
+
+    return json.dumps(pack(message)), tensors
+
+
+def decode(text: str, tensors: list[Tensor]) -> Message:
+    """The message that `encode` made. Raises ValueError for anything else: unknown kinds, fields, tensors."""
+    kinds = _kinds()
+
+    def unpack(value: Any) -> Any:
+        if isinstance(value, list):
+            return [unpack(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        if "$tensor" in value:
+            return tensors[_index(value["$tensor"], len(tensors))]
+        if "$" in value:
+            kind = kinds.get(value["$"]) if isinstance(value["$"], str) else None
+            if kind is None:
+                raise ValueError(f"unknown message {value['$']!r}; the two sides run different versions")
+            fields = {name: unpack(item) for name, item in value.items() if name != "$"}
+            try:
+                return kind(**fields)
+            except TypeError as error:
+                raise ValueError(f"malformed {kind.__name__}: {error}") from None
+        return {key: unpack(item) for key, item in value.items()}
+
+    if not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
+        raise ValueError("malformed message: something other than a tensor among its tensors")
+    try:
+        message = unpack(json.loads(text))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"malformed message: {error}") from None
+    if not isinstance(message, Message):
+        raise ValueError(f"malformed message: {type(message).__name__} is no message")
+    return message
+
+
+def _index(value: Any, length: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < length:
+        raise ValueError(f"malformed message: tensor {value!r} of {length}")
+    return value

@@ -1,0 +1,1 @@
+"""Model families: one short declarative file each."""

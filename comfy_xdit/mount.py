@@ -1,0 +1,45 @@
+"""One fixed import name for each of our folders, in every process.
+
+ComfyUI imports a node pack under a name made from its path, so a class that the ComfyUI process
+reached as `<path>.comfy_xdit.messages.Denoise` could not be decoded by a worker that knows it as
+`comfy_xdit.messages.Denoise`. Putting the checkout on `sys.path` would give one name, but our
+`nodes/` would then shadow ComfyUI's `nodes.py`. So the packages are registered by name.
+
+This file is loaded by its path, before any of those names exist: it imports the standard library only.
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+PACKAGES = {
+    "comfy_xdit": ROOT / "comfy_xdit",
+    "comfy_xdit_nodes": ROOT / "nodes",
+    "comfy_xdit_worker": ROOT / "worker",
+}
+
+
+def mount(*names: str) -> None:
+    """Make the packages `names` importable from this checkout; names already importable are left alone.
+
+    Raises ImportError when `comfy_xdit` is already imported from somewhere else: two copies in one
+    process would disagree about the messages they exchange.
+    """
+    for name in names:
+        loaded = sys.modules.get(name)
+        if loaded is not None:
+            if Path(loaded.__file__ or "").resolve().parent != PACKAGES[name]:
+                raise ImportError(
+                    f"{name} is already loaded from {loaded.__file__}, not from {PACKAGES[name]}; "
+                    "keep one copy: uninstall the package or remove the second custom node"
+                )
+            continue
+        spec = importlib.util.spec_from_file_location(
+            name, PACKAGES[name] / "__init__.py", submodule_search_locations=[str(PACKAGES[name])]
+        )
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)

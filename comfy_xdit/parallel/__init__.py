@@ -1,0 +1,1 @@
+"""The parallel engine: specs, axes, attention, and the hooks that apply a family's plan."""

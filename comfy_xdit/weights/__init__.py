@@ -1,0 +1,1 @@
+"""Weights: safetensors headers, mapped files, slice maps, and LoRA-like patches."""
