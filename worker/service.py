@@ -1,0 +1,179 @@
+"""What a rank does for each message: the resident models and VAEs, and the work on them.
+
+One `Service` lives in each worker, and only its main thread calls it, message after message in the
+same order on every rank: so collectives line up without a lock.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from comfy_xdit import messages as m
+from comfy_xdit.parallel.context import GroupCache, ParallelContext
+from comfy_xdit.parallel.denoise import denoise
+
+if TYPE_CHECKING:
+    from comfy_xdit.vae import ResidentVAE
+    from comfy_xdit.weights.resident import ResidentModel
+
+
+class Service:
+    """Handles every message of a client on one rank.
+
+    `handle` raises ValueError for the user's mistakes and lets other errors through: the loop that
+    calls it turns them into a `Failure`.
+    """
+
+    def __init__(self, *, rank: int, world_size: int, device: torch.device) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.device = device
+        self._groups = GroupCache(world_size)
+        self._models: dict[str, ResidentModel] = {}
+        self._vaes: dict[str, ResidentVAE] = {}
+        self._loads: dict[str, m.Message] = {}
+        self._held: dict[str, Any] = {}
+        self._handlers: dict[type, Callable[[Any], m.Result]] = {
+            m.LoadModel: self._load_model,
+            m.SetPatches: self._set_patches,
+            m.Hold: self._hold,
+            m.Drop: self._drop,
+            m.Denoise: self._denoise,
+            m.LoadVAE: self._load_vae,
+            m.VAEDecode: self._vae_decode,
+            m.VAEEncode: self._vae_encode,
+            m.Unload: self._unload,
+            m.Status: lambda message: m.Result(value=self.status()),
+        }
+
+    def handle(self, message: m.Message) -> m.Result:
+        handler = self._handlers.get(type(message))
+        if handler is None:
+            raise ValueError(f"a worker does not take {type(message).__name__}; send a request, not an answer")
+        with torch.inference_mode():
+            return handler(message)
+
+    def residents(self) -> list[m.Message]:
+        """The loads to repeat in a worker that replaces this one."""
+        return list(self._loads.values())
+
+    def forget_client(self) -> None:
+        """Drop what a client left when its turn ended; models stay warm."""
+        self._held.clear()
+
+    def status(self) -> dict[str, Any]:
+        """pid, device, memory in bytes, and what is resident."""
+        return {
+            "rank": self.rank,
+            "pid": os.getpid(),
+            "device": str(self.device),
+            "memory_bytes": self._memory_bytes(),
+            "models": [self._model_status(key, model) for key, model in self._models.items()],
+            "vaes": list(self._vaes),
+        }
+
+    def _model_status(self, key: str, model: ResidentModel) -> dict[str, Any]:
+        return {
+            "model": key,
+            "family": model.family.name,
+            "patches": model.num_patched,
+            "bytes": model.bytes_held(),
+        }
+
+    def _memory_bytes(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.memory_reserved(self.device)
+        with open("/proc/self/statm") as statm:
+            return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def _load_model(self, message: m.LoadModel) -> m.Result:
+        if message.model not in self._models:
+            from comfy_xdit.weights.resident import load
+
+            self._models[message.model] = load(message, self.device)
+            self._loads[message.model] = message
+        return m.Result(value=self._model_status(message.model, self._models[message.model]))
+
+    def _set_patches(self, message: m.SetPatches) -> m.Result:
+        return m.Result(value=self._model(message.model).set_patches(message))
+
+    def _hold(self, message: m.Hold) -> m.Result:
+        self._held[message.name] = _to(message.value, self.device)
+        return m.Result()
+
+    def _drop(self, message: m.Drop) -> m.Result:
+        for name in message.names:
+            self._held.pop(name, None)
+        return m.Result()
+
+    def _denoise(self, message: m.Denoise) -> m.Result:
+        model = self._model(message.model)
+        if model.patches_id != message.patches_id:
+            raise ValueError(
+                f"the workers hold patches {model.patches_id!r} of this model, not {message.patches_id!r}; "
+                "queue the workflow again"
+            )
+        calls = [_to(self._recall(call), self.device) for call in message.calls]
+        with ParallelContext(message.spec, self._groups) as context:
+            outputs, report = denoise(model, calls, message.chunks, context)
+        return m.Result(value=outputs if self.rank == 0 else None, report=report)
+
+    def _load_vae(self, message: m.LoadVAE) -> m.Result:
+        if message.vae not in self._vaes:
+            from comfy_xdit.vae import load_vae
+
+            self._vaes[message.vae] = load_vae(message, self.device)
+            self._loads[message.vae] = message
+        return m.Result()
+
+    def _vae_decode(self, message: m.VAEDecode) -> m.Result:
+        image = self._vae(message.vae).decode(message.latent.to(self.device), self._groups.world)
+        return m.Result(value=image if self.rank == 0 else None)
+
+    def _vae_encode(self, message: m.VAEEncode) -> m.Result:
+        moments = self._vae(message.vae).encode(message.image.to(self.device), self._groups.world)
+        return m.Result(value=moments if self.rank == 0 else None)
+
+    def _unload(self, message: m.Unload) -> m.Result:
+        for key in message.keys or list(self._loads):
+            self._models.pop(key, None)
+            self._vaes.pop(key, None)
+            self._loads.pop(key, None)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return m.Result()
+
+    def _model(self, key: str) -> ResidentModel:
+        if key not in self._models:
+            raise ValueError(f"model {key!r} is not loaded on the workers; queue the workflow again")
+        return self._models[key]
+
+    def _vae(self, key: str) -> ResidentVAE:
+        if key not in self._vaes:
+            raise ValueError(f"VAE {key!r} is not loaded on the workers; queue the workflow again")
+        return self._vaes[key]
+
+    def _recall(self, value: Any) -> Any:
+        if isinstance(value, m.Held):
+            if value.name not in self._held:
+                raise ValueError(f"the workers hold no value {value.name!r}; queue the workflow again")
+            return self._held[value.name]
+        if isinstance(value, dict):
+            return {key: self._recall(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self._recall(item) for item in value]
+        return value
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _to(item, device) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_to(item, device) for item in value]
+    return value
