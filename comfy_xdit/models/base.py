@@ -1,0 +1,45 @@
+"""What one family of diffusion transformers declares."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from comfy_xdit.weights.slices import Infos, Table
+
+if TYPE_CHECKING:
+    from comfy_xdit.parallel.plan import ModelPlan
+
+Config = dict[str, Any]
+"""Keyword arguments of the diffusers model class."""
+
+Call = dict[str, Any]
+"""One call of ComfyUI's diffusion model: x, timestep, context and what else it passes (`messages.Denoise`)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """How checkpoints of one family are recognised, loaded and called.
+
+    name: what messages say; title: what people say.
+    detect(infos): whether a header (keys without the checkpoint's prefix) is of this family, in ComfyUI's layout.
+    config(infos): arguments of the model, all read from the shapes; ValueError when they contradict each other.
+    model_class(): the diffusers class, imported only when asked for.
+    table(config): where each weight of ComfyUI's layout lies in the diffusers model.
+    inputs(config, call): keyword arguments of the diffusers forward.
+    output(out, call): what ComfyUI's own model would have returned; out is the diffusers model's tensor.
+    plan: what is cut, where, and where it is joined again.
+    """
+
+    name: str
+    title: str
+    detect: Callable[[Infos], bool]
+    config: Callable[[Infos], Config]
+    model_class: Callable[[], type]
+    table: Callable[[Config], Table]
+    inputs: Callable[[Config, Call], dict[str, Any]]
+    output: Callable[[Tensor, Call], Tensor]
+    plan: ModelPlan

@@ -1,0 +1,116 @@
+"""Flux.1 (dev, schnell, and what shares their blocks): two kinds of blocks, rotary positions, no mask.
+
+Layouts: the single file of Black Forest Labs, which is ComfyUI's too, and diffusers' own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from comfy_xdit.models.base import Call, Config, Family
+from comfy_xdit.weights.slices import Infos, Share, Table, block_numbers, stacked, swapped, whole
+
+DOUBLE = "double_blocks.*."
+SINGLE = "single_blocks.*."
+TARGET = "transformer_blocks.*."
+TARGET_1 = "single_transformer_blocks.*."
+
+TABLE: Table = {
+    "img_in": whole("x_embedder"),
+    "txt_in": whole("context_embedder"),
+    "time_in.in_layer": whole("time_text_embed.timestep_embedder.linear_1"),
+    "time_in.out_layer": whole("time_text_embed.timestep_embedder.linear_2"),
+    "vector_in.in_layer": whole("time_text_embed.text_embedder.linear_1"),
+    "vector_in.out_layer": whole("time_text_embed.text_embedder.linear_2"),
+    "guidance_in.in_layer": whole("time_text_embed.guidance_embedder.linear_1"),
+    "guidance_in.out_layer": whole("time_text_embed.guidance_embedder.linear_2"),
+    DOUBLE + "img_mod.lin": whole(TARGET + "norm1.linear"),
+    DOUBLE + "txt_mod.lin": whole(TARGET + "norm1_context.linear"),
+    DOUBLE + "img_attn.qkv": stacked(*(f"{TARGET}attn.to_{x}" for x in "qkv")),
+    DOUBLE + "txt_attn.qkv": stacked(*(f"{TARGET}attn.add_{x}_proj" for x in "qkv")),
+    DOUBLE + "img_attn.norm.query_norm.scale": whole(TARGET + "attn.norm_q.weight"),
+    DOUBLE + "img_attn.norm.key_norm.scale": whole(TARGET + "attn.norm_k.weight"),
+    DOUBLE + "txt_attn.norm.query_norm.scale": whole(TARGET + "attn.norm_added_q.weight"),
+    DOUBLE + "txt_attn.norm.key_norm.scale": whole(TARGET + "attn.norm_added_k.weight"),
+    DOUBLE + "img_attn.proj": whole(TARGET + "attn.to_out.0"),
+    DOUBLE + "txt_attn.proj": whole(TARGET + "attn.to_add_out"),
+    DOUBLE + "img_mlp.0": whole(TARGET + "ff.net.0.proj"),
+    DOUBLE + "img_mlp.2": whole(TARGET + "ff.net.2"),
+    DOUBLE + "txt_mlp.0": whole(TARGET + "ff_context.net.0.proj"),
+    DOUBLE + "txt_mlp.2": whole(TARGET + "ff_context.net.2"),
+    SINGLE + "modulation.lin": whole(TARGET_1 + "norm.linear"),
+    # The mlp is four times as wide as the model, in every Flux.1.
+    SINGLE + "linear1": (*stacked(*(f"{TARGET_1}attn.to_{x}" for x in "qkv")), Share(TARGET_1 + "proj_mlp", 4)),
+    SINGLE + "linear2": whole(TARGET_1 + "proj_out"),
+    SINGLE + "norm.query_norm.scale": whole(TARGET_1 + "attn.norm_q.weight"),
+    SINGLE + "norm.key_norm.scale": whole(TARGET_1 + "attn.norm_k.weight"),
+    "final_layer.linear": whole("proj_out"),
+    "final_layer.adaLN_modulation.1": swapped("norm_out.linear"),
+}
+
+
+def detect(infos: Infos) -> bool:
+    names = ("img_in.weight", "vector_in.in_layer.weight", "final_layer.linear.weight")
+    blocks = ("double_blocks.0.img_mod.lin.weight", "single_blocks.0.modulation.lin.weight")
+    return all(name in infos for name in names + blocks)
+
+
+def axes_dims(head_dim: int) -> tuple[int, int, int]:
+    """How a head's channels are shared between the three position axes: 2, 7 and 7 of 16 as in Flux.1's
+    (16, 56, 56); the first, which is rarely used, takes what rounding down to even numbers leaves."""
+    side = head_dim * 7 // 32 * 2 * 2 // 2
+    return head_dim - 2 * side, side, side
+
+
+def config(infos: Infos) -> Config:
+    hidden, channels = infos["img_in.weight"].shape
+    norm = next(infos[key] for key in infos if key.startswith("double_blocks.0.img_attn.norm.query_norm."))
+    (head_dim,) = norm.shape
+    if hidden % head_dim or head_dim % 2:
+        raise ValueError(f"heads of {head_dim} channels do not divide Flux's {hidden}; the file is damaged")
+    return {
+        "patch_size": 1,
+        "in_channels": channels,
+        "out_channels": infos["final_layer.linear.weight"].shape[0],
+        "num_layers": len(block_numbers(infos, "double_blocks")),
+        "num_single_layers": len(block_numbers(infos, "single_blocks")),
+        "attention_head_dim": head_dim,
+        "num_attention_heads": hidden // head_dim,
+        "joint_attention_dim": infos["txt_in.weight"].shape[1],
+        "pooled_projection_dim": infos["vector_in.in_layer.weight"].shape[1],
+        "guidance_embeds": "guidance_in.in_layer.weight" in infos,
+        "axes_dims_rope": axes_dims(head_dim),
+    }
+
+
+def model_class() -> type:
+    from diffusers import FluxTransformer2DModel
+
+    return FluxTransformer2DModel
+
+
+def table(config: Config) -> Table:
+    return TABLE
+
+
+def inputs(config: Config, call: Call) -> dict[str, Any]:
+    raise NotImplementedError("written with the engine")
+
+
+def output(out: Tensor, call: Call) -> Tensor:
+    raise NotImplementedError("written with the engine")
+
+
+FLUX = Family(
+    name="flux",
+    title="Flux.1",
+    detect=detect,
+    config=config,
+    model_class=model_class,
+    table=table,
+    inputs=inputs,
+    output=output,
+    plan=None,  # type: ignore[arg-type]
+)

@@ -1,0 +1,118 @@
+"""SD3 and SD3.5: joint blocks of text and image, learned-size position table, heads of 64 channels.
+
+Layouts: Stability's single file, which is ComfyUI's too (alone or in an all-in-one checkpoint), and diffusers' own.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from comfy_xdit.models.base import Call, Config, Family
+from comfy_xdit.weights.slices import Infos, Table, block_numbers, stacked, swapped, whole
+
+IMAGE = "joint_blocks.*.x_block."
+TEXT = "joint_blocks.*.context_block."
+TARGET = "transformer_blocks.*."
+HEAD_DIM = 64
+
+TABLE: Table = {
+    "pos_embed": whole("pos_embed.pos_embed"),
+    "x_embedder.proj": whole("pos_embed.proj"),
+    "context_embedder": whole("context_embedder"),
+    "t_embedder.mlp.0": whole("time_text_embed.timestep_embedder.linear_1"),
+    "t_embedder.mlp.2": whole("time_text_embed.timestep_embedder.linear_2"),
+    "y_embedder.mlp.0": whole("time_text_embed.text_embedder.linear_1"),
+    "y_embedder.mlp.2": whole("time_text_embed.text_embedder.linear_2"),
+    IMAGE + "adaLN_modulation.1": whole(TARGET + "norm1.linear"),
+    IMAGE + "attn.qkv": stacked(*(f"{TARGET}attn.to_{x}" for x in "qkv")),
+    IMAGE + "attn.ln_q": whole(TARGET + "attn.norm_q"),
+    IMAGE + "attn.ln_k": whole(TARGET + "attn.norm_k"),
+    IMAGE + "attn.proj": whole(TARGET + "attn.to_out.0"),
+    IMAGE + "attn2.qkv": stacked(*(f"{TARGET}attn2.to_{x}" for x in "qkv")),
+    IMAGE + "attn2.ln_q": whole(TARGET + "attn2.norm_q"),
+    IMAGE + "attn2.ln_k": whole(TARGET + "attn2.norm_k"),
+    IMAGE + "attn2.proj": whole(TARGET + "attn2.to_out.0"),
+    IMAGE + "mlp.fc1": whole(TARGET + "ff.net.0.proj"),
+    IMAGE + "mlp.fc2": whole(TARGET + "ff.net.2"),
+    TEXT + "adaLN_modulation.1": whole(TARGET + "norm1_context.linear"),
+    TEXT + "attn.qkv": stacked(*(f"{TARGET}attn.add_{x}_proj" for x in "qkv")),
+    TEXT + "attn.ln_q": whole(TARGET + "attn.norm_added_q"),
+    TEXT + "attn.ln_k": whole(TARGET + "attn.norm_added_k"),
+    TEXT + "attn.proj": whole(TARGET + "attn.to_add_out"),
+    TEXT + "mlp.fc1": whole(TARGET + "ff_context.net.0.proj"),
+    TEXT + "mlp.fc2": whole(TARGET + "ff_context.net.2"),
+    "final_layer.linear": whole("proj_out"),
+    "final_layer.adaLN_modulation.1": swapped("norm_out.linear"),
+}
+
+
+def detect(infos: Infos) -> bool:
+    names = ("x_embedder.proj.weight", "context_embedder.weight", "pos_embed", "final_layer.linear.weight")
+    blocks = ("joint_blocks.0.x_block.attn.qkv.weight", "joint_blocks.0.context_block.attn.qkv.weight")
+    return all(name in infos for name in names + blocks)
+
+
+def config(infos: Infos) -> Config:
+    hidden, channels, patch, _ = infos["x_embedder.proj.weight"].shape
+    blocks = block_numbers(infos, "joint_blocks")
+    side = math.isqrt(infos["pos_embed"].shape[1])
+    if side * side != infos["pos_embed"].shape[1] or hidden % HEAD_DIM:
+        raise ValueError("SD3's position table is not square, or its width is no multiple of 64; the file is damaged")
+    return {
+        "sample_size": side * patch,
+        "patch_size": patch,
+        "in_channels": channels,
+        "out_channels": infos["final_layer.linear.weight"].shape[0] // patch**2,
+        "num_layers": len(blocks),
+        "attention_head_dim": HEAD_DIM,
+        "num_attention_heads": hidden // HEAD_DIM,
+        "joint_attention_dim": infos["context_embedder.weight"].shape[1],
+        "caption_projection_dim": infos["context_embedder.weight"].shape[0],
+        "pooled_projection_dim": infos["y_embedder.mlp.0.weight"].shape[1],
+        "pos_embed_max_size": side,
+        "dual_attention_layers": tuple(
+            i for i in blocks if f"joint_blocks.{i}.x_block.attn2.qkv.weight" in infos
+        ),
+        "qk_norm": "rms_norm" if "joint_blocks.0.x_block.attn.ln_q.weight" in infos else None,
+    }
+
+
+def model_class() -> type:
+    from diffusers import SD3Transformer2DModel
+
+    return SD3Transformer2DModel
+
+
+def table(config: Config) -> Table:
+    """The last block's text half ends after attention; its modulation is shift and scale alone."""
+    last = str(config["num_layers"] - 1)
+    return {
+        **TABLE,
+        (TEXT + "adaLN_modulation.1").replace("*", last): swapped(
+            (TARGET + "norm1_context.linear").replace("*", last)
+        ),
+    }
+
+
+def inputs(config: Config, call: Call) -> dict[str, Any]:
+    raise NotImplementedError("written with the engine")
+
+
+def output(out: Tensor, call: Call) -> Tensor:
+    raise NotImplementedError("written with the engine")
+
+
+SD3 = Family(
+    name="sd3",
+    title="SD3 and SD3.5",
+    detect=detect,
+    config=config,
+    model_class=model_class,
+    table=table,
+    inputs=inputs,
+    output=output,
+    plan=None,  # type: ignore[arg-type]
+)
