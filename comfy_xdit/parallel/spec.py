@@ -8,6 +8,12 @@ import math
 AXES = ("dp", "cfg", "pipe", "ring", "ulysses", "tensor")
 """Names of the mesh axes, outermost first: ulysses and tensor talk most, so their ranks are neighbours."""
 
+SERVED = ("dp", "cfg", "ring", "ulysses")
+"""The axes that the engine runs; `check` refuses a degree above 1 on the others."""
+
+MAX_CFG = 2
+"""Guidance has a conditional and an unconditional chunk."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParallelSpec:
@@ -39,4 +45,98 @@ class ParallelSpec:
 
     def __str__(self) -> str:
         used = [f"{axis}={degree}" for axis, degree in self.degrees.items() if degree > 1]
-        return " × ".join(used) or "1 rank"
+        return " × ".join(used) or "1 rank"  # noqa: RUF001
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """What limits the degrees of a model: its name for people, attention heads, and blocks in order."""
+
+    title: str
+    num_heads: int
+    num_blocks: int
+
+
+def check(spec: ParallelSpec, *, num_ranks: int, shape: ModelShape | None = None) -> list[str]:
+    """All that stands against running `shape` with `spec` on `num_ranks` ranks, a sentence each; [] is good.
+
+    Without a shape (before a model is known) only the degrees are checked.
+    """
+    faults = []
+    if spec.num_ranks != num_ranks:
+        faults.append(
+            f"{spec} makes {_ranks(spec.num_ranks)}, but the pool has {num_ranks}; "
+            f"use degrees whose product is {num_ranks}"
+        )
+    if spec.cfg > MAX_CFG:
+        faults.append(f"cfg={spec.cfg} is more than cond and uncond; use 1 or 2")
+    for axis in ("pipe", "tensor"):
+        if axis not in SERVED and getattr(spec, axis) > 1:
+            faults.append(f"{axis}={getattr(spec, axis)} is not available yet; use 1, with {_names(SERVED)}")
+    return faults + (_shape_faults(spec, shape) if shape else [])
+
+
+def _shape_faults(spec: ParallelSpec, shape: ModelShape) -> list[str]:
+    faults = []
+    heads = shape.num_heads
+    if heads % spec.tensor:
+        fitting = [str(degree) for degree in range(1, heads + 1) if heads % degree == 0]
+        faults.append(
+            f"tensor={spec.tensor} cannot cut {shape.title}'s {heads} heads evenly; "
+            f"use {', '.join(fitting[:-1])}{' or ' if fitting[:-1] else ''}{fitting[-1]}"
+        )
+    heads_left = max(heads // spec.tensor, 1)
+    if spec.ulysses > heads_left:
+        shared = f" with tensor={spec.tensor}" if spec.tensor > 1 else ""
+        faults.append(
+            f"ulysses={spec.ulysses} cannot cut {shape.title}'s {heads} heads{shared}; "
+            f"use {heads_left} or less"
+        )
+    if spec.pipe > shape.num_blocks:
+        faults.append(
+            f"pipe={spec.pipe} cannot cut {shape.title}'s {shape.num_blocks} blocks; "
+            f"use {shape.num_blocks} or less"
+        )
+    return faults
+
+
+def auto(
+    num_ranks: int, *, requested: dict[str, int], shape: ModelShape | None = None, num_chunks: int = 1
+) -> ParallelSpec:
+    """The degrees for `num_ranks` ranks: those requested, and the free ones (0 or absent) chosen.
+
+    cfg first when there is guidance (num_chunks of 2 or more: cond and uncond cost the least
+    communication), then ulysses up to the heads, then ring, and dp takes what is left. pipe and tensor
+    stay 1 unless requested: one approximates, the other talks most.
+    Raises ValueError with the faults when no such spec exists.
+    """
+    unknown = sorted(set(requested) - set(AXES))
+    if unknown:
+        raise ValueError(f"{unknown[0]!r} is no parallel method; use {_names(AXES)}")
+    degrees = {axis: degree for axis, degree in requested.items() if degree != 0}
+    degrees = {"pipe": 1, "tensor": 1, **degrees}
+    fixed = ParallelSpec(**degrees)
+    if num_ranks % fixed.num_ranks:
+        raise ValueError(
+            f"{fixed} makes {_ranks(fixed.num_ranks)}, which do not divide the pool's {num_ranks}; "
+            f"use degrees whose product divides {num_ranks}"
+        )
+    left = num_ranks // fixed.num_ranks
+    heads = max(shape.num_heads // fixed.tensor, 1) if shape else num_ranks
+    for axis, limit in (("cfg", min(num_chunks, MAX_CFG)), ("ulysses", heads), ("ring", left), ("dp", left)):
+        if axis not in degrees:
+            degrees[axis] = max(d for d in range(1, left + 1) if left % d == 0 and (d <= limit or d == 1))
+            left //= degrees[axis]
+    spec = ParallelSpec(**degrees)
+    faults = check(spec, num_ranks=num_ranks, shape=shape)
+    if faults:
+        raise ValueError("; ".join(faults))
+    return spec
+
+
+def _ranks(count: int) -> str:
+    return f"{count} rank" if count == 1 else f"{count} ranks"
+
+
+def _names(axes: tuple[str, ...]) -> str:
+    return f"{', '.join(axes[:-1])} and {axes[-1]}"

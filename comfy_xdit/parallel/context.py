@@ -1,0 +1,169 @@
+"""The ranks of one job: which axes there are, where this rank stands on them, and what it sent.
+
+A `ParallelContext` is made for each job and dropped at its end. Process groups are slow to make, so they
+are kept in a `GroupCache`, which the worker's service owns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .spec import AXES, ParallelSpec
+
+
+class Traffic:
+    """What one rank sent in one job: bytes and, where the host waits for it, seconds, by collective.
+
+    bytes: what leaves this rank. seconds: wall time in collectives on the CPU; on a GPU they run beside
+    the host, so nothing is measured.
+    """
+
+    def __init__(self) -> None:
+        self.bytes: Counter[str] = Counter()
+        self.seconds = 0.0
+
+    @contextlib.contextmanager
+    def timed(self, collective: str, num_bytes: int, device: torch.device) -> Iterator[None]:
+        """Count a collective that runs inside the `with`."""
+        self.bytes[collective] += num_bytes
+        begin = time.perf_counter()
+        yield
+        if device.type == "cpu":
+            self.seconds += time.perf_counter() - begin
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Axis:
+    """This rank's line of ranks along one axis.
+
+    ranks: their global ranks in order; index: this rank's place; group: None when it is alone.
+    """
+
+    name: str
+    ranks: tuple[int, ...]
+    index: int
+    group: dist.ProcessGroup | None
+    traffic: Traffic
+
+    @property
+    def degree(self) -> int:
+        return len(self.ranks)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Lines:
+    """What the cache keeps for a spec: axis → (ranks, index, group) of this rank."""
+
+    lines: dict[str, tuple[tuple[int, ...], int, dist.ProcessGroup | None]]
+
+
+class GroupCache:
+    """Process groups for each spec used so far.
+
+    Making one is collective: every rank must ask for the same specs in the same order.
+    world_size: how many ranks there are; with 1, torch.distributed need not be initialised.
+    """
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self._lines: dict[ParallelSpec, _Lines] = {}
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank() if self.world_size > 1 else 0
+
+    @property
+    def world(self) -> dist.ProcessGroup | None:
+        """The group of all ranks; None when there is only one."""
+        return dist.group.WORLD if self.world_size > 1 else None
+
+    def lines(self, spec: ParallelSpec) -> _Lines:
+        if spec not in self._lines:
+            self._lines[spec] = self._make(spec)
+        return self._lines[spec]
+
+    def close(self) -> None:
+        """Destroy the groups. Every rank must call."""
+        groups = {id(group): group for kept in self._lines.values() for _, _, group in kept.lines.values()}
+        self._lines.clear()
+        for group in groups.values():
+            if group is not None and group is not self.world:
+                dist.destroy_process_group(group)
+
+    def _make(self, spec: ParallelSpec) -> _Lines:
+        if spec.num_ranks != self.world_size:
+            raise ValueError(
+                f"{spec} does not fit a pool of {self.world_size}; "
+                f"use degrees whose product is {self.world_size}"
+            )
+        lines: dict[str, tuple[tuple[int, ...], int, dist.ProcessGroup | None]] = {
+            axis: ((self.rank,), 0, None) for axis in (*AXES, "sequence")
+        }
+        # Axes of degree 1 need no group; leaving them out saves one group a rank for each.
+        used = [axis for axis in AXES if getattr(spec, axis) > 1]
+        if not used:
+            return _Lines(lines=lines)
+        from torch.distributed.device_mesh import init_device_mesh
+
+        device_type = "cuda" if "nccl" in str(dist.get_backend()) else "cpu"
+        mesh = init_device_mesh(
+            device_type, tuple(getattr(spec, axis) for axis in used), mesh_dim_names=tuple(used)
+        )
+        for axis in used:
+            group = mesh.get_group(axis)
+            lines[axis] = (tuple(dist.get_process_group_ranks(group)), mesh.get_local_rank(axis), group)
+        lines["sequence"] = self._sequence(spec, lines)
+        return _Lines(lines=lines)
+
+    def _sequence(self, spec: ParallelSpec, lines: dict[str, Any]) -> Any:
+        """The ring and ulysses axes as one: tokens are cut over it, ring outermost."""
+        if spec.ring == 1 or spec.ulysses == 1:
+            return lines["ring"] if spec.ring > 1 else lines["ulysses"]
+        shape = tuple(spec.degrees.values())
+        grid = torch.arange(spec.num_ranks).view(shape)
+        ring, ulysses = AXES.index("ring"), AXES.index("ulysses")
+        rows = grid.movedim((ring, ulysses), (-2, -1)).reshape(-1, spec.ring * spec.ulysses).tolist()
+        mine: Any = None
+        for ranks in rows:
+            # new_group is collective over the world: every rank makes the groups of all, in one order.
+            group = dist.group.WORLD if len(ranks) == self.world_size else dist.new_group(ranks)
+            if self.rank in ranks:
+                mine = (tuple(ranks), ranks.index(self.rank), group)
+        return mine
+
+
+class ParallelContext:
+    """The axes of one job on this rank, and its traffic.
+
+    `axis(name)` knows the names in `spec.AXES` and "sequence" (ring times ulysses).
+    Raises ValueError when the spec's product is not the number of ranks.
+    Use as a context manager; afterwards it has no axes any more.
+    """
+
+    def __init__(self, spec: ParallelSpec, groups: GroupCache) -> None:
+        self.spec = spec
+        self.rank = groups.rank
+        self.world_size = groups.world_size
+        self.world = groups.world
+        self.traffic = Traffic()
+        self._axes = {
+            name: Axis(name=name, ranks=ranks, index=index, group=group, traffic=self.traffic)
+            for name, (ranks, index, group) in groups.lines(spec).lines.items()
+        }
+
+    def axis(self, name: str) -> Axis:
+        return self._axes[name]
+
+    def __enter__(self) -> ParallelContext:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._axes.clear()

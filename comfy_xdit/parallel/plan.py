@@ -1,0 +1,61 @@
+"""What a family declares about its diffusers model, as data; `apply.py` puts it into effect."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cut:
+    """A tensor holds the tokens of one stream along one dim: there it is cut into shards, or joined again.
+
+    stream: "image" or "text"; each stream is cut by itself, so that every rank holds its part of both and
+    the family's own code for telling them apart keeps working.
+    """
+
+    stream: str
+    dim: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionLayer:
+    """Attention over `streams`, in the order in which the module joins them.
+
+    A mask, when the module passes one, covers the whole sequence of those streams in that order.
+    """
+
+    streams: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Exact:
+    """A submodule's positional argument is recomputed from an argument of the model, in fp32: factor · it.
+
+    For numbers that the model's forward would round to its compute dtype first: in bfloat16 a timestep
+    of 1000 has steps of 4.
+    """
+
+    argument: str
+    factor: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelPlan:
+    """Where a diffusers model is cut over ranks and where it is joined.
+
+    Paths are those of `named_modules`; a `*` stands for one part of a path ("blocks.*.attn").
+    cut_arguments: keyword arguments of the model's forward (a tensor or a list of tensors) → cut; absent
+    and None ones are left alone.
+    cut_outputs: modules whose output is cut.
+    join_outputs: modules whose output is joined, so that what follows sees every token.
+    attention: the attention modules that see cut streams; others attend to what they hold.
+    exact: path → position → what replaces that argument.
+    blocks: the lists of blocks, in the order in which they run; pipeline stages are cut from them.
+    """
+
+    cut_arguments: dict[str, Cut] = dataclasses.field(default_factory=dict)
+    cut_outputs: dict[str, Cut] = dataclasses.field(default_factory=dict)
+    join_outputs: dict[str, Cut]
+    attention: dict[str, AttentionLayer]
+    exact: dict[str, dict[int, Exact]] = dataclasses.field(default_factory=dict)
+    blocks: tuple[str, ...]

@@ -1,0 +1,62 @@
+"""Cutting a dim into shards and joining shards again, for lengths that the degree need not divide.
+
+Every rank works out every other rank's length from the whole length, so lengths are never communicated.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .context import Axis
+
+
+def shard_sizes(length: int, degree: int) -> list[int]:
+    """Lengths of the shards of `length`: as `torch.tensor_split`, the first ones are one longer; may be 0."""
+    base, longer = divmod(length, degree)
+    return [base + (index < longer) for index in range(degree)]
+
+
+def shard_starts(sizes: list[int]) -> list[int]:
+    return [0, *accumulate(sizes)][:-1]
+
+
+def cut(x: Tensor, dim: int, axis: Axis) -> Tensor:
+    """This rank's shard of `x` along `dim`; `x` itself on an axis of one rank. No communication."""
+    if axis.degree == 1:
+        return x
+    sizes = shard_sizes(x.shape[dim], axis.degree)
+    return x.narrow(dim, shard_starts(sizes)[axis.index], sizes[axis.index]).contiguous()
+
+
+def join(x: Tensor, dim: int, length: int, axis: Axis) -> Tensor:
+    """The whole of which `x` is this rank's shard along `dim`; `length` is the whole's.
+
+    Collective: every rank on `axis` must call, also with an empty shard.
+    """
+    if axis.degree == 1:
+        return x
+    sizes = shard_sizes(length, axis.degree)
+    assert x.shape[dim] == sizes[axis.index], f"shard of {x.shape[dim]}, not {sizes[axis.index]} of {length}"
+    # all_gather wants one size: shards differ by one element at most, so the padding costs next to nothing.
+    padded = x.new_zeros((max(sizes), *x.movedim(dim, 0).shape[1:]))
+    padded[: x.shape[dim]] = x.movedim(dim, 0)
+    shards = padded.new_empty((axis.degree, *padded.shape))
+    with axis.traffic.timed("all_gather", padded.nbytes * (axis.degree - 1), padded.device):
+        dist.all_gather(list(shards.unbind(0)), padded, group=axis.group)
+    return torch.cat([shard[:size] for shard, size in zip(shards, sizes, strict=True)]).movedim(0, dim)
+
+
+def exchange(send: Tensor, send_sizes: list[int], receive_sizes: list[int], axis: Axis) -> Tensor:
+    """All-to-all of a flat buffer: `send_sizes[r]` elements for rank r, `receive_sizes[r]` from it.
+
+    Collective: every rank on `axis` must call, also with nothing to send.
+    """
+    received = send.new_empty(sum(receive_sizes))
+    num_bytes = (send.numel() - send_sizes[axis.index]) * send.element_size()
+    with axis.traffic.timed("all_to_all", num_bytes, send.device):
+        dist.all_to_all_single(received, send, receive_sizes, send_sizes, group=axis.group)
+    return received
