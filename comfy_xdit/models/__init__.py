@@ -1,1 +1,82 @@
-"""Model families: one short declarative file each."""
+"""Model families, one short declarative file each, and how a checkpoint's family is found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from comfy_xdit.models.base import Family
+from comfy_xdit.models.flux import FLUX
+from comfy_xdit.models.sd3 import SD3
+from comfy_xdit.weights.header import FLOATS, TensorInfo
+from comfy_xdit.weights.slices import fused
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (FLUX, SD3)}
+
+PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")
+"""What stands before the transformer's keys; text encoders and VAE of an all-in-one file have others."""
+
+SUPPORTED = "Flux.1 (also in diffusers' layout), SD3 and SD3.5, in fp32, fp16, bf16 or plain fp8"
+
+QUANTISED = {
+    "scaled fp8": ("scaled_fp8", ".scale_weight", ".weight_scale", ".scale_input", ".input_scale"),
+    "ComfyUI's quantised layout": (".comfy_quant",),
+    "bitsandbytes": (".absmax", ".quant_map"),
+    "SVDQuant (Nunchaku)": (".qweight", ".wscales"),
+}
+"""Layouts that we refuse, by keys that only they have."""
+
+OTHERS = {
+    "Flux.2": "double_stream_modulation_img.lin.weight",
+    "Chroma": "distilled_guidance_layer.in_proj.weight",
+    "HunyuanVideo": "txt_in.individual_token_refiner.blocks.0.norm1.weight",
+    "Wan": "blocks.0.cross_attn.norm_k.weight",
+    "LTX-Video": "patchify_proj.weight",
+    "Qwen-Image": "transformer_blocks.0.img_mod.1.weight",
+    "PixArt": "t_block.1.weight",
+    "Lumina or Z-Image": "cap_embedder.1.weight",
+    "AuraFlow": "double_layers.0.attn.w1q.weight",
+    "Stable Diffusion 1, 2 or XL": "input_blocks.0.0.weight",
+}
+"""Models that users also have, by one key each, so that a refusal can name them."""
+
+
+def detect(infos: Mapping[str, TensorInfo]) -> tuple[Family, str]:
+    """The family of a checkpoint's transformer, and the prefix of its keys.
+
+    Raises ValueError, naming what was found and what is supported, for every other file.
+    """
+    for prefix in PREFIXES:
+        for family in FAMILIES.values():
+            layouts = (family.keys, family.diffusers_keys)
+            if any(all(prefix + key in infos for key in keys) for keys in layouts):
+                _refuse_quantised(family, {k: i for k, i in infos.items() if k.startswith(prefix)})
+                return family, prefix
+    found = next(
+        (name for name, key in OTHERS.items() if any(prefix + key in infos for prefix in PREFIXES)),
+        f"no diffusion transformer that we know ({len(infos)} weights, first: {next(iter(infos), 'none')})",
+    )
+    raise ValueError(f"this checkpoint holds {found}; supported are {SUPPORTED}")
+
+
+def comfy_layout(family: Family, infos: Mapping[str, TensorInfo]) -> tuple[Mapping[str, object], bool]:
+    """The weights as ComfyUI names them, and whether the file itself has that layout (or diffusers').
+
+    infos: keys without the prefix. Raises ValueError when they are not the family's.
+    """
+    if all(key in infos for key in family.keys):
+        return infos, True
+    if all(key in infos for key in family.diffusers_keys):
+        return fused(family.table(infos), infos), False
+    missing = next(key for key in family.keys if key not in infos)
+    raise ValueError(f"this checkpoint is not a {family.title} model: it has no {missing}")
+
+
+def _refuse_quantised(family: Family, infos: Mapping[str, TensorInfo]) -> None:
+    for layout, endings in QUANTISED.items():
+        if any(key.endswith(endings) for key in infos):
+            raise ValueError(f"this {family.title} checkpoint is in {layout}; supported are {SUPPORTED}")
+    for key, info in infos.items():
+        if info.dtype not in FLOATS:
+            raise ValueError(
+                f"this {family.title} checkpoint has {key} as {info.dtype}; supported: {SUPPORTED}"
+            )

@@ -17,7 +17,7 @@ Config = dict[str, Any]
 """Keyword arguments of the diffusers model class."""
 
 Call = dict[str, Any]
-"""One call of ComfyUI's diffusion model: x, timestep, context and what else it passes (`messages.Denoise`)."""
+"""One call of ComfyUI's diffusion model: x, timestep, context, and what else `messages.Denoise` lists."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,10 +25,11 @@ class Family:
     """How checkpoints of one family are recognised, loaded and called.
 
     name: what messages say; title: what people say.
-    detect(infos): whether a header (keys without the checkpoint's prefix) is of this family, in ComfyUI's layout.
-    config(infos): arguments of the model, all read from the shapes; ValueError when they contradict each other.
+    keys, diffusers_keys: weights that tell the family from all others, in ComfyUI's and in diffusers' layout.
+    config(infos): arguments of the model, all read from the shapes of ComfyUI's layout; ValueError when these
+    disagree. infos never have the checkpoint's prefix.
     model_class(): the diffusers class, imported only when asked for.
-    table(config): where each weight of ComfyUI's layout lies in the diffusers model.
+    table(infos): in either layout → where each weight of ComfyUI's layout lies in the diffusers model.
     inputs(config, call): keyword arguments of the diffusers forward.
     output(out, call): what ComfyUI's own model would have returned; out is the diffusers model's tensor.
     plan: what is cut, where, and where it is joined again.
@@ -36,10 +37,11 @@ class Family:
 
     name: str
     title: str
-    detect: Callable[[Infos], bool]
+    keys: tuple[str, ...]
+    diffusers_keys: tuple[str, ...]
     config: Callable[[Infos], Config]
     model_class: Callable[[], type]
-    table: Callable[[Config], Table]
+    table: Callable[[Infos], Table]
     inputs: Callable[[Config, Call], dict[str, Any]]
     output: Callable[[Tensor, Call], Tensor]
     plan: ModelPlan

@@ -5,11 +5,8 @@ Layouts: the single file of Black Forest Labs, which is ComfyUI's too, and diffu
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor
-
-from comfy_xdit.models.base import Call, Config, Family
+from comfy_xdit.models.base import Config, Family
+from comfy_xdit.models.flux_call import PLAN, inputs, output
 from comfy_xdit.weights.slices import Infos, Share, Table, block_numbers, stacked, swapped, whole
 
 DOUBLE = "double_blocks.*."
@@ -42,7 +39,10 @@ TABLE: Table = {
     DOUBLE + "txt_mlp.2": whole(TARGET + "ff_context.net.2"),
     SINGLE + "modulation.lin": whole(TARGET_1 + "norm.linear"),
     # The mlp is four times as wide as the model, in every Flux.1.
-    SINGLE + "linear1": (*stacked(*(f"{TARGET_1}attn.to_{x}" for x in "qkv")), Share(TARGET_1 + "proj_mlp", 4)),
+    SINGLE + "linear1": (
+        *stacked(*(f"{TARGET_1}attn.to_{x}" for x in "qkv")),
+        Share(TARGET_1 + "proj_mlp", 4),
+    ),
     SINGLE + "linear2": whole(TARGET_1 + "proj_out"),
     SINGLE + "norm.query_norm.scale": whole(TARGET_1 + "attn.norm_q.weight"),
     SINGLE + "norm.key_norm.scale": whole(TARGET_1 + "attn.norm_k.weight"),
@@ -51,16 +51,24 @@ TABLE: Table = {
 }
 
 
-def detect(infos: Infos) -> bool:
-    names = ("img_in.weight", "vector_in.in_layer.weight", "final_layer.linear.weight")
-    blocks = ("double_blocks.0.img_mod.lin.weight", "single_blocks.0.modulation.lin.weight")
-    return all(name in infos for name in names + blocks)
+KEYS = (
+    "img_in.weight",
+    "vector_in.in_layer.weight",
+    "double_blocks.0.img_mod.lin.weight",
+    "single_blocks.0.modulation.lin.weight",
+)
+DIFFUSERS_KEYS = (
+    "x_embedder.weight",
+    "time_text_embed.text_embedder.linear_1.weight",
+    "transformer_blocks.0.norm1_context.linear.weight",
+    "single_transformer_blocks.0.proj_mlp.weight",
+)
 
 
 def axes_dims(head_dim: int) -> tuple[int, int, int]:
     """How a head's channels are shared between the three position axes: 2, 7 and 7 of 16 as in Flux.1's
     (16, 56, 56); the first, which is rarely used, takes what rounding down to even numbers leaves."""
-    side = head_dim * 7 // 32 * 2 * 2 // 2
+    side = head_dim * 7 // 32 * 2
     return head_dim - 2 * side, side, side
 
 
@@ -91,26 +99,19 @@ def model_class() -> type:
     return FluxTransformer2DModel
 
 
-def table(config: Config) -> Table:
+def table(infos: Infos) -> Table:
     return TABLE
-
-
-def inputs(config: Config, call: Call) -> dict[str, Any]:
-    raise NotImplementedError("written with the engine")
-
-
-def output(out: Tensor, call: Call) -> Tensor:
-    raise NotImplementedError("written with the engine")
 
 
 FLUX = Family(
     name="flux",
     title="Flux.1",
-    detect=detect,
+    keys=KEYS,
+    diffusers_keys=DIFFUSERS_KEYS,
     config=config,
     model_class=model_class,
     table=table,
     inputs=inputs,
     output=output,
-    plan=None,  # type: ignore[arg-type]
+    plan=PLAN,
 )

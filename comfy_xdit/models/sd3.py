@@ -1,16 +1,14 @@
 """SD3 and SD3.5: joint blocks of text and image, learned-size position table, heads of 64 channels.
 
-Layouts: Stability's single file, which is ComfyUI's too (alone or in an all-in-one checkpoint), and diffusers' own.
+Layouts: Stability's single file, which is ComfyUI's too, and diffusers' own.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
-from torch import Tensor
-
-from comfy_xdit.models.base import Call, Config, Family
+from comfy_xdit.models.base import Config, Family
+from comfy_xdit.models.sd3_call import PLAN, inputs, output
 from comfy_xdit.weights.slices import Infos, Table, block_numbers, stacked, swapped, whole
 
 IMAGE = "joint_blocks.*.x_block."
@@ -49,10 +47,18 @@ TABLE: Table = {
 }
 
 
-def detect(infos: Infos) -> bool:
-    names = ("x_embedder.proj.weight", "context_embedder.weight", "pos_embed", "final_layer.linear.weight")
-    blocks = ("joint_blocks.0.x_block.attn.qkv.weight", "joint_blocks.0.context_block.attn.qkv.weight")
-    return all(name in infos for name in names + blocks)
+KEYS = (
+    "pos_embed",
+    "x_embedder.proj.weight",
+    "y_embedder.mlp.0.weight",
+    "joint_blocks.0.x_block.attn.qkv.weight",
+    "joint_blocks.0.context_block.attn.qkv.weight",
+)
+DIFFUSERS_KEYS = (
+    "pos_embed.pos_embed",
+    "time_text_embed.text_embedder.linear_1.weight",
+    "transformer_blocks.0.attn.add_q_proj.weight",
+)
 
 
 def config(infos: Infos) -> Config:
@@ -60,7 +66,9 @@ def config(infos: Infos) -> Config:
     blocks = block_numbers(infos, "joint_blocks")
     side = math.isqrt(infos["pos_embed"].shape[1])
     if side * side != infos["pos_embed"].shape[1] or hidden % HEAD_DIM:
-        raise ValueError("SD3's position table is not square, or its width is no multiple of 64; the file is damaged")
+        raise ValueError(
+            "SD3's position table is not square, or its width no multiple of 64; the file is damaged"
+        )
     return {
         "sample_size": side * patch,
         "patch_size": patch,
@@ -86,9 +94,10 @@ def model_class() -> type:
     return SD3Transformer2DModel
 
 
-def table(config: Config) -> Table:
+def table(infos: Infos) -> Table:
     """The last block's text half ends after attention; its modulation is shift and scale alone."""
-    last = str(config["num_layers"] - 1)
+    blocks = block_numbers(infos, "joint_blocks") or block_numbers(infos, "transformer_blocks")
+    last = str(blocks[-1])
     return {
         **TABLE,
         (TEXT + "adaLN_modulation.1").replace("*", last): swapped(
@@ -97,22 +106,15 @@ def table(config: Config) -> Table:
     }
 
 
-def inputs(config: Config, call: Call) -> dict[str, Any]:
-    raise NotImplementedError("written with the engine")
-
-
-def output(out: Tensor, call: Call) -> Tensor:
-    raise NotImplementedError("written with the engine")
-
-
 SD3 = Family(
     name="sd3",
     title="SD3 and SD3.5",
-    detect=detect,
+    keys=KEYS,
+    diffusers_keys=DIFFUSERS_KEYS,
     config=config,
     model_class=model_class,
     table=table,
     inputs=inputs,
     output=output,
-    plan=None,  # type: ignore[arg-type]
+    plan=PLAN,
 )

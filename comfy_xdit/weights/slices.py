@@ -79,7 +79,7 @@ def slice_map(table: Table, infos: Infos) -> SliceMap:
         rows = info.shape[0] if len(info.shape) else 0
         unit, rest = divmod(rows, sum(share.rows for share in shares))
         if rest or not unit:
-            raise ValueError(f"{key} has {rows} rows, which do not divide into its parts; the file is damaged")
+            raise ValueError(f"the {rows} rows of {key} do not divide into its parts; the file is damaged")
         row = 0
         for share in shares:
             target = share.target.replace("*", block) + suffix
@@ -94,7 +94,7 @@ def slice_map(table: Table, infos: Infos) -> SliceMap:
 
 
 def by_source(targets: SliceMap) -> dict[str, list[tuple[str, Slice]]]:
-    """The same slices seen from ComfyUI's side: source key → (target key, slice), in the source's row order."""
+    """The same slices by source: source key → (target key, slice), in the order of the source's rows."""
     sources: dict[str, list[tuple[str, Slice]]] = {}
     for target, pieces in targets.items():
         for piece in pieces:
@@ -133,7 +133,7 @@ def fused(table: Table, infos: Infos) -> dict[str, Shape]:
 
 
 def respelled(key: str) -> str:
-    """The other spelling of a norm's weight: ComfyUI calls it "scale" in some versions, "weight" in others."""
+    """The other spelling of a norm's weight: some versions of ComfyUI say "scale", others "weight"."""
     if key.endswith("_norm.weight"):
         return key.removesuffix("weight") + "scale"
     return key.removesuffix("scale") + "weight" if key.endswith("_norm.scale") else key

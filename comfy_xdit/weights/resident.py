@@ -1,0 +1,209 @@
+"""A diffusion transformer whose weights stand in a mapped file, until a patch touches them."""
+
+from __future__ import annotations
+
+import itertools
+import os
+
+import torch
+from torch import Tensor, nn
+
+from comfy_xdit.messages import LoadModel, Patch, SetPatches
+from comfy_xdit.models import FAMILIES, comfy_layout
+from comfy_xdit.models.base import Family
+from comfy_xdit.weights.header import FLOATS
+from comfy_xdit.weights.mapped import MappedFile
+from comfy_xdit.weights.patches import apply_patches
+from comfy_xdit.weights.slices import Infos, SliceMap, by_source, respelled, slice_map
+
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS.values()}
+
+
+class CastLinear(nn.Linear):
+    """A Linear whose weight is cast to its input's dtype at each use: half or a quarter of the memory."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, self.weight.to(input.dtype), self.bias)
+
+
+def load(message: LoadModel, device: torch.device | str) -> ResidentModel:
+    """The model of `message` on `device`, ready to run.
+
+    On a CPU every weight that the file has in the wanted dtype and in one piece is a view of the map, so that
+    all the processes of a machine share one copy. Raises ValueError, in one sentence, for a file that isn't
+    the family's, and OSError when it can't be opened.
+    """
+    family = FAMILIES.get(message.family)
+    if family is None:
+        raise ValueError(f"unknown family {message.family!r}; known are {', '.join(FAMILIES)}")
+    file = MappedFile(message.path)
+    try:
+        return ResidentModel(message, family, file, torch.device(device))
+    except ValueError as error:
+        raise ValueError(f"{os.path.basename(message.path)}: {error}") from None
+
+
+class ResidentModel:
+    """One diffusers module, the file it came from, and the patches it wears.
+
+    module: in eval mode, without gradients. config: what the module was built with.
+    compute_dtype: what its inputs must be. patches_id: of the patches now applied; "" for none.
+    """
+
+    def __init__(self, message: LoadModel, family: Family, file: MappedFile, device: torch.device) -> None:
+        self.key = message.model
+        self.family = family
+        self.device = device
+        self.storage_dtype = _dtype(message.storage_dtype)
+        self.compute_dtype = _dtype(message.compute_dtype)
+        if self.compute_dtype in FP8:
+            raise ValueError(
+                f"compute dtype {message.compute_dtype} is too coarse to compute in; use bfloat16"
+            )
+        self.patches_id = ""
+        self._file = file
+        self._prefix = message.prefix
+        infos = {k.removeprefix(self._prefix): i for k, i in file.infos.items() if k.startswith(self._prefix)}
+        comfy_infos, self._is_comfy_layout = comfy_layout(family, infos)
+        self.config = family.config(comfy_infos)
+        self._slices: SliceMap = slice_map(family.table(comfy_infos), comfy_infos)
+        self._sources = by_source(self._slices)
+        self._patched: set[str] = set()
+        with torch.device("meta"):
+            self.module: nn.Module = family.model_class()(**self.config).eval().requires_grad_(False)
+        _check_shapes(self.module, self._slices, comfy_infos)
+        parts = self.module.named_modules()
+        self._linear = {f"{name}.weight" for name, part in parts if isinstance(part, nn.Linear)}
+        self._buffers = {name for name, _ in self.module.named_buffers()}
+        for target in self._slices:
+            self._put(target, self._base(target))
+
+    def set_patches(self, message: SetPatches) -> int:
+        """Make the model wear exactly these patches; returns how many weights of ComfyUI's layout changed.
+
+        Each touched weight is computed from the pristine base, in fp32 and in ComfyUI's layout, then cut to
+        diffusers' weights. Untouched weights stay what they are. Raises ValueError for a weight that the
+        model hasn't got; after any error the model wears no patches.
+        """
+        if message.patches_id == self.patches_id:
+            return 0
+        wanted: dict[str, list[Patch]] = {}
+        for patch in message.patches:
+            wanted.setdefault(self._source(patch.key), []).append(patch)
+        before = set(self._patched)
+        self.patches_id = ""
+        try:
+            for source in before - set(wanted):
+                self._restore(source)
+            for source, patches in wanted.items():
+                self._patch(source, patches)
+        except BaseException:
+            for source in list(self._patched):
+                self._restore(source)
+            raise
+        self.patches_id = message.patches_id
+        return len(before | set(wanted))
+
+    def bytes_held(self) -> dict[str, int]:
+        """Bytes of weights that lie in the map ("mapped", shared by all processes) and elsewhere ("private")."""
+        mapped, private = 0, {}
+        for tensor in itertools.chain(self.module.parameters(), self.module.buffers()):
+            if self._file.holds(tensor):
+                mapped += tensor.nbytes
+            else:
+                storage = tensor.untyped_storage()
+                private[storage.data_ptr()] = storage.nbytes()
+        return {"mapped": mapped, "private": sum(private.values())}
+
+    def _source(self, key: str) -> str:
+        """The weight of ComfyUI's layout that a patch names."""
+        for name in (key, respelled(key)):
+            if name in self._sources:
+                return name
+        raise ValueError(f"there is a patch for {key}, a weight that {self.family.title} hasn't got")
+
+    def _patch(self, source: str, patches: list[Patch]) -> None:
+        base = self._comfy_weight(source)
+        rows = base.shape[0]
+        weight = apply_patches(base, patches)
+        if weight.shape[0] != rows:
+            raise ValueError(f"a patch makes {source} {weight.shape[0]} rows high instead of {rows}")
+        # ComfyUI rounds to the storage dtype too, but to fp8 at random; we keep what was computed, since a
+        # second quantisation of the whole weight costs more accuracy than the few patched layers save memory.
+        is_fp8 = self.storage_dtype in FP8
+        weight = weight.to(self.compute_dtype if is_fp8 else self.storage_dtype)
+        self._patched.add(source)
+        for target in dict.fromkeys(target for target, _ in self._sources[source]):
+            pieces = self._slices[target]
+            part = _join([weight.narrow(0, piece.source_row, piece.rows) for piece in pieces])
+            self._put(target, part if is_fp8 else part.to(self._kept_dtype(target)))
+
+    def _restore(self, source: str) -> None:
+        for target in dict.fromkeys(target for target, _ in self._sources[source]):
+            self._put(target, self._base(target))
+        self._patched.discard(source)
+
+    def _comfy_weight(self, source: str) -> Tensor:
+        """The unpatched weight in ComfyUI's layout, rounded to the storage dtype: an fp32 copy on the device."""
+        if self._is_comfy_layout:
+            weight = self._file.tensor(self._prefix + source)
+        else:
+            weight = _join(
+                [self._rows(target, piece.target_row, piece.rows) for target, piece in self._sources[source]]
+            )
+        return weight.to(self.device).to(self.storage_dtype).to(torch.float32, copy=True)
+
+    def _base(self, target: str) -> Tensor:
+        """The unpatched target on the device: a view of the map where place, dtype and layout allow it."""
+        if self._is_comfy_layout:
+            pieces = self._slices[target]
+            weight = _join([self._rows(piece.source, piece.source_row, piece.rows) for piece in pieces])
+        else:
+            weight = self._file.tensor(self._prefix + target)
+        return weight.to(self.device).to(self.storage_dtype).to(self._kept_dtype(target))
+
+    def _rows(self, key: str, row: int, rows: int) -> Tensor:
+        return self._file.tensor(self._prefix + key).narrow(0, row, rows)
+
+    def _kept_dtype(self, target: str) -> torch.dtype:
+        """The storage dtype for what is large and cast at use, the compute dtype for norms and biases."""
+        is_cast = target in self._linear or (target in self._buffers and self.storage_dtype not in FP8)
+        return self.storage_dtype if is_cast else self.compute_dtype
+
+    def _put(self, target: str, weight: Tensor) -> None:
+        """Make `weight` the module's parameter or buffer `target`."""
+        path, _, name = target.rpartition(".")
+        owner = self.module.get_submodule(path)
+        if target in self._buffers:
+            owner._buffers[name] = weight
+            return
+        owner._parameters[name] = nn.Parameter(weight, requires_grad=False)
+        if target in self._linear and weight.dtype != self.compute_dtype:
+            owner.__class__ = CastLinear
+
+
+def _check_shapes(module: nn.Module, slices: SliceMap, infos: Infos) -> None:
+    """Raises ValueError when the slices don't make exactly the module's weights."""
+    wanted = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    for target in wanted.keys() | slices.keys():
+        if target not in slices:
+            raise ValueError(f"the weights that make {target} are missing; the file is incomplete")
+        if target not in wanted:
+            raise ValueError(f"{slices[target][0].source} has no place in this model")
+        pieces = slices[target]
+        shape = (sum(piece.rows for piece in pieces), *infos[pieces[0].source].shape[1:])
+        if shape != wanted[target]:
+            raise ValueError(
+                f"{pieces[0].source} makes {target} {shape}, but the model wants {wanted[target]}"
+            )
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise ValueError(f"dtype {name!r} is not one of {', '.join(DTYPES)}")
+    return DTYPES[name]
