@@ -1,0 +1,99 @@
+"""A MODEL's weights as a safetensors file in shared memory, written once and gone with the MODEL."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import stat
+import uuid
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+from comfy_xdit_nodes.checkpoint import Checkpoint, open_checkpoint
+from torch import Tensor
+
+from comfy_xdit.weights.header import FLOATS
+
+log = logging.getLogger("comfy_xdit")
+
+SHARED_MEMORY = Path("/dev/shm")
+
+NAMES = {dtype: name for name, dtype in FLOATS.items()}
+
+MARGIN_BYTES = 64 * 2**20
+"""Left free: others keep their own things in shared memory, and a full one kills them."""
+
+
+def export(model: Any, weights: dict[str, Tensor], root: Path = SHARED_MEMORY) -> Checkpoint:
+    """The checkpoint of `weights` in shared memory; its file is removed when `model` is collected, or at exit.
+
+    Raises ValueError, in one sentence, when there is no room or the weights' type is not known.
+    """
+    needed = sum(weight.numel() * weight.element_size() for weight in weights.values())
+    folder = _private_folder(root)
+    _remove_leftovers(folder)
+    free = shutil.disk_usage(folder).free
+    if needed + MARGIN_BYTES > free:
+        raise ValueError(
+            f"handing this MODEL to the workers takes {needed} bytes of {root}, which has {free} free; load it with "
+            "Load Diffusion Model (xDiT), which needs no copy, or make shared memory larger"
+        )
+    path = folder / f"{os.getpid()}-{uuid.uuid4().hex}.safetensors"
+    weakref.finalize(model, _remove, path)
+    log.info("handing %.2f GB of weights to the workers through %s", needed / 1e9, path)
+    try:
+        write(path, weights)
+    except BaseException:
+        _remove(path)
+        raise
+    return open_checkpoint(str(path))
+
+
+def write(path: Path, weights: dict[str, Tensor]) -> None:
+    """Write a safetensors file, tensor after tensor: no second copy of the model in memory."""
+    entries, end = {}, 0
+    for key, weight in weights.items():
+        if weight.dtype not in NAMES:
+            raise ValueError(f"{key} is {weight.dtype}; the pool takes fp32, fp16, bf16 and plain fp8 weights")
+        begin, end = end, end + weight.numel() * weight.element_size()
+        entries[key] = {"dtype": NAMES[weight.dtype], "shape": list(weight.shape), "data_offsets": [begin, end]}
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for weight in weights.values():
+            flat = weight.detach().cpu().contiguous().flatten()
+            file.write(flat.view(torch.uint8).numpy().data)
+
+
+def _private_folder(root: Path) -> Path:
+    """Our folder under `root`, which nobody else may enter. Raises ValueError when it is somebody else's."""
+    if not root.is_dir():
+        raise ValueError(
+            f"this MODEL has no file that the workers could read, and this machine has no {root}; "
+            "load it with Load Diffusion Model (xDiT)"
+        )
+    folder = root / f"comfy-xdit-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise ValueError(f"{folder} is not a private folder of this user; remove it")
+    return folder
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what processes left that were killed."""
+    for path in folder.glob("*-*.safetensors"):
+        owner = path.name.split("-")[0]
+        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    path.unlink(missing_ok=True)

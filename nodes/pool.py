@@ -1,0 +1,94 @@
+"""Which workers a workflow runs on, and how it is spread over them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from comfy_xdit.parallel.spec import AXES
+
+if TYPE_CHECKING:
+    from comfy_xdit.pool.client import Pool
+
+CATEGORY = "xDiT"
+
+POOL_INPUT = (
+    "XDIT_POOL",
+    {
+        "tooltip": "Which workers to use, from Worker Pool (xDiT). "
+        "Without it: the pool 'default' on all GPUs, its degrees chosen for the model."
+    },
+)
+
+METHODS = {
+    "dp": "Splits the batch: each group of ranks takes some of its images.",
+    "cfg": "Runs the positive and the negative prompt side by side. Useful when the sampler's cfg is above 1.",
+    "pipe": "Gives each rank some of the model's blocks (PipeFusion).",
+    "ring": "Splits the image's tokens; keys and values travel in a ring. Serves where ulysses meets its limit.",
+    "ulysses": "Splits the image's tokens, then the attention heads. The fastest way to split one image.",
+    "tensor": "Splits every weight matrix, so that each rank holds a part of the model.",
+}
+"""What each degree does, in the words of a tooltip."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PoolSetting:
+    """The value of an XDIT_POOL link: a pool's name, its devices, and degrees (0 = chosen for the model)."""
+
+    name: str = "default"
+    devices: str = "auto"
+    dp: int = 0
+    cfg: int = 0
+    pipe: int = 0
+    ring: int = 0
+    ulysses: int = 0
+    tensor: int = 0
+
+    @property
+    def requested(self) -> dict[str, int]:
+        """Axis → degree, 0 where it is to be chosen."""
+        return {axis: getattr(self, axis) for axis in AXES}
+
+
+def connect(setting: PoolSetting) -> Pool:
+    """The pool of `setting`, started when none of its name runs. Raises PoolError with a sentence."""
+    # Here, not at import: where torch has no RPC the nodes must still be listed.
+    from comfy_xdit.pool.client import Pool
+
+    return Pool.connect(setting.name, setting.devices)
+
+
+class XDiTWorkerPool:
+    """Names a pool and the degrees to run with; starts nothing."""
+
+    DESCRIPTION = (
+        "Chooses the workers that run a diffusion transformer, and how it is spread over them. "
+        "The product of the degrees is the number of workers; 0 leaves a degree to the model's needs."
+    )
+    CATEGORY = CATEGORY
+    RETURN_TYPES = ("XDIT_POOL",)
+    RETURN_NAMES = ("pool",)
+    OUTPUT_TOOLTIPS = ("Connect it to the `pool` input of any xDiT node.",)
+    FUNCTION = "make"
+    SEARCH_ALIASES = ("xdit", "multi gpu", "parallel", "taco")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        devices = {
+            "default": "auto",
+            "tooltip": "'auto' takes every GPU, and without a GPU one process per core, at most 4. "
+            "Or name them: 'cuda:0,1' or 'cpu:2'. Used when the pool is started; a running pool keeps its own.",
+        }
+        name = {
+            "default": "default",
+            "tooltip": "The pool's name. A pool outlives ComfyUI: its models stay loaded. "
+            "Workflows that name the same pool share it, and queue.",
+        }
+        degrees = {
+            axis: ("INT", {"default": 0, "min": 0, "max": 64, "tooltip": f"{METHODS[axis]} 0 = automatic."})
+            for axis in ("dp", "cfg", "pipe", "ring", "ulysses", "tensor")
+        }
+        return {"required": {"devices": ("STRING", devices), **degrees, "name": ("STRING", name)}}
+
+    def make(self, devices: str, name: str, **degrees: int) -> tuple[PoolSetting]:
+        return (PoolSetting(name=name.strip() or "default", devices=devices.strip() or "auto", **degrees),)

@@ -1,0 +1,193 @@
+"""The call that leaves ComfyUI: one evaluation of the diffusion transformer, and the run around it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import logging
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import comfy.model_management
+import torch
+from comfy_xdit_nodes.held import Constants
+from comfy_xdit_nodes.together import Meeting
+from torch import Tensor
+
+from comfy_xdit import messages as m
+from comfy_xdit.parallel.spec import ParallelSpec
+
+if TYPE_CHECKING:
+    from comfy_xdit.pool.client import Pool
+
+log = logging.getLogger("comfy_xdit")
+
+RENAMED = {"timesteps": "timestep", "t": "timestep"}
+"""ComfyUI's models name the same argument differently; messages use one name."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Load:
+    """What a run needs on the workers before its first call: a model, and patches under an id.
+
+    patches: called when the workers don't hold them yet: encoding a large LoRA takes time.
+    """
+
+    model: m.LoadModel
+    patches_id: str
+    patches: Callable[[], list[m.Patch]]
+
+
+def poll() -> None:
+    """Raise ComfyUI's interruption when the user asked for it."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+class RemoteModel:
+    """The diffusion transformer of one checkpoint, evaluated by a pool.
+
+    One for each skeleton, shared by all clones of its MODEL. It remembers which pools hold the model.
+    """
+
+    def __init__(self) -> None:
+        self._signature: inspect.Signature | None = None
+        self._run: Run | None = None
+        self._resident: dict[str, _Resident] = {}
+
+    def signature_of(self, forward: Callable[..., Any]) -> None:
+        """Read the names of the arguments from the method that this object stands in for."""
+        parameters = list(inspect.signature(forward).parameters.values())[1:]
+        self._signature = inspect.Signature(parameters)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The transformer's output for ComfyUI's arguments, on x's device."""
+        if self._run is None:
+            raise ValueError(
+                "a model on the pool was called outside of a sampler; use a node that samples with it, "
+                "or the MODEL in front of Parallel Model (xDiT)"
+            )
+        call, options = self._arguments(*args, **kwargs)
+        chunks = len(options.get("cond_or_uncond", ())) or 1
+        return self._run.evaluate(call, chunks).to(call["x"].device)
+
+    def _arguments(self, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        assert self._signature is not None
+        bound = self._signature.bind(*args, **kwargs).arguments
+        for parameter in self._signature.parameters.values():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                bound.update(bound.pop(parameter.name, {}))
+        options = bound.pop("transformer_options", None) or {}
+        call = {RENAMED.get(name, name): value for name, value in bound.items() if value is not None}
+        if "control" in call:
+            raise ValueError("a ControlNet can't run on the pool yet; use the stock sampler for this workflow")
+        return call, options
+
+    @property
+    def run(self) -> Run | None:
+        """The sampling run in progress."""
+        return self._run
+
+    @contextlib.contextmanager
+    def running(self, pool: Pool, load: Load, choose: Callable[[int], ParallelSpec]) -> Iterator[Run]:
+        """A sampling run on `pool`: its turn, the model and its patches on the workers.
+
+        choose: number of chunks → degrees; called first of all, so that what doesn't fit is said
+        before a worker is touched. Raises ValueError, PoolError, or ComfyUI's interruption.
+        """
+        before = self._run
+        with pool.turn(poll=poll):
+            self._bring(pool, load)
+            run = Run(pool, load, choose)
+            self._run = run
+            try:
+                yield run
+                run.end()
+            finally:
+                self._run = before
+
+    def _bring(self, pool: Pool, load: Load) -> None:
+        """Make the model and its patches resident; what the workers hold already is not sent again.
+
+        The workers say which patches they hold: another MODEL of the same file may have changed them.
+        """
+        self._resident[pool.name] = _Resident(pool=pool, model=load.model.model)
+        status = pool.call(load.model, poll=poll).value
+        if status["patches_id"] != load.patches_id:
+            patches = m.SetPatches(
+                model=load.model.model, patches_id=load.patches_id, patches=load.patches()
+            )
+            pool.call(patches, poll=poll)
+
+    def is_resident(self) -> bool:
+        return bool(self._resident)
+
+    def unload(self) -> None:
+        """Free the model on every pool that holds it. A pool that can't answer is only logged."""
+        for name in list(self._resident):
+            held = self._resident.pop(name)
+            try:
+                held.pool.call(m.Unload(keys=[held.model]))
+            except RuntimeError as error:  # PoolError: freeing memory must not fail another job.
+                log.warning("could not unload a model from pool %s: %s", name, error)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Resident:
+    """What one pool holds of us."""
+
+    pool: Pool
+    model: str
+
+
+class Run:
+    """One sampling run: evaluates calls on the workers, sends what is constant once."""
+
+    def __init__(self, pool: Pool, load: Load, choose: Callable[[int], ParallelSpec]) -> None:
+        self._pool = pool
+        self._load = load
+        self._choose = choose
+        self._constants = Constants(hold=self._hold, drop=self._drop)
+        self.meeting: Meeting | None = None
+
+    def evaluate(self, call: dict[str, Any], chunks: int) -> Tensor:
+        """The output of one call; beside another one when two threads meet (see `together`)."""
+        if self.meeting is not None:
+            return self.meeting.bring((call, chunks))
+        return self.send([(call, chunks)])[0]
+
+    def send(self, calls: list[tuple[dict[str, Any], int]]) -> list[Tensor]:
+        """The outputs of `calls`, one per call, from one message to the workers."""
+        message = m.Denoise(
+            model=self._load.model.model,
+            patches_id=self._load.patches_id,
+            spec=self._choose(sum(chunks for _, chunks in calls)),
+            calls=[self._refer(call) for call, _ in calls],
+            chunks=[chunks for _, chunks in calls],
+        )
+        return self._pool.call(message, poll=poll).value
+
+    def cfg_degree(self, num_chunks: int) -> int:
+        """How many chunks run side by side."""
+        return self._choose(num_chunks).cfg
+
+    def end(self) -> None:
+        """Free what was held on the workers for this run."""
+        self._constants.clear()
+
+    def _refer(self, call: dict[str, Any]) -> dict[str, Any]:
+        moving = ("x", "timestep")
+        return {name: value if name in moving else self._constant(name, value) for name, value in call.items()}
+
+    def _constant(self, name: str, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return self._constants.refer(name, value)
+        if isinstance(value, (list, tuple)):
+            return [self._constant(f"{name}.{i}", item) for i, item in enumerate(value)]
+        return value
+
+    def _hold(self, name: str, value: Tensor) -> None:
+        self._pool.call(m.Hold(name=name, value=value), poll=poll)
+
+    def _drop(self, names: list[str]) -> None:
+        self._pool.call(m.Drop(names=names), poll=poll)

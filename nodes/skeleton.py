@@ -1,0 +1,93 @@
+"""ComfyUI's own model without its weights: every parameter on torch's meta device.
+
+ComfyUI's loop asks a model for its latent format, its sigmas, its conditioning and the names of its
+weights, and gets all of that from here. Only the diffusion transformer's `_forward` is replaced, on the
+instance, so that wrappers that other nodes put around the transformer still run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.model_detection
+import comfy.model_management
+import comfy.utils
+import torch
+from comfy_xdit_nodes.checkpoint import Checkpoint
+from comfy_xdit_nodes.remote import RemoteModel
+from torch import Tensor
+
+META = torch.device("meta")
+
+
+def config_from_header(checkpoint: Checkpoint, *, dtype: torch.dtype | None = None) -> Any:
+    """ComfyUI's configuration of the model in `checkpoint`.
+
+    dtype: what to keep the weights in; None chooses as the stock loader does.
+    Raises ValueError when ComfyUI doesn't know the model.
+    """
+    weights = checkpoint.meta
+    config = comfy.model_detection.model_config_from_unet(weights, "")
+    if config is None:
+        weights = comfy.model_detection.convert_diffusers_mmdit(weights, "") or {}
+        config = comfy.model_detection.model_config_from_unet(weights, "") if weights else None
+    if config is None:
+        raise ValueError("ComfyUI does not know a model with these weights; check that the file is whole")
+    _fix_flux_sizes(config.unet_config, checkpoint.config)
+
+    load_device = comfy.model_management.get_torch_device()
+    supported = list(config.supported_inference_dtypes)
+    if dtype is None:
+        dtype = comfy.model_management.unet_dtype(
+            model_params=comfy.utils.calculate_parameters(weights),
+            supported_dtypes=supported,
+            weight_dtype=comfy.utils.weight_dtype(weights),
+        )
+    manual_cast = comfy.model_management.unet_manual_cast(dtype, load_device, supported)
+    config.set_inference_dtype(dtype, manual_cast)
+    return config
+
+
+def _fix_flux_sizes(unet_config: dict[str, Any], found: dict[str, Any]) -> None:
+    """Put in what the header says where ComfyUI takes Flux.1's sizes for granted: 24 heads of 128 channels."""
+    if unet_config.get("image_model") != "flux":
+        return
+    unet_config["num_heads"] = found["num_attention_heads"]
+    unet_config["hidden_size"] = found["num_attention_heads"] * found["attention_head_dim"]
+    unet_config["axes_dim"] = list(found["axes_dims_rope"])
+    unet_config["context_in_dim"] = found["joint_attention_dim"]
+
+
+def config_of(model: Any) -> Any:
+    """The configuration that a loaded ComfyUI model was made with, free to be changed."""
+    # Not copy.copy: newer versions answer every attribute they lack with None, __setstate__ among them.
+    config = object.__new__(type(model.model_config))
+    config.__dict__.update(model.model_config.__dict__)
+    config.unet_config = dict(config.unet_config)
+    return config
+
+
+def build(config: Any, infos: dict[str, Tensor], remote: RemoteModel) -> Any:
+    """ComfyUI's model of `config` on the meta device, its transformer's evaluation done by `remote`.
+
+    infos: key without prefix → tensor; some configurations look at keys once more here.
+    """
+    model = config.get_model(dict(infos), "", device=META)
+    # No memory is needed here, so cond and uncond always arrive as one batch when their shapes allow.
+    model.memory_usage_factor = 0.0
+    model.device = None
+    model.remote = remote
+    transformer = model.diffusion_model
+    # SD3's transformer has no `_forward`: there the whole `forward` is replaced.
+    name = "_forward" if hasattr(transformer, "_forward") else "forward"
+    remote.signature_of(getattr(type(transformer), name))
+    setattr(transformer, name, remote)
+    model.state_dict_for_saving = _refuse_saving
+    return model
+
+
+def _refuse_saving(*args: Any, **kwargs: Any) -> Any:
+    raise ValueError(
+        "this MODEL's weights are on the pool, not in ComfyUI; connect the saving node to the MODEL "
+        "in front of Parallel Model (xDiT)"
+    )

@@ -1,0 +1,71 @@
+"""Where the workers get a loaded MODEL's weights from: its own file, or a copy in shared memory."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from comfy_xdit_nodes.checkpoint import Checkpoint, open_checkpoint
+from comfy_xdit_nodes.export import export
+from comfy_xdit_nodes.patches import MODEL, file_key
+from comfy_xdit_nodes.refuse import name_of
+from torch import Tensor
+
+from comfy_xdit.weights.mapped import MappedFile
+
+LOADERS = ("load_diffusion_model", "load_checkpoint_guess_config")
+"""Functions of comfy.sd whose first argument is the file that a MODEL came from."""
+
+NUM_PROBES = 8
+"""Small weights compared with the file before it is taken for the MODEL's."""
+
+
+def checkpoint_of(patcher: Any) -> Checkpoint:
+    """The checkpoint with the unpatched weights of a loaded MODEL.
+
+    Its own file where the MODEL says which and nothing contradicts it, else a copy in shared memory
+    that lives as long as the MODEL. Raises ValueError when the model can't run on a pool.
+    """
+    return _own_file(patcher) or export(patcher.model, pristine(patcher))
+
+
+def pristine(patcher: Any) -> dict[str, Tensor]:
+    """The transformer's weights as loaded, without the LoRA that ComfyUI may have merged into them.
+
+    Key as in checkpoints → tensor; nothing is copied. Raises ValueError for quantised weights.
+    """
+    weights = {}
+    for key, entries in patcher.get_key_patches(MODEL).items():
+        weight = entries[0][0]
+        if type(weight) not in (Tensor, torch.nn.Parameter):
+            raise ValueError(
+                f"the weights of this MODEL are quantised ({name_of(weight)}); use fp32, fp16, bf16 or plain fp8 weights"
+            )
+        weights[file_key(key)] = weight
+    return weights
+
+
+def _own_file(patcher: Any) -> Checkpoint | None:
+    init = getattr(patcher, "cached_patcher_init", None)
+    if not init or getattr(init[0], "__name__", "") not in LOADERS or init[0].__module__ != "comfy.sd":
+        return None
+    path = init[1][0]
+    if not str(path).lower().endswith((".safetensors", ".sft")) or not os.path.isfile(path):
+        return None
+    checkpoint = open_checkpoint(path)
+    return checkpoint if _same(checkpoint, pristine(patcher)) else None
+
+
+def _same(checkpoint: Checkpoint, weights: dict[str, Tensor]) -> bool:
+    """Whether the file has these weights: all names and shapes, and the numbers of some small ones."""
+    shapes = {key: tuple(weight.shape) for key, weight in weights.items()}
+    if any(shapes.get(key) != info.shape for key, info in checkpoint.infos.items()):
+        return False
+    small = sorted(weights, key=lambda key: (weights[key].numel(), key))[:NUM_PROBES]
+    mapped = MappedFile(checkpoint.path)
+    return all(
+        torch.equal(mapped.tensor(checkpoint.prefix + key).to(weights[key].dtype), weights[key].detach().cpu())
+        for key in small
+        if key in checkpoint.infos
+    )

@@ -1,0 +1,130 @@
+"""Tiny models with random weights, in ComfyUI's layout, made with ComfyUI's own classes."""
+
+from pathlib import Path
+
+import comfy.model_patcher
+import comfy.sd
+import comfy.supported_models
+import safetensors.torch
+import torch
+from comfy.model_management import get_torch_device
+from comfy_xdit_nodes import skeleton
+from comfy_xdit_nodes.checkpoint import open_checkpoint
+
+CONTEXT, POOLED, HEAD = 64, 48, 128
+
+
+def sd3_config(depth=4, dual=()):
+    return comfy.supported_models.SD3(
+        {
+            "in_channels": 16,
+            "patch_size": 2,
+            "out_channels": 16,
+            "depth": depth,
+            "input_size": None,
+            "adm_in_channels": POOLED,
+            "context_embedder_config": {
+                "target": "torch.nn.Linear",
+                "params": {"in_features": CONTEXT, "out_features": 64 * depth},
+            },
+            "num_patches": 1024,
+            "pos_embed_max_size": 32,
+            "pos_embed_scaling_factor": None,
+            "x_block_self_attn_layers": list(dual),
+            **({"qk_norm": "rms"} if dual else {}),
+        }
+    )
+
+
+def flux_config(guidance=True):
+    kind = comfy.supported_models.Flux if guidance else comfy.supported_models.FluxSchnell
+    config = {
+        "image_model": "flux",
+        "in_channels": 16,
+        "patch_size": 2,
+        "out_channels": 16,
+        "vec_in_dim": POOLED,
+        "context_in_dim": CONTEXT,
+        "hidden_size": 2 * HEAD,
+        "mlp_ratio": 4.0,
+        "num_heads": 2,
+        "depth": 2,
+        "depth_single_blocks": 2,
+        "axes_dim": [16, 56, 56],
+        "theta": 10000,
+        "qkv_bias": True,
+        "guidance_embed": guidance,
+    }
+    if hasattr(comfy.ldm.flux.model.FluxParams, "__dataclass_fields__"):
+        fields = comfy.ldm.flux.model.FluxParams.__dataclass_fields__
+        extra = {"txt_ids_dims": [], "yak_mlp": False, "txt_norm": False}
+        config.update({name: value for name, value in extra.items() if name in fields})
+    return kind(config)
+
+
+def write(path, config, *, seed, prefix="", dtype=torch.float32):
+    """Random weights at a scale at which every layer changes the result, none of them explodes it."""
+    generator = torch.Generator().manual_seed(seed)
+    config.set_inference_dtype(torch.float32, None)
+    weights = {}
+    for key, shape in config.get_model({}, "").diffusion_model.state_dict().items():
+        value = torch.randn(shape.shape, generator=generator)
+        if value.ndim >= 2:
+            value *= 0.7 / value[0].numel() ** 0.5
+        elif key.endswith("bias"):
+            value *= 0.02
+        else:
+            value = 1 + 0.02 * value
+        if key.endswith("_norm.weight"):
+            key = key.removesuffix("weight") + "scale"
+        weights[prefix + key] = value.to(dtype).contiguous()
+    safetensors.torch.save_file(weights, path)
+
+
+def write_all(folder: Path):
+    write(folder / "sd3.safetensors", sd3_config(), seed=1)
+    write(folder / "sd35.safetensors", sd3_config(dual=(0, 1)), seed=2, prefix="model.diffusion_model.")
+    write(folder / "flux.safetensors", flux_config(), seed=3)
+    write(folder / "schnell.safetensors", flux_config(guidance=False), seed=4)
+
+
+def load(path, storage=None, compute=None):
+    """ComfyUI's own model with its weights. Not its loader: 0.3.64's knows no Flux of this size."""
+    checkpoint = open_checkpoint(str(path))
+    config = skeleton.config_from_header(checkpoint, dtype=storage)
+    if compute is not None:
+        config.set_inference_dtype(storage, compute if compute != storage else None)
+    weights = safetensors.torch.load_file(path)
+    weights = {key.removeprefix(checkpoint.prefix): value for key, value in weights.items()}
+    model = config.get_model(weights, "")
+    model.load_model_weights(weights, "")
+    return comfy.model_patcher.ModelPatcher(model, get_torch_device(), torch.device("cpu"))
+
+
+def conditioning(tokens=20, seed=10, **extra):
+    generator = torch.Generator().manual_seed(seed)
+    pooled = torch.randn(1, POOLED, generator=generator)
+    return [[torch.randn(1, tokens, CONTEXT, generator=generator), {"pooled_output": pooled, **extra}]]
+
+
+def latent(height=16, width=16, batch=1):
+    return {"samples": torch.zeros(batch, 16, height, width)}
+
+
+def sample(model, *, node=None, **changes):
+    """The latent of one run of the stock KSampler, or of `node`."""
+    import nodes
+
+    inputs = {
+        "seed": 7,
+        "steps": 3,
+        "cfg": 3.0,
+        "sampler_name": "euler",
+        "scheduler": "simple",
+        "positive": conditioning(seed=10),
+        "negative": conditioning(seed=11),
+        "latent_image": latent(),
+        "denoise": 1.0,
+        **changes,
+    }
+    return (node or nodes.KSampler()).sample(model=model, **inputs)[0]["samples"]

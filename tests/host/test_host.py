@@ -1,0 +1,40 @@
+"""Runs the tests of `inside/` in each ComfyUI checkout, file by file."""
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from _pytest.pathlib import import_path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+discovery = import_path(HERE / "conftest.py", root=ROOT, mode="importlib", consider_namespace_packages=False)
+
+FILES = sorted(path.name for path in (HERE / "inside").glob("check_*.py"))
+
+
+@pytest.mark.host
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("file", FILES)
+def test_inside(checkout, file, tmp_path):
+    command = [discovery.python_of(checkout), "-m", "pytest", str(HERE / "inside" / file), "-q"]
+    command += ["-o", "python_files=check_*.py", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'inside'}"]
+    environment = dict(os.environ, **{discovery.INSIDE: str(checkout), "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=1700)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert process.returncode == 0, f"{' '.join(command)}\n{output[-8000:]}"
