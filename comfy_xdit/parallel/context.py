@@ -162,6 +162,24 @@ class ParallelContext:
     def axis(self, name: str) -> Axis:
         return self._axes[name]
 
+    @property
+    def lane(self) -> int:
+        """Which lane this rank is in: ranks with the same rows to run, numbered dp outermost, then cfg."""
+        return self.rank // self._lane_size
+
+    def leader(self, lane: int) -> int:
+        """The rank that speaks for `lane`."""
+        return lane * self._lane_size
+
+    @property
+    def leads_lane(self) -> bool:
+        return self.rank % self._lane_size == 0
+
+    @property
+    def _lane_size(self) -> int:
+        # dp and cfg are the outermost axes, so a lane's ranks follow one another.
+        return self.world_size // (self.spec.dp * self.spec.cfg)
+
     def __enter__(self) -> ParallelContext:
         return self
 

@@ -1,7 +1,7 @@
 """The one place that chooses an attention kernel: flash-attn 3 or 2 when installed and usable, torch else.
 
 Tensors are [batch, heads, sequence, head dim]. The log-sum-exp (LSE), which ring attention needs, is
-[batch, heads, query sequence], natural logarithm, in fp32 (fp64 for fp64), and -inf where a query sees no key.
+[batch, heads, query sequence], natural, in fp32 (fp64 for fp64), and -inf where a query sees no key.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ def _flash(name: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> t
     kernel = _installed(name)
     assert kernel is not None
     # The first releases of flash-attn 3 return the LSE without being asked, later ones take the argument.
-    wanted = {"return_attn_probs": True} if "return_attn_probs" in inspect.signature(kernel).parameters else {}
+    known = inspect.signature(kernel).parameters
+    wanted = {"return_attn_probs": True} if "return_attn_probs" in known else {}
     parts = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
     out, lse = kernel(*parts, softmax_scale=scale, **wanted)[:2]  # type: ignore[index]
     return out.transpose(1, 2), lse

@@ -1,0 +1,22 @@
+"""Latents as ComfyUI has them to sizes that a patch divides, and back."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def padded(x: Tensor, patch_size: int) -> Tensor:
+    """[batch, channels, height, width] grown to multiples of `patch_size`, wrapped round as in ComfyUI."""
+    height, width = (-size % patch_size for size in x.shape[-2:])
+    return F.pad(x, (0, width, 0, height), mode="circular") if height or width else x
+
+
+def cropped(out: Tensor, like: Tensor) -> Tensor:
+    """`out` without what `padded` added to `like`."""
+    return out[..., : like.shape[-2], : like.shape[-1]]
+
+
+def rows(value: Tensor, batch: int) -> Tensor:
+    """One row for each of the batch, from a tensor that has one for each or one for all."""
+    return value.expand(batch, *value.shape[1:])

@@ -1,0 +1,53 @@
+"""Calls of SD3 and SD3.5: ComfyUI's arguments to diffusers' and back, and where their tokens are cut."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from comfy_xdit.parallel.plan import AttentionLayer, Cut, ModelPlan
+
+from .base import Call, Config
+from .latent import cropped, padded, rows
+
+PLAN = ModelPlan(
+    cut_arguments={
+        "encoder_hidden_states": Cut(stream="text", dim=1),
+        "block_controlnet_hidden_states": Cut(stream="image", dim=1),
+    },
+    cut_outputs={"pos_embed": Cut(stream="image", dim=1)},
+    join_outputs={"proj_out": Cut(stream="image", dim=1)},
+    attention={
+        "transformer_blocks.*.attn": AttentionLayer(streams=("image", "text")),
+        "transformer_blocks.*.attn2": AttentionLayer(streams=("image",)),
+    },
+    blocks=("transformer_blocks",),
+)
+
+
+def inputs(config: Config, call: Call) -> dict[str, Any]:
+    """Arguments of `SD3Transformer2DModel.forward`; ValueError for what it cannot do."""
+    x, batch = call["x"], call["x"].shape[0]
+    if call.get("y") is None:
+        raise ValueError("SD3 needs pooled text beside the tokens; encode the prompt with its text encoders")
+    if call.get("control") is not None:
+        raise ValueError("SD3 on a pool takes no ControlNet yet; remove the ControlNet node")
+    patch, limit = config["patch_size"], config["pos_embed_max_size"]
+    image = padded(x, patch)
+    if max(image.shape[-2:]) > limit * patch:
+        raise ValueError(
+            f"a latent of {x.shape[-1]}x{x.shape[-2]} is beyond SD3's table of positions; "
+            f"use {limit * patch} or less on each side ({limit * patch * 8} pixels)"
+        )
+    return {
+        "hidden_states": image,
+        "encoder_hidden_states": rows(call["context"], batch),
+        "pooled_projections": rows(call["y"], batch),
+        "timestep": rows(call["timestep"], batch),
+    }
+
+
+def output(out: Tensor, call: Call) -> Tensor:
+    """The image without the padding of odd sizes."""
+    return cropped(out, call["x"])

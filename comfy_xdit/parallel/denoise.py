@@ -1,0 +1,155 @@
+"""One evaluation of a transformer over all ranks: rows are dealt, run, and gathered on rank 0."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from comfy_xdit.models.base import Call, Family
+
+from .apply import applied
+from .context import ParallelContext
+from .sequence import shard_sizes, shard_starts
+from .spec import ModelShape, check
+
+
+class Model(Protocol):
+    """What `denoise` needs of a resident model."""
+
+    @property
+    def family(self) -> Family: ...
+    @property
+    def module(self) -> nn.Module: ...
+    @property
+    def shape(self) -> ModelShape: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Rows `start` to `stop` of call number `call`: what one lane runs as one batch."""
+
+    call: int
+    start: int
+    stop: int
+
+
+def denoise(
+    model: Model, calls: list[Call], chunks: list[int], context: ParallelContext
+) -> tuple[list[Tensor] | None, dict[str, Any]]:
+    """ComfyUI's output for each call, on rank 0 (None elsewhere), and a report on this rank's part.
+
+    calls: the same on every rank, as `messages.Denoise` says; chunks: of how many equal chunks each is made.
+    report: seconds (wall), communication_seconds (on the CPU), rows, bytes_sent by collective.
+    Collective over all ranks. Raises ValueError, on every rank alike, for calls that don't fit the spec.
+    """
+    begin = time.perf_counter()
+    faults = check(context.spec, num_ranks=context.world_size, shape=model.shape)
+    if faults:
+        raise ValueError("; ".join(faults))
+    batches = [_batch(call, count) for call, count in zip(calls, chunks, strict=True)]
+    lanes = deal(batches, cfg=context.spec.cfg, dp=context.spec.dp)
+    mine = lanes[context.lane]
+    with applied(model.module, model.family.plan, context):
+        outputs = [(piece, _run(model, rows_of(calls[piece.call], piece))) for piece in mine]
+    gathered = _gather(calls, lanes, outputs, context)
+    report = {
+        "seconds": time.perf_counter() - begin,
+        "communication_seconds": context.traffic.seconds,
+        "rows": sum(piece.stop - piece.start for piece in mine),
+        "bytes_sent": dict(context.traffic.bytes),
+    }
+    return gathered, report
+
+
+def deal(batches: list[int], *, cfg: int, dp: int) -> list[list[Piece]]:
+    """What each lane runs, by `ParallelContext.lane`: the rows of all calls, cut over cfg, then over dp.
+
+    The conditional chunk comes before the unconditional one, or is a call before it, so two cfg ranks get
+    one each; a lone chunk of several rows is shared by both. A lane may get nothing.
+    """
+    lanes = []
+    for cfg_start, cfg_size in _spans(sum(batches), cfg):
+        lanes.append([(cfg_start + start, size) for start, size in _spans(cfg_size, dp)])
+    # dp is the outer axis of the mesh.
+    ordered = [lanes[cfg_index][dp_index] for dp_index in range(dp) for cfg_index in range(cfg)]
+    return [_pieces(batches, start, size) for start, size in ordered]
+
+
+def rows_of(value: Any, piece: Piece, *, batch: int | None = None) -> Any:
+    """A call's rows: tensors with one entry for each row are cut, those with one for all are kept."""
+    if batch is None:
+        batch = value["x"].shape[0]
+    if isinstance(value, Tensor):
+        if value.dim() == 0 or value.shape[0] == 1 != batch:
+            return value
+        if value.shape[0] != batch:
+            raise ValueError(
+                f"a tensor of {value.shape[0]} rows cannot go with a batch of {batch}; use 1 or {batch}"
+            )
+        return value[piece.start : piece.stop]
+    if isinstance(value, dict):
+        return {key: rows_of(item, piece, batch=batch) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rows_of(item, piece, batch=batch) for item in value]
+    return value
+
+
+def _spans(length: int, degree: int) -> list[tuple[int, int]]:
+    sizes = shard_sizes(length, degree)
+    return list(zip(shard_starts(sizes), sizes, strict=True))
+
+
+def _pieces(batches: list[int], start: int, size: int) -> list[Piece]:
+    pieces = []
+    for call, (first, batch) in enumerate(zip(shard_starts(batches), batches, strict=True)):
+        begin, end = max(start, first), min(start + size, first + batch)
+        if begin < end:
+            pieces.append(Piece(call=call, start=begin - first, stop=end - first))
+    return pieces
+
+
+def _batch(call: Call, chunks: int) -> int:
+    batch = call["x"].shape[0]
+    if chunks < 1 or batch % chunks:
+        raise ValueError(f"a batch of {batch} is not made of {chunks} equal chunks; send whole chunks")
+    return batch
+
+
+def _run(model: Model, call: Call) -> Tensor:
+    config: Any = model.module.config
+    arguments = model.family.inputs(dict(config), call)
+    return model.family.output(model.module(**arguments, return_dict=False)[0], call)
+
+
+def _gather(
+    calls: list[Call],
+    lanes: list[list[Piece]],
+    outputs: list[tuple[Piece, Tensor]],
+    context: ParallelContext,
+) -> list[Tensor] | None:
+    """The whole outputs on rank 0. One rank of each lane sends: the others of a lane hold the same."""
+    if context.rank != 0:
+        if context.leads_lane:
+            for _, out in outputs:
+                with context.traffic.timed("gather", out.nbytes, out.device):
+                    dist.send(out.contiguous(), 0, group=context.world)
+        return None
+    # Rank 0 runs the first rows of all, so it knows the number of channels and the dtype of an output.
+    sample = outputs[0][1]
+    whole: list[list[Tensor]] = [[] for _ in calls]
+    for lane in sorted(range(len(lanes)), key=lambda lane: [(p.call, p.start) for p in lanes[lane]]):
+        for place, piece in enumerate(lanes[lane]):
+            if lane == context.lane:
+                whole[piece.call].append(outputs[place][1])
+                continue
+            shape = (piece.stop - piece.start, sample.shape[1], *calls[piece.call]["x"].shape[2:])
+            out = torch.empty(shape, dtype=sample.dtype, device=sample.device)
+            with context.traffic.timed("gather", 0, out.device):
+                dist.recv(out, context.leader(lane), group=context.world)
+            whole[piece.call].append(out)
+    return [torch.cat(parts) for parts in whole]
