@@ -64,7 +64,7 @@ def sd3_shapes(
     qk_norm: bool = True,
     dual: tuple[int, ...] = (0,),
 ) -> Shapes:
-    """SD3 in Stability's layout: heads of 64 channels; dual: the layers with two attentions of SD3.5 medium."""
+    """SD3 in Stability's layout: heads of 64 channels; dual: its layers with two attentions (3.5 medium)."""
     hidden = 64 * heads
     shapes: Shapes = {
         "pos_embed": (1, side * side, hidden),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -22,7 +23,8 @@ class MappedFile:
         self.path = path
         self.infos: dict[str, TensorInfo] = read_header(path)
         size = os.path.getsize(path)
-        self._storage = torch.UntypedStorage.from_file(path, shared=False, nbytes=size)
+        storage = torch.UntypedStorage.from_file(path, shared=False, nbytes=size)
+        self._storage = cast(torch.UntypedStorage, storage)
 
     def tensor(self, key: str) -> Tensor:
         """The tensor as the file has it: a view, or a copy where its bytes are not aligned to its dtype.
@@ -37,10 +39,10 @@ class MappedFile:
         dtype = FLOATS[info.dtype]
         num_bytes = info.end - info.begin
         if info.begin % dtype.itemsize:
-            raw = torch.empty(0, dtype=torch.uint8).set_(self._storage, info.begin, (num_bytes,))
+            raw = torch.empty(0, dtype=torch.uint8).set_(self._storage, info.begin, (num_bytes,), (1,))
             return raw.clone().view(dtype).reshape(info.shape)
         flat = torch.empty(0, dtype=dtype).set_(
-            self._storage, info.begin // dtype.itemsize, (num_bytes // dtype.itemsize,)
+            self._storage, info.begin // dtype.itemsize, (num_bytes // dtype.itemsize,), (1,)
         )
         return flat.view(info.shape)
 

@@ -75,7 +75,7 @@ def _apply(weight: Tensor, patch: Patch) -> Tensor:
 
 
 def _add_low_rank(weight: Tensor, values: Values, patch: Patch) -> bool:
-    """Add a plain LoRA in one pass, without another tensor of the weight's size; False when it isn't plain."""
+    """Add a plain LoRA in one pass, with no other tensor of the weight's size; False when it isn't plain."""
     up, down, alpha, mid, dora_scale, _ = values
     if mid is not None or dora_scale is not None or patch.function is not None or weight.dim() != 2:
         return False
@@ -123,12 +123,13 @@ def _lokr(weight: Tensor, values: Values, strength: float) -> Change:
         rank, w2 = b2.shape[0], _product(a2, b2, core)
     if w2.dim() == 4:
         w1 = w1[:, :, None, None]
-    return torch.kron(w1, w2), 1.0 if rank is None else _per_rank(alpha, rank), dora_scale
+    # kron refuses the strides of a Tucker product.
+    return torch.kron(w1, w2.contiguous()), 1.0 if rank is None else _per_rank(alpha, rank), dora_scale
 
 
 def _glora(weight: Tensor, values: Values, strength: float) -> Change:
-    """W·A + B. Two generations of files have the factors the other way round; where both readings fit a square
-    weight, because the rank equals the width, the older one holds."""
+    """W·A + B. Two generations of files have the factors the other way round; where both readings fit a
+    square weight, because the rank equals the width, the older one holds."""
     a1, a2, b1, b2, alpha, dora_scale = values
     is_old = b2.shape[1] == b1.shape[0] == a1.shape[0] == a2.shape[1]
     is_new = b2.shape[0] == b1.shape[1] == a1.shape[1] == a2.shape[0]

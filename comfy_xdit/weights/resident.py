@@ -106,7 +106,7 @@ class ResidentModel:
         return len(before | set(wanted))
 
     def bytes_held(self) -> dict[str, int]:
-        """Bytes of weights that lie in the map ("mapped", shared by all processes) and elsewhere ("private")."""
+        """Bytes of weights in the map ("mapped", shared by all processes) and elsewhere ("private")."""
         mapped, private = 0, {}
         for tensor in itertools.chain(self.module.parameters(), self.module.buffers()):
             if self._file.holds(tensor):
@@ -145,7 +145,7 @@ class ResidentModel:
         self._patched.discard(source)
 
     def _comfy_weight(self, source: str) -> Tensor:
-        """The unpatched weight in ComfyUI's layout, rounded to the storage dtype: an fp32 copy on the device."""
+        """The unpatched weight in ComfyUI's layout, in numbers of the storage dtype, as a new fp32 tensor."""
         if self._is_comfy_layout:
             weight = self._file.tensor(self._prefix + source)
         else:
