@@ -1,4 +1,4 @@
-"""A MODEL's weights as a safetensors file in shared memory, written once and gone with the MODEL."""
+"""A MODEL's or a VAE's weights as a safetensors file in shared memory, written once, gone with its owner."""
 
 from __future__ import annotations
 
@@ -30,28 +30,39 @@ MARGIN_BYTES = 64 * 2**20
 
 
 def export(model: Any, weights: dict[str, Tensor], root: Path = SHARED_MEMORY) -> Checkpoint:
-    """The checkpoint of `weights` in shared memory; its file is removed when `model` is collected, or at exit.
+    """The checkpoint of `weights` in shared memory; removed when `model` is collected, or at exit.
 
     Raises ValueError, in one sentence, when there is no room or the weights' type is not known.
     """
+    way_out = "load it with Load Diffusion Model (xDiT), which needs no copy"
+    return open_checkpoint(str(export_file(model, weights, what="MODEL", way_out=way_out, root=root)))
+
+
+def export_file(
+    owner: Any, weights: dict[str, Tensor], *, what: str, way_out: str, root: Path = SHARED_MEMORY
+) -> Path:
+    """Where `weights` lie in shared memory; the file is removed when `owner` is collected, or at exit.
+
+    what, way_out: for the sentence of the ValueError when there is no room or no shared memory.
+    """
     needed = sum(weight.numel() * weight.element_size() for weight in weights.values())
-    folder = _private_folder(root)
+    folder = _private_folder(root, what, way_out)
     _remove_leftovers(folder)
     free = shutil.disk_usage(folder).free
     if needed + MARGIN_BYTES > free:
         raise ValueError(
-            f"handing this MODEL to the workers takes {needed} bytes of {root}, which has {free} free; load it with "
-            "Load Diffusion Model (xDiT), which needs no copy, or make shared memory larger"
+            f"handing this {what} to the workers takes {needed} bytes of {root}, which has {free} free; "
+            f"{way_out}, or make shared memory larger"
         )
     path = folder / f"{os.getpid()}-{uuid.uuid4().hex}.safetensors"
-    weakref.finalize(model, _remove, path)
+    weakref.finalize(owner, _remove, path)
     log.info("handing %.2f GB of weights to the workers through %s", needed / 1e9, path)
     try:
         write(path, weights)
     except BaseException:
         _remove(path)
         raise
-    return open_checkpoint(str(path))
+    return path
 
 
 def write(path: Path, weights: dict[str, Tensor]) -> None:
@@ -59,9 +70,10 @@ def write(path: Path, weights: dict[str, Tensor]) -> None:
     entries, end = {}, 0
     for key, weight in weights.items():
         if weight.dtype not in NAMES:
-            raise ValueError(f"{key} is {weight.dtype}; the pool takes fp32, fp16, bf16 and plain fp8 weights")
+            raise ValueError(f"{key} is {weight.dtype}; the pool takes fp32, fp16, bf16 and plain fp8")
         begin, end = end, end + weight.numel() * weight.element_size()
-        entries[key] = {"dtype": NAMES[weight.dtype], "shape": list(weight.shape), "data_offsets": [begin, end]}
+        shape = list(weight.shape)
+        entries[key] = {"dtype": NAMES[weight.dtype], "shape": shape, "data_offsets": [begin, end]}
     header = json.dumps(entries).encode()
     header += b" " * (-len(header) % 8)
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
@@ -71,12 +83,11 @@ def write(path: Path, weights: dict[str, Tensor]) -> None:
             file.write(flat.view(torch.uint8).numpy().data)
 
 
-def _private_folder(root: Path) -> Path:
+def _private_folder(root: Path, what: str, way_out: str) -> Path:
     """Our folder under `root`, which nobody else may enter. Raises ValueError when it is somebody else's."""
     if not root.is_dir():
         raise ValueError(
-            f"this MODEL has no file that the workers could read, and this machine has no {root}; "
-            "load it with Load Diffusion Model (xDiT)"
+            f"this {what} has no file that the workers could read, and this machine has no {root}; {way_out}"
         )
     folder = root / f"comfy-xdit-{os.getuid()}"
     with contextlib.suppress(FileExistsError):

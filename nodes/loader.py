@@ -22,8 +22,8 @@ class XDiTLoadDiffusionModel:
     """A MODEL from a file's header: the workers read the weights themselves."""
 
     DESCRIPTION = (
-        "Loads a diffusion model for the pool: this process reads the file's header only, the workers map the "
-        "weights. Takes Flux.1 and SD3 / SD3.5 as safetensors, also inside an all-in-one checkpoint."
+        "Loads a diffusion model for the pool: this process reads the file's header only, the workers "
+        "map the weights. Takes Flux.1 and SD3 / SD3.5 as safetensors, also inside an all-in-one checkpoint."
     )
     CATEGORY = CATEGORY
     RETURN_TYPES = ("MODEL",)

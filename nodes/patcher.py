@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import comfy.model_management
@@ -94,13 +93,16 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
 
     def get_key_patches(self, filter_prefix: str | None = None) -> dict[str, Any]:
         raise ValueError(
-            "this MODEL's weights are on the pool; connect the merging or saving node to the MODEL in front of "
-            "Parallel Model (xDiT)"
+            "this MODEL's weights are on the pool; connect the merging or saving node to the MODEL "
+            "in front of Parallel Model (xDiT)"
         )
 
 
 def from_checkpoint(checkpoint: Checkpoint, *, dtype: torch.dtype | None = None) -> RemotePatcher:
-    """A MODEL made from a file's header. dtype: what the workers keep the weights in; None as the stock loader."""
+    """A MODEL made from a file's header.
+
+    dtype: what the workers keep the weights in; None chooses as the stock loader does.
+    """
     return _patcher(skeleton.config_from_header(checkpoint, dtype=dtype), checkpoint)
 
 
@@ -135,7 +137,6 @@ def _patcher(config: Any, checkpoint: Checkpoint) -> RemotePatcher:
         offload_device=comfy.model_management.unet_offload_device(),
     )
     _wrap(patcher)
-    logging.getLogger("comfy_xdit").debug("%s from %s, no weights in this process", type(model).__name__, checkpoint.path)
     return patcher
 
 

@@ -62,14 +62,15 @@ def _value(key: str, value: Any) -> tuple[str, list[Any]]:
     if isinstance(value, tuple) and len(value) == 2 and value[0] in (*KINDS, "diff", "set"):
         return value[0], _weights(key, value[0], value[1])
     named = value[0] if isinstance(value, tuple) and value and isinstance(value[0], str) else name_of(value)
-    raise ValueError(f"the pool can't apply a patch of kind {named!r} to {key}; remove the node that makes it")
+    raise ValueError(f"the pool can't apply a patch of kind {named!r} to {key}; remove its node")
 
 
 def _weights(key: str, kind: str, weights: Any) -> list[Any]:
     reshapes = kind == "diff" and len(weights) > 1 and weights[1] and weights[1].get("pad_weight")
     if reshapes or (kind == "lora" and len(weights) > 5 and weights[5] is not None):
         raise ValueError(
-            f"the pool can't apply a LoRA that enlarges {key} (a Flux control LoRA); use the stock sampler for it"
+            f"the pool can't apply a LoRA that enlarges {key} (a Flux control LoRA); "
+            "use the stock sampler for it"
         )
     if kind in ("diff", "set"):
         return [weights[0]]
@@ -81,7 +82,8 @@ def _merged(key: str, value: list[Any]) -> torch.Tensor:
     weight, convert = value[0]
     if weight.is_meta:
         raise ValueError(
-            f"the weights of the merged model are on a pool (first: {key}); merge in front of Parallel Model (xDiT)"
+            f"the weights of the merged model are on a pool (first: {key}); "
+            "merge in front of Parallel Model (xDiT)"
         )
     weight = convert(weight.to(torch.float32, copy=True), inplace=True)
     return comfy.lora.calculate_weight(value[1:], weight, key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any
 
 from comfy_xdit.parallel.spec import AXES
@@ -22,9 +23,9 @@ POOL_INPUT = (
 
 METHODS = {
     "dp": "Splits the batch: each group of ranks takes some of its images.",
-    "cfg": "Runs the positive and the negative prompt side by side. Useful when the sampler's cfg is above 1.",
+    "cfg": "Runs the positive and the negative prompt side by side, when the sampler's cfg is above 1.",
     "pipe": "Gives each rank some of the model's blocks (PipeFusion).",
-    "ring": "Splits the image's tokens; keys and values travel in a ring. Serves where ulysses meets its limit.",
+    "ring": "Splits the image's tokens; keys and values travel in a ring. For more ranks than ulysses serves.",
     "ulysses": "Splits the image's tokens, then the attention heads. The fastest way to split one image.",
     "tensor": "Splits every weight matrix, so that each rank holds a part of the model.",
 }
@@ -52,10 +53,16 @@ class PoolSetting:
 
 def connect(setting: PoolSetting) -> Pool:
     """The pool of `setting`, started when none of its name runs. Raises PoolError with a sentence."""
+    return _connect(setting.name, setting.devices)
+
+
+@functools.cache
+def _connect(name: str, devices: str) -> Pool:
+    """One client per pool: a process takes part in one RPC group, and a second client would evict the first."""
     # Here, not at import: where torch has no RPC the nodes must still be listed.
     from comfy_xdit.pool.client import Pool
 
-    return Pool.connect(setting.name, setting.devices)
+    return Pool.connect(name, devices)
 
 
 class XDiTWorkerPool:
@@ -77,7 +84,7 @@ class XDiTWorkerPool:
         devices = {
             "default": "auto",
             "tooltip": "'auto' takes every GPU, and without a GPU one process per core, at most 4. "
-            "Or name them: 'cuda:0,1' or 'cpu:2'. Used when the pool is started; a running pool keeps its own.",
+            "Or name them: 'cuda:0,1' or 'cpu:2'. Used when the pool starts; a running pool keeps its own.",
         }
         name = {
             "default": "default",

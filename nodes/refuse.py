@@ -22,10 +22,14 @@ HARMLESS = frozenset(
 INSTEAD = "; remove that node, or sample with the stock sampler and without Parallel Model (xDiT)"
 
 
-def refuse_inside(patcher: Any, model_options: dict[str, Any], conds: dict[str, list[dict[str, Any]]]) -> None:
+Conds = dict[str, list[dict[str, Any]]]
+"""Kind (positive, negative, ...) → its conditioning."""
+
+
+def refuse_inside(patcher: Any, model_options: dict[str, Any], conds: Conds) -> None:
     """Raise ValueError, naming every change to the inside of the model, when there is one.
 
-    model_options: those of the run; conds: kind → the run's conditioning.
+    model_options, conds: those of the run.
     """
     found = [
         *_in_options(model_options.get("transformer_options", {})),
@@ -70,7 +74,8 @@ def _own_state(value: Any) -> bool:
 
 
 def _in_patcher(patcher: Any) -> list[str]:
-    found = [f"the object patch {name!r}" for name in patcher.object_patches if name.startswith("diffusion_model")]
+    inside = [name for name in patcher.object_patches if name.startswith("diffusion_model")]
+    found = [f"the object patch {name!r}" for name in inside]
     found += [f"the weight wrapper on {name!r}" for name in patcher.weight_wrapper_patches]
     found += [f"the injection {name!r}" for name, made in patcher.injections.items() if made]
     found += [
@@ -81,7 +86,7 @@ def _in_patcher(patcher: Any) -> list[str]:
     return found
 
 
-def _in_conds(conds: dict[str, list[dict[str, Any]]]) -> list[str]:
+def _in_conds(conds: Conds) -> list[str]:
     found = []
     for cond in (cond for group in conds.values() for cond in group or ()):
         if cond.get("control") is not None:

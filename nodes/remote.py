@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import inspect
 import logging
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from comfy_xdit.pool.client import Pool
 
 log = logging.getLogger("comfy_xdit")
+
+UNLOAD_PATIENCE_S = 10.0
+"""How long freeing waits for another client's job: ComfyUI runs nothing else meanwhile."""
 
 RENAMED = {"timesteps": "timestep", "t": "timestep"}
 """ComfyUI's models name the same argument differently; messages use one name."""
@@ -42,6 +46,16 @@ class Load:
 def poll() -> None:
     """Raise ComfyUI's interruption when the user asked for it."""
     comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+def _patience(limit_s: float) -> Callable[[], None]:
+    deadline = time.monotonic() + limit_s
+
+    def poll_until() -> None:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"it is busy with another client's job for more than {limit_s:g} s")
+
+    return poll_until
 
 
 class RemoteModel:
@@ -80,7 +94,7 @@ class RemoteModel:
         options = bound.pop("transformer_options", None) or {}
         call = {RENAMED.get(name, name): value for name, value in bound.items() if value is not None}
         if "control" in call:
-            raise ValueError("a ControlNet can't run on the pool yet; use the stock sampler for this workflow")
+            raise ValueError("a ControlNet can't run on the pool yet; use the stock sampler for it")
         return call, options
 
     @property
@@ -127,8 +141,9 @@ class RemoteModel:
         for name in list(self._resident):
             held = self._resident.pop(name)
             try:
-                held.pool.call(m.Unload(keys=[held.model]))
-            except RuntimeError as error:  # PoolError: freeing memory must not fail another job.
+                held.pool.status()  # Refuses when the pool is gone; a call would start it anew.
+                held.pool.call(m.Unload(keys=[held.model]), poll=_patience(UNLOAD_PATIENCE_S))
+            except (RuntimeError, TimeoutError) as error:  # Freeing memory must not fail another job.
                 log.warning("could not unload a model from pool %s: %s", name, error)
 
 
@@ -176,8 +191,8 @@ class Run:
         self._constants.clear()
 
     def _refer(self, call: dict[str, Any]) -> dict[str, Any]:
-        moving = ("x", "timestep")
-        return {name: value if name in moving else self._constant(name, value) for name, value in call.items()}
+        moving = {name: call[name] for name in ("x", "timestep")}
+        return {name: self._constant(name, value) for name, value in call.items() if name not in moving} | moving
 
     def _constant(self, name: str, value: Any) -> Any:
         if isinstance(value, torch.Tensor):

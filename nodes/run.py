@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from comfy_xdit_nodes.pool import connect
 from comfy_xdit_nodes.refuse import refuse_inside
 
 from comfy_xdit.parallel.spec import ModelShape, ParallelSpec, auto
+
+if TYPE_CHECKING:
+    from comfy_xdit.pool.client import Pool
 
 log = logging.getLogger("comfy_xdit")
 
@@ -23,23 +27,22 @@ def sample_on_pool(executor: Any, *args: Any, **kwargs: Any) -> Any:
     load = patcher.load_message()
     pool = connect(patcher.setting)
     shape = patcher.model.checkpoint.shape
-    choose = chooser(pool.num_ranks, patcher.setting.requested, shape)
+    choose = chooser(pool, patcher.setting.requested, shape)
     spec = choose(count_chunks(guider))
     log.info("%s on pool %s: %s, %d ranks", shape.title, pool.name, spec, pool.num_ranks)
     with patcher.model.remote.running(pool, load, choose):
         return executor(*args, **kwargs)
 
 
-def chooser(num_ranks: int, requested: dict[str, int], shape: ModelShape) -> Callable[[int], ParallelSpec]:
+def chooser(pool: Pool, requested: dict[str, int], shape: ModelShape) -> Callable[[int], ParallelSpec]:
     """Number of chunks → degrees. Raises ValueError with every fault of the requested degrees."""
-    chosen: dict[int, ParallelSpec] = {}
 
-    def choose(num_chunks: int) -> ParallelSpec:
-        if num_chunks not in chosen:
-            chosen[num_chunks] = auto(num_ranks, requested=requested, shape=shape, num_chunks=num_chunks)
-        return chosen[num_chunks]
+    @functools.cache
+    def chosen(num_ranks: int, num_chunks: int) -> ParallelSpec:
+        return auto(num_ranks, requested=requested, shape=shape, num_chunks=num_chunks)
 
-    return choose
+    # Asked each time: a pool that was stopped and started anew may have other ranks.
+    return lambda num_chunks: chosen(pool.num_ranks, num_chunks)
 
 
 def count_chunks(guider: Any) -> int:

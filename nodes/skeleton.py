@@ -49,7 +49,7 @@ def config_from_header(checkpoint: Checkpoint, *, dtype: torch.dtype | None = No
 
 
 def _fix_flux_sizes(unet_config: dict[str, Any], found: dict[str, Any]) -> None:
-    """Put in what the header says where ComfyUI takes Flux.1's sizes for granted: 24 heads of 128 channels."""
+    """Put in what the header says where ComfyUI takes it for granted: 24 heads of 128 channels."""
     if unet_config.get("image_model") != "flux":
         return
     unet_config["num_heads"] = found["num_attention_heads"]

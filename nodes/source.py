@@ -40,7 +40,8 @@ def pristine(patcher: Any) -> dict[str, Tensor]:
         weight = entries[0][0]
         if type(weight) not in (Tensor, torch.nn.Parameter):
             raise ValueError(
-                f"the weights of this MODEL are quantised ({name_of(weight)}); use fp32, fp16, bf16 or plain fp8 weights"
+                f"the weights of this MODEL are quantised ({name_of(weight)}); "
+                "use fp32, fp16, bf16 or plain fp8 weights"
             )
         weights[file_key(key)] = weight
     return weights
@@ -65,7 +66,7 @@ def _same(checkpoint: Checkpoint, weights: dict[str, Tensor]) -> bool:
     small = sorted(weights, key=lambda key: (weights[key].numel(), key))[:NUM_PROBES]
     mapped = MappedFile(checkpoint.path)
     return all(
-        torch.equal(mapped.tensor(checkpoint.prefix + key).to(weights[key].dtype), weights[key].detach().cpu())
-        for key in small
+        torch.equal(mapped.tensor(checkpoint.prefix + key).to(weight.dtype), weight.detach().cpu())
+        for key, weight in ((key, weights[key]) for key in small)
         if key in checkpoint.infos
     )

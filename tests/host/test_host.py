@@ -20,7 +20,7 @@ FILES = sorted(path.name for path in (HERE / "inside").glob("check_*.py"))
 @pytest.mark.parametrize("file", FILES)
 def test_inside(checkout, file, tmp_path):
     command = [discovery.python_of(checkout), "-m", "pytest", str(HERE / "inside" / file), "-q"]
-    command += ["-o", "python_files=check_*.py", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'inside'}"]
+    command += ["-o", "python_files=check_*.py", "-p", "no:cacheprovider", f"--basetemp={tmp_path}/inside"]
     environment = dict(os.environ, **{discovery.INSIDE: str(checkout), "OMP_NUM_THREADS": "1"})
     process = subprocess.Popen(
         command,

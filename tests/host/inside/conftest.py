@@ -18,8 +18,8 @@ if CHECKOUT:
     sys.path.insert(0, str(Path(__file__).resolve().parent))
     BASE = tempfile.mkdtemp(prefix="comfy-xdit-host-")
     arguments, sys.argv = sys.argv, ["main.py", "--cpu", "--base-directory", BASE]
-    for folder in ("models/diffusion_models", "models/vae", "models/checkpoints", "custom_nodes", "input", "output"):
-        (Path(BASE) / folder).mkdir(parents=True, exist_ok=True)
+    for kind in ("diffusion_models", "vae", "checkpoints", "loras"):
+        (Path(BASE) / "models" / kind).mkdir(parents=True)
 
     import comfy.options
 

@@ -38,6 +38,9 @@ class FakePool:
             poll()
         return m.Result(value=getattr(self, "on_" + type(message).__name__)(message))
 
+    def status(self):
+        return {}
+
     def on_LoadModel(self, message):
         if message.model not in self.models:
             storage, compute = (getattr(torch, n) for n in (message.storage_dtype, message.compute_dtype))
