@@ -1,0 +1,119 @@
+"""Where the host's samplers get their random numbers from, tapped for the length of a run.
+
+`torch.randn_like`, `default_noise_sampler` and whatever else draws a tensor of the latent's shape is
+seen through a TorchFunctionMode, which belongs to the thread that entered it. Brownian trees are many
+draws in one, so they are tapped as a whole, by replacing the methods of one class for as long as the
+run lasts; other threads go through the replacement to the original.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import comfy.k_diffusion.sampling as k_sampling
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+IN_PLACE = (torch.Tensor.normal_, torch.Tensor.uniform_)
+DRAWS = (torch.randn, torch.randn_like, torch.rand, torch.rand_like, torch.normal, *IN_PLACE)
+
+_trees = threading.Lock()
+
+
+class Tap(TorchFunctionMode):
+    """Hands every draw of a tensor of `shape` to `answer`, and returns what that makes of it.
+
+    answer(drawn) gets the real draw, or None where making it was left out (a Brownian tree, unless `real`).
+    Mixed precision: traced tensors are float64, and some operations refuse them beside the sampler's
+    float32 scalars; unless `real`, those are then done in float64.
+    """
+
+    def __init__(self, shape: torch.Size, answer: Callable[[Tensor | None], Tensor], *, real: bool) -> None:
+        super().__init__()
+        self._shape = shape
+        self._answer = answer
+        self._real = real
+        self._quiet = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._quiet or func not in DRAWS:
+            return func(*args, **kwargs) if self._real else _promoted(func, args, kwargs)
+        drawn = func(*args, **kwargs)
+        if drawn.shape != self._shape:
+            return drawn
+        answer = self._answer(drawn)
+        return drawn.copy_(answer) if func in IN_PLACE else answer
+
+    @contextlib.contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Let draws pass untapped: those inside a larger source, and our own."""
+        self._quiet += 1
+        try:
+            yield
+        finally:
+            self._quiet -= 1
+
+    def noise_sampler(self, real: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Stands in for a noise sampler that came as one of the sampler's options."""
+
+        def tapped(*args: Any, **kwargs: Any) -> Tensor:
+            return self.whole(lambda: real(*args, **kwargs))
+
+        return tapped
+
+    def whole(self, draw: Callable[[], Tensor]) -> Tensor:
+        """Take `draw` as one noise, however many draws it makes inside."""
+        with self.quiet():
+            return self._answer(draw() if self._real else None)
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[None]:
+        """Tap this thread's draws. One thread at a time; others wait here."""
+        tree = k_sampling.BatchedBrownianTree
+        with _trees:
+            grow, query = tree.__init__, tree.__call__
+            owner = threading.get_ident()
+
+            def tapped_grow(this: Any, *args: Any, **kwargs: Any) -> None:
+                if threading.get_ident() != owner:
+                    grow(this, *args, **kwargs)
+                elif self._real:
+                    with self.quiet():
+                        grow(this, *args, **kwargs)
+
+            def tapped_query(this: Any, t0: Tensor, t1: Tensor) -> Tensor:
+                if threading.get_ident() != owner:
+                    return query(this, t0, t1)
+                return self.whole(lambda: query(this, t0, t1))
+
+            tree.__init__, tree.__call__ = tapped_grow, tapped_query
+            try:
+                with self:
+                    yield
+            finally:
+                tree.__init__, tree.__call__ = grow, query
+
+
+def _promoted(func: Any, args: Any, kwargs: Any) -> Any:
+    try:
+        return func(*args, **kwargs)
+    except RuntimeError:
+        wide = [_wide(value) for value in args]
+        if all(a is b for a, b in zip(wide, args, strict=True)):
+            raise
+        return func(*wide, **kwargs)
+
+
+def _wide(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64:
+        return value.double()
+    if isinstance(value, (list, tuple)):
+        wide = [_wide(item) for item in value]
+        if any(a is not b for a, b in zip(wide, value, strict=True)):
+            return type(value)(wide)
+    return value

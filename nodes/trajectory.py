@@ -1,0 +1,215 @@
+"""Whether a sampling job can run on the workers as a whole, and everything it needs there.
+
+To be used by a SAMPLER_SAMPLE wrapper, where the guider is prepared and nothing is sampled yet:
+
+    reason = why_step_mode(guider, sampler, sigmas, noise, latent_image, denoise_mask)
+    if reason is None:
+        job = plan(sampler, guider, sigmas, extra_args, noise, latent_image, denoise_mask)   # or NotLinear
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import comfy.model_base
+import comfy.samplers
+import torch
+from comfy.patcher_extension import CallbacksMP, WrappersMP
+from torch import Tensor
+
+from comfy_xdit.trajectory import SamplerProgram
+from comfy_xdit_nodes.trace import NotLinear, Recording, Start, run, trace
+
+OURS = "comfy-xdit"
+"""Wrappers registered under a key that starts so are this plugin's own, and are no hindrance."""
+
+LOOP_OPTIONS = {
+    "sampler_cfg_function": "a CFG function",
+    "sampler_post_cfg_function": "a post-CFG function",
+    "sampler_pre_cfg_function": "a pre-CFG function",
+    "sampler_calc_cond_batch_function": "a function in place of ComfyUI's evaluation of conditioning",
+    "model_function_wrapper": "a wrapper around the model function",
+    "denoise_mask_function": "an inpaint mask that changes with the step",
+    "context_handler": "context windows",
+    "multigpu_clones": "ComfyUI's own multi-GPU",
+}
+
+LOOP_WRAPPERS = (
+    WrappersMP.SAMPLER_SAMPLE,
+    WrappersMP.PREDICT_NOISE,
+    WrappersMP.CALC_COND_BATCH,
+    WrappersMP.APPLY_MODEL,
+    WrappersMP.DIFFUSION_MODEL,
+)
+
+COND_PARTS = {
+    "area": "an area of the image",
+    "mask": "a mask",
+    "hooks": "hooks",
+    "control": "a ControlNet",
+    "gligen": "GLIGEN",
+    "default": "default conditioning",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """A run, ready to travel. noises: by index, None for those that the program never reads.
+
+    mask: with the latent's shape, 1 where it is made anew; None without inpainting.
+    """
+
+    program: SamplerProgram
+    noise: Tensor
+    latent: Tensor
+    mask: Tensor | None
+    noises: list[Tensor | None]
+
+
+def plan(
+    sampler: Any,
+    guider: Any,
+    sigmas: Tensor,
+    extra_args: dict[str, Any],
+    noise: Tensor,
+    latent_image: Tensor | None,
+    denoise_mask: Tensor | None = None,
+) -> Job:
+    """The job of `sampler.sample` with these arguments; `guider` as in its `inner_sample`.
+
+    Afterwards torch's random generators are where the host's own run would have left them.
+    Raises NotLinear (and leaves the generators alone) when the run has to stay in the host's loop.
+    """
+    latent = torch.zeros_like(noise) if latent_image is None else latent_image
+    masked = denoise_mask is not None
+    program = trace(sampler, guider, sigmas, extra_args=extra_args, num_dims=noise.ndim, masked=masked)
+    reason = next(_ranges(guider.conds, [call.sigma for call in program.calls]), None)
+    if reason is not None:
+        raise NotLinear(reason)
+    used = set(program.noises())
+    drawn = draw(sampler, guider, sigmas, extra_args, noise, latent, used)
+    mask = None if denoise_mask is None else denoise_mask.to(noise).expand(noise.shape)
+    return Job(program=program, noise=noise, latent=latent, mask=mask, noises=drawn)
+
+
+class _Draws:
+    """Lets the noise sources be themselves; the model says zero, for nobody looks."""
+
+    real = True
+
+    def __init__(self, used: set[int]) -> None:
+        self._used = used
+        self.kept: list[Tensor | None] = []
+
+    def noise(self, j: int, drawn: Tensor | None) -> Tensor:
+        assert drawn is not None
+        # A copy: samplers scale their noise in place.
+        self.kept.append(drawn.clone() if j in self._used else None)
+        return drawn
+
+    def output(self, i: int, k: int, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+    def guided(self, i: int, made: Tensor) -> Tensor:
+        return made
+
+
+def draw(
+    sampler: Any,
+    guider: Any,
+    sigmas: Tensor,
+    extra_args: dict[str, Any],
+    noise: Tensor,
+    latent: Tensor,
+    used: set[int],
+) -> list[Tensor | None]:
+    """The noises of a run, drawn by the host's sampler itself: its seeds, its order, its devices.
+
+    The sampler runs once more with a model that costs nothing. Noises not in `used` are drawn, since
+    the later ones depend on it, and dropped.
+    """
+    draws = _Draws(used)
+    recording: Recording
+    with torch.no_grad():
+        recording = run(sampler, guider, sigmas, extra_args, Start(noise=noise, latent=latent, mask=None), draws)
+    del recording
+    return draws.kept
+
+
+def why_step_mode(
+    guider: Any,
+    sampler: Any,
+    sigmas: Tensor,
+    noise: Tensor,
+    latent_image: Tensor | None,
+    denoise_mask: Tensor | None,
+) -> str | None:
+    """One sentence on what keeps this job in ComfyUI's own loop; None when nothing is known that does.
+
+    guider: as inside its `inner_sample`. What only shows in the sampler's arithmetic is for `trace` to find.
+    """
+    return next(_hindrances(guider, sampler, sigmas, noise, denoise_mask), None)
+
+
+def _hindrances(
+    guider: Any, sampler: Any, sigmas: Tensor, noise: Tensor, denoise_mask: Tensor | None
+) -> Iterator[str]:
+    if len(sigmas) < 2:
+        yield "there is no step to run"
+    options = guider.model_options
+    for name, title in LOOP_OPTIONS.items():
+        if options.get(name):
+            yield f"the model has {title} ({_name(options[name])}), which runs between the steps"
+    yield from _wrapped(guider, options)
+    yield from _conditioning(guider.conds)
+    yield from _ranges(guider.conds, [float(sigma) for sigma in sigmas if sigma > 0])
+    base, model = comfy.model_base.BaseModel, guider.inner_model
+    if type(model)._apply_model is not base._apply_model or type(model).apply_model is not base.apply_model:
+        yield f"{type(model).__name__} prepares each step in its own way"
+    if denoise_mask is not None:
+        if type(model).process_timestep is not base.process_timestep:
+            yield f"{type(model).__name__} turns an inpaint mask into timesteps"
+        if type(sampler).sample is not comfy.samplers.KSAMPLER.sample:
+            yield f"the sampler {type(sampler).__name__} treats inpaint masks in its own way"
+
+
+def _wrapped(guider: Any, options: dict[str, Any]) -> Iterator[str]:
+    inside = options.get("transformer_options", {})
+    for kind in LOOP_WRAPPERS:
+        for key, functions in inside.get("wrappers", {}).get(kind, {}).items():
+            if functions and not str(key).startswith(OURS):
+                yield f"a {kind} wrapper ({_name(functions)}) runs between the steps"
+    patcher = guider.model_patcher
+    callbacks = list(inside.get("callbacks", {}).get(CallbacksMP.ON_PREPARE_STATE, {}).items())
+    callbacks += list(getattr(patcher, "callbacks", {}).get(CallbacksMP.ON_PREPARE_STATE, {}).items())
+    for key, functions in callbacks:
+        if functions and not str(key).startswith(OURS):
+            yield f"a callback ({_name(functions)}) runs before every step"
+
+
+def _conditioning(conds: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
+    for name, entries in conds.items():
+        if len(entries) != 1:
+            yield f"the {name} conditioning has {len(entries)} parts, to be weighed in every step"
+        for entry in entries:
+            for part, title in COND_PARTS.items():
+                if entry.get(part) is not None:
+                    yield f"the {name} conditioning has {title}"
+
+
+def _ranges(conds: dict[str, list[dict[str, Any]]], sigmas: list[float]) -> Iterator[str]:
+    """Conditioning that is on in some steps only. Ranges are sigmas, counted down, as the host keeps them."""
+    for name, entries in conds.items():
+        for entry in entries:
+            start, end = entry.get("timestep_start"), entry.get("timestep_end")
+            if any((start is not None and s > start) or (end is not None and s < end) for s in sigmas):
+                yield f"the {name} conditioning is on in a part of the steps only"
+
+
+def _name(value: Any) -> str:
+    """A function's name for the log; of several, the first."""
+    first = value[0] if isinstance(value, (list, tuple)) else value
+    module = getattr(first, "__module__", None) or type(first).__module__
+    return f"{module}.{getattr(first, '__qualname__', None) or type(first).__qualname__}"
