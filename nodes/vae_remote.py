@@ -1,0 +1,128 @@
+"""A ComfyUI VAE on a pool: whether it can be there, its weights, its calls, its place in "Unload models"."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import weakref
+from typing import Any
+
+import comfy.ldm.models.autoencoder as autoencoder
+import comfy.model_management
+import comfy.sd
+import torch
+from comfy_xdit_nodes.export import NAMES, export_file
+from comfy_xdit_nodes.patcher import RemotePatcher
+from comfy_xdit_nodes.pool import PoolSetting, connect
+from comfy_xdit_nodes.remote import poll
+from torch import Tensor
+
+from comfy_xdit import messages as m
+from comfy_xdit.vae.layout import VAEConfig, describe
+
+log = logging.getLogger("comfy_xdit")
+
+WAY_OUT = "use ComfyUI's own VAE node"
+
+SPLITTABLE = (autoencoder.AutoencoderKL, autoencoder.AutoencodingEngine)
+
+
+def config_of(vae: Any) -> VAEConfig:
+    """What the VAE is, when the workers can do all that it does.
+
+    Raises ValueError, naming what they can't do, for tiny, video and audio VAEs and for changed ones.
+    """
+    if type(vae).decode is not comfy.sd.VAE.decode or type(vae).encode is not comfy.sd.VAE.encode:
+        raise ValueError(f"it is a {type(vae).__module__}.{type(vae).__name__}, with its own decode or encode")
+    model = vae.first_stage_model
+    if type(model) not in SPLITTABLE:
+        raise ValueError(f"it is a {type(model).__name__}, not an AutoencoderKL")
+    config = describe({key: tuple(weight.shape) for key, weight in vae.get_sd().items()})
+    if {"decode", "encode"} & vars(vae).keys() or vae.patcher.patches or vae.patcher.object_patches:
+        raise ValueError("another node changed it")
+    for name, layer in model.named_modules():
+        if _changed(layer):
+            raise ValueError(f"another node changed its {name or 'forward'}")
+    return config
+
+
+def _changed(layer: torch.nn.Module) -> bool:
+    """Whether something beside its weights was put on a layer: hooks, a new forward, circular padding."""
+    own = {"forward", "decode", "encode", "_forward", "_conv_forward"} & vars(layer).keys()
+    hooks = layer._forward_hooks or layer._forward_pre_hooks
+    return bool(own or hooks) or getattr(layer, "padding_mode", "zeros") != "zeros"
+
+
+class RemoteVAE:
+    """The weights of one VAE in shared memory, and where they are resident."""
+
+    def __init__(self, vae: Any, config: VAEConfig) -> None:
+        path = export_file(vae.first_stage_model, vae.get_sd(), what="VAE", way_out=WAY_OUT)
+        dtype = NAMES_IN_TORCH[vae.vae_dtype]
+        self.config = config
+        self.load = m.LoadVAE(vae=f"vae-{path.stem}", path=str(path), dtype=dtype)
+        self._pools: dict[str, Any] = {}
+        # ComfyUI's "Unload models" goes through what its memory management has on its list.
+        holder = torch.nn.Module()
+        holder.remote = self  # type: ignore[assignment]
+        self._patcher = RemotePatcher(
+            holder,
+            load_device=comfy.model_management.get_torch_device(),
+            offload_device=comfy.model_management.vae_offload_device(),
+        )
+
+    def call(self, setting: PoolSetting, message: m.VAEDecode | m.VAEEncode) -> Tensor:
+        """The pool's answer. Raises PoolError with a sentence, or ComfyUI's interruption."""
+        pool = connect(setting)
+        comfy.model_management.load_models_gpu([self._patcher])
+        with pool.turn(poll=poll):
+            for gone in _known.take_gone():
+                gone.unload()
+            self._pools[pool.name] = pool
+            pool.call(self.load, poll=poll)
+            return pool.call(message, poll=poll).value
+
+    def is_resident(self) -> bool:
+        return bool(self._pools)
+
+    def unload(self) -> None:
+        """Free the VAE on every pool that holds it. A pool that can't answer is only logged."""
+        for name in list(self._pools):
+            pool = self._pools.pop(name)
+            try:
+                pool.call(m.Unload(keys=[self.load.vae]))
+            except RuntimeError as error:  # PoolError: freeing memory must not fail another job.
+                log.warning("could not unload a VAE from pool %s: %s", name, error)
+
+
+NAMES_IN_TORCH = {dtype: str(dtype).removeprefix("torch.") for dtype in NAMES}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Known:
+    """The VAEs that were exported, each as long as ComfyUI keeps it."""
+
+    alive: weakref.WeakKeyDictionary[torch.nn.Module, RemoteVAE]
+    gone: list[RemoteVAE]
+
+    def of(self, vae: Any, config: VAEConfig) -> RemoteVAE:
+        model = vae.first_stage_model
+        remote = self.alive.get(model)
+        if remote is None:
+            remote = self.alive[model] = RemoteVAE(vae, config)
+            # Collected at any moment, perhaps in another turn: the workers are told in the next one.
+            weakref.finalize(model, self.gone.append, remote).atexit = False
+        return remote
+
+    def take_gone(self) -> list[RemoteVAE]:
+        taken, self.gone[:] = list(self.gone), []
+        return taken
+
+
+# ComfyUI caches VAE objects and hands them from node to node; there is no place of ours on them.
+_known = _Known(weakref.WeakKeyDictionary(), [])
+
+
+def remote_vae(vae: Any, config: VAEConfig) -> RemoteVAE:
+    """The VAE's stand-in, exported at its first use. Raises ValueError when shared memory is full."""
+    return _known.of(vae, config)
