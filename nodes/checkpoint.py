@@ -32,10 +32,7 @@ class Checkpoint:
 
     @property
     def shape(self) -> ModelShape:
-        blocks = self.config["num_layers"] + self.config.get("num_single_layers", 0)
-        return ModelShape(
-            title=self.family.title, num_heads=self.config["num_attention_heads"], num_blocks=blocks
-        )
+        return self.family.shape(self.config)
 
     @property
     def meta(self) -> dict[str, Tensor]:

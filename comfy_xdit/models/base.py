@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from comfy_xdit.parallel.spec import ModelShape
 from comfy_xdit.weights.slices import Infos, Table
 
 if TYPE_CHECKING:
@@ -45,3 +46,8 @@ class Family:
     inputs: Callable[[Config, Call], dict[str, Any]]
     output: Callable[[Tensor, Call], Tensor]
     plan: ModelPlan
+
+    def shape(self, config: Config) -> ModelShape:
+        """What limits the degrees of a model with this config."""
+        num_blocks = config["num_layers"] + config.get("num_single_layers", 0)
+        return ModelShape(title=self.title, num_heads=config["num_attention_heads"], num_blocks=num_blocks)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from comfy_xdit.messages import LoadModel, Patch, SetPatches
 from comfy_xdit.models import FAMILIES, comfy_layout
 from comfy_xdit.models.base import Family
+from comfy_xdit.parallel.spec import ModelShape
 from comfy_xdit.weights.header import FLOATS
 from comfy_xdit.weights.mapped import MappedFile
 from comfy_xdit.weights.patches import apply_patches
@@ -104,6 +105,16 @@ class ResidentModel:
             raise
         self.patches_id = message.patches_id
         return len(before | set(wanted))
+
+    @property
+    def shape(self) -> ModelShape:
+        """What limits the degrees that it can run with."""
+        return self.family.shape(self.config)
+
+    @property
+    def num_patched(self) -> int:
+        """How many weights of ComfyUI's layout differ from the file now."""
+        return len(self._patched)
 
     def bytes_held(self) -> dict[str, int]:
         """Bytes of weights in the map ("mapped", shared by all processes) and elsewhere ("private")."""
