@@ -1,0 +1,73 @@
+"""The command `comfy-xdit`: finds the module of a command and runs it.
+
+A command's module has `arguments(parser)`, which adds its arguments, and `run(args) -> int`, which returns
+the exit status. It is imported only when its command is given, so that `pool status` stays quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import __version__
+from .pool.errors import PoolError
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "pool start": ("comfy_xdit.pool.cli_start", "start a pool of workers, one process per device"),
+    "pool status": ("comfy_xdit.pool.cli_status", "show a pool's ranks, models, queue and state"),
+    "pool stop": ("comfy_xdit.pool.cli_stop", "end a pool and all of its workers"),
+}
+"""Command words → (module, one line of help)."""
+
+PROGRAM = "comfy-xdit"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status: 0, 1 for an error that is told in a sentence, 2 for wrong usage."""
+    # `python -m comfy_xdit` and the console command know this package only.
+    runpy.run_path(str(Path(__file__).resolve().parent / "mount.py"))["mount"](
+        "comfy_xdit", "comfy_xdit_worker"
+    )
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["--version"]:
+        sys.stdout.write(f"{PROGRAM} {__version__}\n")
+        return 0
+    for length in (2, 1):
+        name = " ".join(words[:length])
+        if len(words) >= length and name in COMMANDS:
+            return _run(name, words[length:])
+    asked_for_help = not words or words[0] in ("-h", "--help", "help")
+    stream = sys.stdout if asked_for_help else sys.stderr
+    if not asked_for_help:
+        stream.write(f"{PROGRAM}: {' '.join(words[:2])!r} is no command\n")
+    stream.write(_usage(words[:1]))
+    return 0 if asked_for_help else 2
+
+
+def _run(name: str, rest: list[str]) -> int:
+    module_name, summary = COMMANDS[name]
+    module = importlib.import_module(module_name)
+    parser = argparse.ArgumentParser(prog=f"{PROGRAM} {name}", description=summary)
+    module.arguments(parser)
+    args = parser.parse_args(rest)
+    try:
+        return int(module.run(args))
+    except (PoolError, ValueError) as error:
+        sys.stderr.write(f"{PROGRAM}: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _usage(words: list[str]) -> str:
+    """The commands, only those below the first of `words` when there are any."""
+    shown = {name: help for name, (_, help) in COMMANDS.items() if name.split()[0] in words} or {
+        name: help for name, (_, help) in COMMANDS.items()
+    }
+    width = max(len(name) for name in shown)
+    lines = [f"  {PROGRAM} {name:<{width}}  {help}" for name, help in shown.items()]
+    return "Commands (--help after one shows its arguments):\n" + "\n".join(lines) + "\n"

@@ -1,0 +1,324 @@
+"""A client's view of a pool: take a turn, send messages, get results or one sentence of error."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from ..messages import Failure, Message, Result, decode, encode
+from .errors import PoolError
+from .folder import pool_folder
+from .rpc import Group, Place, TurnEnded, require_available, require_shm
+from .start import POLL_S, Poll, reach, say
+from .verdict import groups_survive, worst
+from .wire import Wire
+
+__all__ = ["Pool", "PoolError"]
+
+log = logging.getLogger("comfy_xdit")
+
+CALL_TIMEOUT_S = 600.0
+REASON_TIMEOUT_S = 2.0
+"""How long a client whose connection to a worker broke waits for the door to say why."""
+
+# torch lets a process be in one RPC group; a turn of any pool in this process excludes the others'.
+_process_turn = threading.RLock()
+
+
+class Pool:
+    """A connection to a pool. Made by `connect`; one object serves any number of jobs, also across
+    restarts of the workers and of the pool. Threads take turns.
+    """
+
+    def __init__(self, name: str, devices: str, start: bool, options: dict[str, Any]) -> None:
+        self.name = name
+        self.generation = 0
+        """Changes when the workers or the RPC group are new: what was sent before must be sent again."""
+        self._asked = (devices, start, options)
+        self._wire: Wire | None = None
+        self._about: dict[str, Any] = {}
+        self._group: Group | None = None
+        self._joining: threading.Thread | None = None
+        self._depth = 0
+        self._serial = 0
+
+    @classmethod
+    def connect(
+        cls, name: str = "default", devices: str = "auto", *, start: bool = True, **options: Any
+    ) -> Pool:
+        """The pool `name`, started on `devices` when none runs and `start`.
+
+        devices: "auto" (a running pool as it is; else all CUDA devices; else one process per core, at most
+        4), "cuda:0,1", "cpu:2". options: `service` and `path` of `start.spawn`.
+        Raises PoolError.
+        """
+        require_available()
+        pool = cls(name, devices, start, options)
+        pool._open(None)
+        return pool
+
+    @property
+    def devices(self) -> list[str]:
+        """One device per rank."""
+        return list(self._about["devices"])
+
+    @property
+    def num_ranks(self) -> int:
+        return len(self._about["devices"])
+
+    def status(self) -> dict[str, Any]:
+        """What `comfy-xdit pool status --json` shows; any thread may ask, during a job too."""
+        return status(self.name)
+
+    def close(self) -> None:
+        """Leave the pool; it runs on. The object can be used again."""
+        if self._group is not None:
+            self._group.leave()
+            self._group = None
+        if self._wire is not None:
+            self._wire.close()
+            self._wire = None
+
+    # Turns
+
+    @contextlib.contextmanager
+    def turn(self, poll: Poll = None) -> Iterator[Pool]:
+        """Have the pool for oneself; other clients wait until the block ends. May be nested.
+
+        poll: called about every 50 ms while waiting; what it raises ends the wait.
+        Raises PoolError when the pool is gone or its workers cannot start.
+        """
+        while not _process_turn.acquire(timeout=POLL_S):
+            if poll is not None:
+                poll()
+        try:
+            if self._depth == 0:
+                self._acquire(poll)
+            self._depth += 1
+            try:
+                yield self
+            finally:
+                self._depth -= 1
+                if self._depth == 0:
+                    self._end_turn()
+        finally:
+            _process_turn.release()
+
+    def _end_turn(self) -> None:
+        if self._group is not None and self._group.is_current:
+            # In line behind a message that was abandoned; nobody waits for the answer.
+            self._send(TurnEnded())
+        self._tell({"type": "end"})
+
+    def _acquire(self, poll: Poll) -> None:
+        """Wait until this client holds a generation that works."""
+        try:
+            for attempt in range(3):
+                if self._wire is None:
+                    self._open(poll)
+                try:
+                    self._wait_for_grant(poll)
+                    return
+                except ConnectionError:
+                    self.close()
+                    if attempt == 2:
+                        raise PoolError(
+                            f"pool {self.name!r} closed the connection again and again; "
+                            f"see {pool_folder(self.name).log}"
+                        ) from None
+        except BaseException:
+            self._tell({"type": "end"})
+            raise
+
+    def _open(self, poll: Poll) -> None:
+        devices, start, options = self._asked
+        self._wire, self._about = reach(self.name, devices, start=start, poll=poll, **options)
+        self._group = None
+
+    def _wait_for_grant(self, poll: Poll) -> None:
+        wire = self._wire
+        assert wire is not None
+        require_shm(self.num_ranks + 1)
+        self._settle_join(poll)
+        if self._group is not None and not self._group.is_current:
+            self._group = None
+        held = 0 if self._group is None else self._group.place.generation
+        wire.send({"type": "turn", "generation": held})
+        while True:
+            for message in wire.wait(POLL_S):
+                kind = message.get("type")
+                if kind == "grant" and self._group_is(message["generation"]):
+                    return
+                if kind == "join":
+                    self._join(wire, message)
+                elif kind == "lost":
+                    self._group = None
+                    log.info("waiting for pool %r: %s", self.name, message["reason"])
+                    self._settle_join(poll)
+                    wire.send({"type": "turn", "generation": 0})
+                elif kind == "refused":
+                    raise PoolError(str(message["reason"]))
+            if poll is not None:
+                poll()
+
+    def _group_is(self, generation: int) -> bool:
+        return self._group is not None and self._group.place.generation == generation
+
+    def _join(self, wire: Wire, message: dict[str, Any]) -> None:
+        """Join on a thread of its own: the call blocks for up to its limit when a worker dies meanwhile."""
+        place = Place(
+            pool=self.name,
+            generation=message["generation"],
+            store=message["store"],
+            rank=0,
+            num_processes=self.num_ranks + 1,
+        )
+
+        def join() -> None:
+            try:
+                self._group = Group.join(place)
+            except Exception as error:
+                # The door counts who joined, gives up on this generation and makes the next.
+                log.info("joining generation %d of pool %r: %s", place.generation, self.name, error)
+                return
+            self.generation, self._serial = place.generation, 0
+            with contextlib.suppress(ConnectionError):
+                wire.send({"type": "joined", "generation": place.generation})
+
+        self._joining = threading.Thread(target=join, name="comfy-xdit-join", daemon=True)
+        self._joining.start()
+
+    def _settle_join(self, poll: Poll) -> None:
+        """Wait for a join that was given up: torch cannot break one off, and can do one at a time."""
+        while self._joining is not None and self._joining.is_alive():
+            self._joining.join(POLL_S)
+            if poll is not None:
+                poll()
+
+    # Messages
+
+    def call(self, message: Message, *, poll: Poll = None, timeout_s: float | None = None) -> Result:
+        """Rank 0's result of `message`, which all ranks run.
+
+        Opens a turn of its own when none is open. poll: called about every 50 ms; when it raises, the wait
+        ends, the workers finish this message, and its answer is dropped.
+        timeout_s: the workers are restarted when they take longer; None is 600 s.
+        Raises PoolError.
+        """
+        return self.call_all(message, poll=poll, timeout_s=timeout_s)[0]
+
+    def call_all(
+        self, message: Message, *, poll: Poll = None, timeout_s: float | None = None
+    ) -> list[Result]:
+        """Every rank's result; else as `call`."""
+        with self.turn(poll):
+            if self._group is None:
+                self._acquire(poll)
+            return self._exchange(message, poll, CALL_TIMEOUT_S if timeout_s is None else timeout_s)
+
+    def _exchange(self, message: Message, poll: Poll, timeout_s: float) -> list[Result]:
+        wakeup = threading.Event()
+        futures = self._send(message, wakeup)
+        deadline, lost = time.monotonic() + timeout_s, None
+        while not all(future.done() for future in futures):
+            wakeup.wait(POLL_S)
+            wakeup.clear()
+            lost = self._lost(0)
+            if lost is not None:
+                break
+            if time.monotonic() > deadline:
+                self._restart(f"no answer to {type(message).__name__} within {timeout_s:g} s")
+                lost = self._lost(REASON_TIMEOUT_S)
+                break
+            if poll is not None:
+                poll()
+        return self._judge(message, futures, lost)
+
+    def _send(self, message: Message, wakeup: threading.Event | None = None) -> list[Any]:
+        assert self._group is not None
+        text, tensors = encode(message)
+        self._serial += 1
+        futures = [self._group.send(rank, self._serial, text, tensors) for rank in range(self.num_ranks)]
+        if wakeup is not None:
+            for future in futures:
+                future.add_done_callback(lambda _: wakeup.set())
+        return futures
+
+    def _judge(self, message: Message, futures: list[Any], lost: dict[str, Any] | None) -> list[Result]:
+        answers = [_answer(future) for future in futures]
+        failures = [answer for answer in answers if isinstance(answer, Failure)]
+        if all(isinstance(answer, Result) for answer in answers):
+            return answers  # type: ignore[return-value]
+        kinds = [a.kind if isinstance(a, Failure) else None for a in answers]
+        broken = lost is not None or any(answer is None for answer in answers)
+        if broken or not groups_survive(type(message).__name__, kinds):
+            self._group = None
+            if lost is None:
+                lost = self._lost(REASON_TIMEOUT_S)
+        # A worker that lost its peer fails too: then the door's reason says more than its failure.
+        told = [f for f in failures if lost is None or f.kind in ("memory", "input")]
+        if lost is not None and lost.get("failure"):
+            told.append(Failure(**lost["failure"]))
+        if told:
+            cause = worst([dataclasses.asdict(f) for f in told])
+            raise PoolError(cause["message"], kind=cause["kind"], trace=cause["trace"])
+        reason = "a worker ended unexpectedly" if lost is None else str(lost["reason"])
+        raise PoolError(
+            f"{reason}; the pool restarts its workers, so run the job again (log: {self._about['log']})",
+            kind="lost",
+        )
+
+    def _restart(self, reason: str) -> None:
+        assert self._group is not None
+        self._tell({"type": "restart", "generation": self._group.place.generation, "reason": reason})
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        if self._wire is not None:
+            with contextlib.suppress(ConnectionError):
+                self._wire.send(message)
+
+    def _lost(self, timeout_s: float) -> dict[str, Any] | None:
+        """The door's word that the workers of this generation are gone, if it comes in time."""
+        if self._wire is None:
+            return None
+        deadline = time.monotonic() + timeout_s
+        try:
+            while True:
+                for message in self._wire.wait(min(POLL_S, timeout_s)):
+                    if message.get("type") == "lost":
+                        self._group = None
+                        return message
+                if time.monotonic() >= deadline:
+                    return None
+        except ConnectionError:
+            self.close()
+            return {"reason": f"the supervisor of pool {self.name!r} ended"}
+
+
+def _answer(future: Any) -> Result | Failure | None:
+    """What a worker answered; None when it did not (yet), or the connection to it broke."""
+    if not future.done():
+        return None
+    try:
+        message = decode(*future.value())
+    except (RuntimeError, ValueError) as error:
+        log.debug("no answer: %s", error)
+        return None
+    return message if isinstance(message, (Result, Failure)) else None
+
+
+def status(name: str = "default") -> dict[str, Any]:
+    """What the pool `name` says about itself. Raises PoolError when it does not run."""
+    try:
+        wire, answer = say(pool_folder(name), {"type": "status"})
+    except ConnectionError:
+        raise PoolError(
+            f"no pool {name!r} runs; start it with `comfy-xdit pool start --name {name}`"
+        ) from None
+    wire.close()
+    return answer

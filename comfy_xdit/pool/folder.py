@@ -1,0 +1,114 @@
+"""A pool's private folder: its door, its log, its stores and its locks."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import os
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from .errors import PoolError
+
+MAX_SOCKET_PATH_BYTES = 107
+"""sun_path holds 108 bytes with its terminating zero (unix(7))."""
+
+
+def base_folder() -> Path:
+    """Where this user's pools live: $COMFY_XDIT_HOME, else /tmp/comfy-xdit-<uid>.
+
+    Not $XDG_RUNTIME_DIR: it goes away at logout, which a pool outlives, and a ComfyUI that is run as a
+    service has none, so that it and the command line would look in different places.
+    """
+    home = os.environ.get("COMFY_XDIT_HOME")
+    return Path(home).absolute() if home else Path(f"/tmp/comfy-xdit-{os.getuid()}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PoolFolder:
+    """Paths of one pool. Whoever can write here can command the workers, hence mode 0700."""
+
+    name: str
+    path: Path
+
+    @property
+    def door(self) -> Path:
+        return self.path / "door"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log"
+
+    @property
+    def counter(self) -> Path:
+        """The last generation's number: a new supervisor goes on from it, so that no number returns."""
+        return self.path / "generation"
+
+    def ranks_store(self, attempt: int) -> Path:
+        return self.path / f"ranks-{attempt}"
+
+    def rpc_store(self, generation: int) -> Path:
+        return self.path / f"rpc-g{generation}"
+
+    def clear(self) -> None:
+        """Remove what an earlier supervisor left; only for the holder of the `alive` lock."""
+        for pattern in ("door", "ranks-*", "rpc-g*", "agent-*"):
+            for path in self.path.glob(pattern):
+                path.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def try_lock(self, name: str) -> Iterator[bool]:
+        """Whether the lock `name` ("alive" of the supervisor, "start" of who starts one) was free.
+
+        It is held until the block ends. A lock of a dead process is free: the kernel lets go of it.
+        """
+        handle = os.open(self.path / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            yield True
+        finally:
+            os.close(handle)
+
+
+def pool_folder(name: str) -> PoolFolder:
+    """The folder of the pool `name`, made when missing.
+
+    Raises PoolError for a bad name, and for a folder that cannot be made or that others can enter.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,32}", name):
+        raise PoolError(f"{name!r} cannot name a pool; use 1 to 32 letters, digits, - and _", kind="input")
+    folder = PoolFolder(name=name, path=base_folder() / name)
+    length = len(os.fsencode(folder.door))
+    if length > MAX_SOCKET_PATH_BYTES:
+        raise PoolError(
+            f"the pool's socket {folder.door} has {length} bytes, and a socket's path may have "
+            f"{MAX_SOCKET_PATH_BYTES}; set COMFY_XDIT_HOME to a shorter folder"
+        )
+    for path in (folder.path.parent, folder.path):
+        _make_private(path)
+    return folder
+
+
+def _make_private(path: Path) -> None:
+    way_out = "set COMFY_XDIT_HOME to a folder of your own that can be written"
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # lstat: in /tmp, somebody else could have left a link here that leads to a folder of theirs.
+        found = path.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+            raise PoolError(
+                f"{path}, where the pool would keep its socket, belongs to someone else; {way_out}"
+            )
+        if stat.S_IMODE(found.st_mode) != 0o700:
+            path.chmod(0o700)
+    except OSError as error:
+        raise PoolError(f"cannot use {path} for the pool ({error.strerror}); {way_out}") from None
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise PoolError(f"cannot write to {path}, where the pool keeps its socket; {way_out}")

@@ -1,0 +1,262 @@
+"""torch.distributed.rpc behind one small interface: join a group, send a message, leave.
+
+Facts that shape this file, each found by trying: a group in which a process died takes no new member, so
+every client and every restart gets a group of its own, with names that never return; a second group in
+one process needs torch's store prefix counter at zero; `graceful=False` is the only shutdown that returns
+when a peer is gone; the `shm` transport opens no port; and torch's unpickler runs whatever a peer sends,
+so ours takes its place and lets through what an exchange of text and tensors needs.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import dataclasses
+import io
+import os
+import pickle
+import re
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..messages import Message
+from .errors import PoolError
+
+Serve = Callable[[int, str, list[Tensor]], tuple[str, list[Tensor]]]
+
+JOIN_TIMEOUT_S = 10.0
+SHM_BYTES_PER_PAIR = 9 << 20
+"""Ring buffers of a pair of processes under /dev/shm (TensorPipe's shm transport), rounded up."""
+
+# A process has one RPC agent, and torch keeps it in its own globals; this serialises who changes it.
+_agent_lock = threading.Lock()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TurnEnded(Message):
+    """The client's turn is over: forget what it asked to hold."""
+
+
+def serve(serial: int, text: str, tensors: list[Tensor]) -> tuple[str, list[Tensor]]:
+    """Names the one remote function; the receiving unpickler puts the worker's handler in its place."""
+    raise AssertionError("serve is only named, never run")
+
+
+def require_available() -> None:
+    """Raises PoolError where torch has no RPC."""
+    import torch.distributed
+
+    available = torch.distributed.is_available() and sys.platform == "linux"
+    if available:
+        import torch.distributed.rpc
+
+        available = torch.distributed.rpc.is_available()
+    if not available:
+        raise PoolError(
+            f"a worker pool needs a torch with distributed RPC, which this one on {sys.platform} lacks; "
+            "use Linux, or WSL2 on Windows"
+        )
+
+
+def require_shm(num_processes: int, *, path: str = "/dev/shm") -> None:
+    """Raises PoolError when shared memory is too full for a group: torch would die of SIGBUS later."""
+    needed = SHM_BYTES_PER_PAIR * num_processes * (num_processes - 1) // 2
+    try:
+        found = os.statvfs(path)
+    except OSError as error:
+        raise PoolError(f"workers talk through {path}, which cannot be used: {error.strerror}") from None
+    free = found.f_bavail * found.f_frsize
+    if free < needed:
+        raise PoolError(
+            f"{path} has {free >> 20} MiB free and the pool needs {needed >> 20} MiB there to talk to "
+            f"{num_processes - 1} workers; remove files there, or give it more (docker: --shm-size=1g)"
+        )
+
+
+def _allow_list(handler: Serve | None) -> dict[tuple[str, str], Any]:
+    """The names that a pickle may mention, with what they give."""
+    from torch.distributed.rpc import api, internal
+
+    receiver = internal._InternalRPCPickler
+
+    def attribute(owner: Any, name: str) -> Any:
+        # Tensors travel beside the pickle and are fetched by this one classmethod.
+        if owner is not receiver or name != "_tensor_receiver":
+            raise pickle.UnpicklingError(f"refused attribute {name!r}")
+        return receiver._tensor_receiver
+
+    allowed = {
+        ("builtins", "getattr"): attribute,
+        ("builtins", "set"): set,
+        ("builtins", "RuntimeError"): RuntimeError,
+        ("_pickle", "UnpicklingError"): pickle.UnpicklingError,
+        ("torch.distributed.rpc.internal", "_InternalRPCPickler"): receiver,
+        ("torch.distributed.rpc.internal", "PythonUDF"): internal.PythonUDF,
+        ("torch.distributed.rpc.internal", "RemoteException"): internal.RemoteException,
+        # RPC's own handshake, while a group is joined.
+        ("torch.distributed.rpc.api", "_gather_to_leader"): api._gather_to_leader,
+        ("torch.distributed.rpc.api", "_broadcast_to_followers"): api._broadcast_to_followers,
+        ("torch.distributed.rpc.api", "AllGatherStates"): api.AllGatherStates,
+    }
+    if handler is not None:
+        allowed[serve.__module__, serve.__name__] = handler
+    return allowed
+
+
+def make_unpickler(allowed: dict[tuple[str, str], Any]) -> type[pickle.Unpickler]:
+    """An unpickler class that knows the names in `allowed` and refuses all others."""
+
+    class AllowListUnpickler(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            try:
+                return allowed[module, name]
+            except KeyError:
+                raise pickle.UnpicklingError(f"refused {module}.{name}") from None
+
+        def persistent_load(self, pid: Any) -> Any:
+            raise pickle.UnpicklingError("refused a persistent id")
+
+    return AllowListUnpickler
+
+
+@contextlib.contextmanager
+def _bounded_private_join() -> Iterator[None]:
+    """While joining: give up in time, listen on loopback only, and take no object from a peer."""
+    from torch.distributed import distributed_c10d
+    from torch.distributed.rpc import constants
+
+    timeout, unpickler = constants.DEFAULT_PROCESS_GROUP_TIMEOUT, distributed_c10d._unpickler  # type: ignore[attr-defined]
+    names = ("GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME")
+    environment = {name: os.environ.get(name) for name in names}
+    constants.DEFAULT_PROCESS_GROUP_TIMEOUT = timedelta(seconds=JOIN_TIMEOUT_S)
+    distributed_c10d._unpickler = make_unpickler({})  # type: ignore[attr-defined]
+    os.environ.update(dict.fromkeys(names, "lo"))
+    try:
+        with warnings.catch_warnings():
+            # torch's own join warns about the way it uses its process group.
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        constants.DEFAULT_PROCESS_GROUP_TIMEOUT = timeout
+        distributed_c10d._unpickler = unpickler  # type: ignore[attr-defined]
+        for name, value in environment.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Place:
+    """A process's place in a generation's group: rank 0 is the client, rank r + 1 the worker of rank r."""
+
+    pool: str
+    generation: int
+    store: Path
+    rank: int
+    num_processes: int
+
+    def name(self, rank: int) -> str:
+        who = "client" if rank == 0 else f"worker{rank - 1}"
+        return f"{who}-{self.pool}-g{self.generation}"
+
+
+class Group:
+    """Membership in one generation's RPC group. Made by `join`."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+
+    @classmethod
+    def join(cls, place: Place, handler: Serve | None = None) -> Group:
+        """Become a member; returns when all members are there, or raises RuntimeError in about
+        JOIN_TIMEOUT_S. A group that this process was in before is left.
+
+        handler: runs what others send here, on one of RPC's threads; None on a client.
+        """
+        from torch.distributed import rpc
+        from torch.distributed.rpc import internal
+
+        with _agent_lock:
+            _leave_current()
+            internal._unpickler = make_unpickler(_allow_list(handler))  # type: ignore[misc]
+            rpc._init_counter = 0  # type: ignore[attr-defined]
+            options = rpc.TensorPipeRpcBackendOptions(
+                init_method=f"file://{place.store}",
+                rpc_timeout=JOIN_TIMEOUT_S,
+                num_worker_threads=8,
+                _transports=["shm"],
+            )
+            try:
+                with _bounded_private_join():
+                    rpc.init_rpc(
+                        place.name(place.rank),
+                        rank=place.rank,
+                        world_size=place.num_processes,
+                        rpc_backend_options=options,
+                    )
+            except BaseException:
+                _leave_current()
+                raise
+        return cls(place)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether this process is still in the group: joining another one leaves this one."""
+        return _current_name() == self.place.name(self.place.rank)
+
+    def send(self, rank: int, serial: int, text: str, tensors: list[Tensor]) -> Any:
+        """A torch Future of what worker `rank` answers: (text, tensors). It never times out by itself."""
+        from torch.distributed import rpc
+
+        return rpc.rpc_async(self.place.name(rank + 1), serve, args=(serial, text, tensors), timeout=0)
+
+    def leave(self) -> None:
+        """Stop taking part; does not wait for the others. Harmless when left already."""
+        with _agent_lock:
+            if self.is_current:
+                _leave_current()
+
+
+def _current_name() -> str | None:
+    from torch.distributed.rpc import api
+
+    if not api._is_current_rpc_agent_set():
+        return None
+    return api._get_current_rpc_agent().get_worker_info().name
+
+
+def _leave_current() -> None:
+    from torch.distributed import rpc
+    from torch.distributed.rpc import internal
+
+    name = _current_name()
+    if name is not None and not re.fullmatch(r"(client|worker\d+)-.+-g\d+", name):
+        raise PoolError(
+            f"this process already takes part in torch RPC as {name!r}, and it can be in one group only; "
+            "switch off what uses it, or run that in a process of its own"
+        )
+    if name is not None:
+        rpc.shutdown(graceful=False)
+    internal._unpickler = pickle.Unpickler  # type: ignore[misc]
+
+
+# An RPC agent that is alive at interpreter exit aborts the process.
+def _leave_at_exit() -> None:
+    if "torch.distributed.rpc" in sys.modules and _agent_lock.acquire(timeout=1):
+        _leave_current()
+
+
+atexit.register(_leave_at_exit)
+
+
+def loads_safely(data: bytes, handler: Serve | None = None) -> Any:
+    """What `data` unpickles to under the workers' rules; for tests and for judging a recorded attack."""
+    return make_unpickler(_allow_list(handler))(io.BytesIO(data)).load()

@@ -1,0 +1,182 @@
+"""Reach a running pool, or start one."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .devices import describe, parse_devices
+from .errors import PoolError
+from .folder import PoolFolder, pool_folder
+from .wire import Wire, versions
+
+log = logging.getLogger("comfy_xdit")
+
+Poll = Callable[[], object] | None
+
+SERVICE = "comfy_xdit_worker.service:Service"
+HELLO_TIMEOUT_S = 10.0
+START_TIMEOUT_S = 60.0
+POLL_S = 0.05
+
+
+def devices_of(text: str) -> list[str]:
+    """`parse_devices`, with the sentence as a PoolError."""
+    try:
+        return parse_devices(text)
+    except ValueError as error:
+        raise PoolError(str(error), kind="input") from None
+
+
+def say(
+    folder: PoolFolder, message: dict[str, Any], *, timeout_s: float = HELLO_TIMEOUT_S
+) -> tuple[Wire, dict[str, Any]]:
+    """Open the door with `message`: the connection and the first answer.
+
+    Raises ConnectionError when no pool is behind the door, PoolError when it does not answer.
+    """
+    try:
+        wire = Wire.connect(folder.door)
+    except OSError as error:
+        raise ConnectionError(str(error)) from None
+    try:
+        wire.send(message)
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            for answer in wire.wait(POLL_S * 10):
+                return wire, answer
+    except (ConnectionError, ValueError) as error:
+        wire.close()
+        raise ConnectionError(str(error)) from None
+    wire.close()
+    raise PoolError(
+        f"pool {folder.name!r} does not answer at {folder.door}; "
+        f"end it with `comfy-xdit pool stop --name {folder.name}` and run again"
+    )
+
+
+def reach(
+    name: str, devices: str, *, start: bool, poll: Poll = None, **options: Any
+) -> tuple[Wire, dict[str, Any]]:
+    """A client's connection to the pool `name` and what the pool says about itself.
+
+    start: start a pool on `devices` when none runs. options: of `spawn`.
+    Raises PoolError: no pool, another version, other devices than asked for, a bad `devices`.
+    """
+    # Before anything is made or started, so that a mistake has no consequence.
+    wanted = devices_of(devices)
+    folder = pool_folder(name)
+    try:
+        wire, about = say(folder, {"type": "client"})
+    except ConnectionError:
+        if not start:
+            raise PoolError(
+                f"no pool {name!r} runs; start it with `comfy-xdit pool start --name {name}`"
+            ) from None
+        wire, about = _start(folder, wanted, poll, options)
+    try:
+        _check(name, about, None if devices.strip().lower() == "auto" else wanted)
+    except PoolError:
+        wire.close()
+        raise
+    return wire, about
+
+
+def _check(name: str, about: dict[str, Any], wanted: list[str] | None) -> None:
+    stop = f"stop it with `comfy-xdit pool stop --name {name}` and run again"
+    mine, theirs = versions(), about.get("versions")
+    if theirs != mine:
+        raise PoolError(
+            f"pool {name!r} runs another version ({_spell(theirs)}) than you do ({_spell(mine)}); {stop}"
+        )
+    if wanted is not None and wanted != about["devices"]:
+        raise PoolError(
+            f"pool {name!r} runs on {describe(about['devices'])}, not on {describe(wanted)}; "
+            f"{stop}, or give devices=auto to use it as it is, or another pool name",
+            kind="input",
+        )
+
+
+def _spell(found: Any) -> str:
+    if not isinstance(found, dict):
+        return "unknown"
+    return ", ".join(f"{key.replace('_', '-')} {value}" for key, value in sorted(found.items()))
+
+
+def _start(
+    folder: PoolFolder, devices: list[str], poll: Poll, options: dict[str, Any]
+) -> tuple[Wire, dict[str, Any]]:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if poll is not None:
+            poll()
+        with folder.try_lock("start") as free:
+            try:
+                # Another client may have been faster.
+                return say(folder, {"type": "client"})
+            except ConnectionError:
+                pass
+            if free:
+                log.info("starting pool %r on %s", folder.name, describe(devices))
+                spawn(folder, devices, **options)
+                return say(folder, {"type": "client"})
+        time.sleep(POLL_S)
+    raise PoolError(
+        f"another process is still starting pool {folder.name!r} after {START_TIMEOUT_S:.0f} s; see {folder.log}"
+    )
+
+
+def spawn(
+    folder: PoolFolder, devices: list[str], *, service: str = SERVICE, path: tuple[str, ...] = ()
+) -> None:
+    """Start a supervisor and return when its door is open.
+
+    service: "module:Class" that the workers run; path: folders for their sys.path.
+    Raises PoolError with the end of the log when it ends instead.
+    """
+    read_end, write_end = os.pipe()
+    boot = Path(__file__).resolve().parent.parent / "boot.py"
+    command = [sys.executable, str(boot), "comfy_xdit.pool.supervisor", "--name", folder.name]
+    command += ["--devices", json.dumps(devices), "--service", service, "--ready-fd", str(write_end)]
+    for entry in path:
+        command += ["--path", entry]
+    try:
+        with open(folder.log, "wb") as output:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                pass_fds=(write_end,),
+                cwd="/",
+            )
+        os.close(write_end)
+        write_end = -1
+        process.wait(START_TIMEOUT_S)
+        answer = os.read(read_end, 64) if select.select([read_end], [], [], START_TIMEOUT_S)[0] else b""
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise PoolError(f"cannot start pool {folder.name!r}: {error}") from None
+    finally:
+        os.close(read_end)
+        if write_end >= 0:
+            os.close(write_end)
+    if answer != b"ready\n":
+        raise PoolError(f"pool {folder.name!r} ended while it started: {log_end(folder)}; see {folder.log}")
+
+
+def log_end(folder: PoolFolder) -> str:
+    """The last line of the pool's log that says something."""
+    try:
+        lines = folder.log.read_text(errors="replace").split("\n")
+    except OSError:
+        return "it left no log"
+    return next((line.strip() for line in reversed(lines) if line.strip()), "its log is empty")

@@ -1,0 +1,99 @@
+"""Whose turn it is: the queue of clients and the generation of the RPC group."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+from .wire import Wire
+
+
+@dataclasses.dataclass(eq=False)
+class ClientLine:
+    """The connection of one client; as long as it is open, the client lives."""
+
+    wire: Wire
+    pid: int
+    waiting_since: float = 0.0
+    joined: int = 0
+
+    def send(self, message: dict[str, Any]) -> None:
+        try:
+            self.wire.send(message)
+        except ConnectionError:
+            # Its socket reports the end to the door, which then acts on it.
+            return
+
+
+@dataclasses.dataclass
+class Turns:
+    """The state of the group. phase: "none" (no group), "preparing" (workers leave the last one),
+    "joining", "open" (the holder can send).
+    """
+
+    generation: int
+    phase: str = "none"
+    phase_since: float = 0.0
+    holder: ClientLine | None = None
+    in_turn: bool = False
+    queue: list[ClientLine] = dataclasses.field(default_factory=list)
+
+    def enter(self, phase: str) -> None:
+        self.phase, self.phase_since = phase, time.monotonic()
+
+    @property
+    def is_busy(self) -> bool:
+        """Nobody else can be let in now."""
+        return self.in_turn or self.phase in ("preparing", "joining")
+
+    def ask(self, client: ClientLine, generation: object) -> bool:
+        """True when `client` may go on in the group that it is in; else it is queued."""
+        is_member = client is self.holder and self.phase == "open" and generation == self.generation
+        # Not past the queue: its head has been waiting since before the last turn ended.
+        if is_member and not self.queue:
+            self.in_turn = True
+            return True
+        if client not in self.queue:
+            client.waiting_since = time.monotonic()
+            self.queue.append(client)
+        return False
+
+    def next(self) -> ClientLine:
+        """The next holder, with a generation of its own."""
+        self.holder = self.queue.pop(0)
+        self.generation += 1
+        self.in_turn = False
+        self.enter("preparing")
+        return self.holder
+
+    def open(self) -> None:
+        self.in_turn = True
+        self.enter("open")
+
+    def forget(self, client: ClientLine) -> bool:
+        """Let go of a client; True when the group was its."""
+        if client in self.queue:
+            self.queue.remove(client)
+        if client is not self.holder:
+            return False
+        self.holder, self.in_turn = None, False
+        if self.phase == "open":
+            self.enter("none")
+        return True
+
+    def lose(self) -> ClientLine | None:
+        """The workers are gone: no group. Returns who held it; it asks again when it is ready to join."""
+        holder = self.holder
+        self.holder, self.in_turn = None, False
+        self.enter("none")
+        return holder
+
+    def describe(self) -> dict[str, Any]:
+        now = time.monotonic()
+        return {
+            "generation": self.generation,
+            "phase": self.phase,
+            "client": None if self.holder is None else {"pid": self.holder.pid, "in_turn": self.in_turn},
+            "queue": [{"pid": c.pid, "waiting_s": round(now - c.waiting_since, 1)} for c in self.queue],
+        }

@@ -1,0 +1,101 @@
+"""One JSON object a line over a unix socket: how clients and workers talk to the pool's door."""
+
+from __future__ import annotations
+
+import json
+import select
+import socket
+import struct
+import threading
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+
+MAX_LINE_BYTES = 1 << 20
+SEND_TIMEOUT_S = 2.0
+
+
+def versions() -> dict[str, str]:
+    """What both sides must agree on. Torch to its minor version: RPC's wire format is its own.
+
+    Read from the package's metadata: the door answers before torch is imported.
+    """
+    return {"comfy_xdit": __version__, "torch": ".".join(metadata.version("torch").split(".")[:2])}
+
+
+class Wire:
+    """One end of a connection. Raises ConnectionError when the other end is gone or does not read."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self._sending = threading.Lock()
+        self._buffer = b""
+        # A peer that was stopped must not stop us: its buffer fills up, and then we let go of it.
+        sock.settimeout(SEND_TIMEOUT_S)
+
+    @classmethod
+    def connect(cls, path: Path) -> Wire:
+        """Raises OSError when nobody listens at `path`."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.settimeout(SEND_TIMEOUT_S)
+            sock.connect(str(path))
+        except OSError:
+            sock.close()
+            raise
+        return cls(sock)
+
+    def fileno(self) -> int:
+        return self.sock.fileno()
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Send one object; any thread may call."""
+        line = json.dumps(message).encode() + b"\n"
+        try:
+            with self._sending:
+                self.sock.sendall(line)
+        except OSError as error:
+            raise ConnectionError(str(error)) from None
+
+    def read(self) -> list[dict[str, Any]]:
+        """The objects that have arrived whole (perhaps none yet), once the socket is readable.
+
+        Raises ValueError for what is no JSON object, or longer than MAX_LINE_BYTES.
+        """
+        try:
+            data = self.sock.recv(1 << 16)
+        except OSError as error:
+            raise ConnectionError(str(error)) from None
+        if not data:
+            raise ConnectionError("the other end closed")
+        *lines, self._buffer = (self._buffer + data).split(b"\n")
+        if len(self._buffer) > MAX_LINE_BYTES:
+            raise ValueError(f"a line of more than {MAX_LINE_BYTES} bytes")
+        messages = []
+        for line in lines:
+            try:
+                message = json.loads(line)
+            except (ValueError, RecursionError):
+                raise ValueError("a line that is no JSON") from None
+            if not isinstance(message, dict):
+                raise ValueError("a line that is no JSON object")
+            messages.append(message)
+        return messages
+
+    def wait(self, timeout_s: float) -> list[dict[str, Any]]:
+        """The objects that arrive within `timeout_s`, returning at the first; [] when none came."""
+        # poll, not select: ComfyUI may have more than 1,024 files open.
+        poller = select.poll()
+        poller.register(self.sock, select.POLLIN)
+        return self.read() if poller.poll(max(0, int(timeout_s * 1000))) else []
+
+    def peer(self) -> tuple[int, int]:
+        """Process id and user id of the other end, from the kernel."""
+        raw = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        pid, uid, _ = struct.unpack("3i", raw)
+        return pid, uid
+
+    def close(self) -> None:
+        self.sock.close()

@@ -1,0 +1,74 @@
+"""A worker's connection to the pool's door: its orders, its heartbeat, and its death pipe."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from comfy_xdit.pool.wire import Wire
+
+BEAT_S = 1.0
+MAX_REASON_CHARS = 2000
+
+
+class Link:
+    """Reads orders and beats on threads of its own, so that a long job on the main thread stops neither."""
+
+    def __init__(self, wire: Wire) -> None:
+        self._wire = wire
+        self.measure: Callable[[], dict[str, Any]] = dict
+        """What a beat reports; called on the beating thread."""
+
+    def start(self, on_order: Callable[[dict[str, Any]], None], early: list[dict[str, Any]]) -> None:
+        """early: orders that came together with the welcome."""
+        for order in early:
+            on_order(order)
+        threading.Thread(target=self._read, args=(on_order,), name="door", daemon=True).start()
+        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+
+    def say(self, kind: str, **fields: Any) -> None:
+        """Send a message to the door; a worker without a door ends."""
+        try:
+            self._wire.send({"type": kind, **fields})
+        except ConnectionError:
+            os._exit(1)
+
+    def failed(self, error: BaseException) -> None:
+        """Say why this worker cannot start."""
+        self.say("failed", message=f"{type(error).__name__}: {error}"[:MAX_REASON_CHARS])
+
+    def _read(self, on_order: Callable[[dict[str, Any]], None]) -> None:
+        try:
+            while True:
+                for order in self._wire.wait(60.0):
+                    on_order(order)
+        except (ConnectionError, ValueError):
+            # The supervisor is gone: nobody would ever stop this process. The main thread may be
+            # stuck in a collective, so it is not asked.
+            os._exit(1)
+
+    def _beat(self) -> None:
+        while True:
+            self.say("beat", status=self.measure())
+            time.sleep(BEAT_S)
+
+
+def memory(device: str) -> dict[str, Any]:
+    """Bytes that this process holds: of RAM (private and shared apart), and of its device."""
+    with open("/proc/self/statm") as statm:
+        _, resident, shared, *_ = (int(pages) * os.sysconf("SC_PAGE_SIZE") for pages in statm.read().split())
+    found = {"ram_bytes": resident, "ram_private_bytes": resident - shared}
+    if device.startswith("cuda"):
+        import torch
+
+        if torch.cuda.is_initialized():
+            free, total = torch.cuda.mem_get_info(device)
+            found.update(
+                device_bytes=torch.cuda.memory_reserved(device),
+                device_free_bytes=free,
+                device_total_bytes=total,
+            )
+    return found
