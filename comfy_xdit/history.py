@@ -46,7 +46,8 @@ class History:
     def shorten(self, row: np.ndarray) -> Row:
         """`row` over the fewest and latest terms, exact to 1e-10. The given row itself if none is found."""
         limit = TOLERANCE * np.abs(row).max(initial=0.0)
-        for constants_too, window in itertools.product((False, True), range(min(MAX_WINDOW, len(self._inputs)))):
+        windows = range(min(MAX_WINDOW, len(self._inputs)))
+        for constants_too, window in itertools.product((False, True), windows):
             # Born with the answers of the calls in the window, or drawn since: may be added directly.
             recent = self._born >= len(self._inputs) - window
             old = ~(recent | self._constant) if constants_too else ~recent

@@ -118,14 +118,16 @@ class SamplerProgram(Message):
     def peak_held(self) -> int:
         """The most tensors of a latent's size that a replay holds while the model runs.
 
-        The call's own input counts; "noise", "latent" and "n…" don't: they came with the job.
+        The call's own input counts (twice where a mask keeps it apart from the sampler's state);
+        "noise", "latent" and "n…" don't: they came with the job.
         """
         last = self.last_use()
         peak = 0
         for i in range(len(self.calls)):
             terms = [term for term in last if _born(term) is not None]
             kept = [term for term in terms if (_born(term) or 0) < 2 * i < last[term]]
-            peak = max(peak, len(kept) + 1)
+            beside = bool(self.calls[i].known) and f"x{i}" in last
+            peak = max(peak, len(kept) + 1 + beside)
         return peak
 
 
@@ -211,7 +213,7 @@ class Replay:
     def answer(self, i: int, denoised: Sequence[Tensor]) -> None:
         """Take the denoised latents of call i, one per index in its `conds`."""
         call = self.program.calls[i]
-        assert len(denoised) == len(call.conds), f"{len(denoised)} outputs for {len(call.conds)} conditionings"
+        assert len(denoised) == len(call.conds), f"{len(denoised)} outputs, not {len(call.conds)}"
         terms = {str(k): tensor for k, tensor in enumerate(denoised)} | {"x": self.input(i)}
         guided = self._sum(call.guide, terms)
         if self._mask is not None:
@@ -246,7 +248,9 @@ class Replay:
             # Multiplied, then added: a fused kernel rounds differently at the end of a slice.
             part = (self._term(term) if terms is None else terms[term]).double() * coefficient
             total = part if total is None else total + part
-        return torch.zeros_like(self._given["noise"], dtype=self._dtype) if total is None else total.to(self._dtype)
+        if total is None:
+            return torch.zeros_like(self._given["noise"], dtype=self._dtype)
+        return total.to(self._dtype)
 
     def _term(self, term: str) -> Tensor:
         if term in self._given:

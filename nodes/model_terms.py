@@ -16,8 +16,9 @@ LIMIT = 1e-5
 
 
 def model_terms(model_sampling: Any, sigma: float, device: torch.device) -> dict[str, float]:
-    """input_scale, skip, gain and timestep: the network gets input_scale · x, denoised = skip · x + gain · out.
+    """input_scale, skip, gain and timestep at `sigma`.
 
+    The network gets input_scale · x and the timestep; denoised = skip · x + gain · its output.
     Raises ValueError when the host's model sampling is no such thing.
     """
     sigmas = torch.full((1,), sigma, dtype=torch.float32, device=device)

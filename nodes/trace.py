@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from comfy.model_management import InterruptProcessingException
 from comfy.patcher_extension import WrappersMP
+from comfy_xdit_nodes.model_terms import model_terms
+from comfy_xdit_nodes.noise_sources import Tap
 from torch import Tensor
 
 from comfy_xdit.history import Column, History
 from comfy_xdit.trajectory import Replay, SamplerCall, SamplerPreview, SamplerProgram
-from comfy_xdit_nodes.model_terms import model_terms
-from comfy_xdit_nodes.noise_sources import Tap
 
 AGREEMENT = 1e-7
 """Of the largest value: a run on numbers and the replay of its program differ by less, in float64."""
@@ -172,7 +172,6 @@ def run(
     return recording
 
 
-
 class _Numbers:
     """Random answers that depend on the input in no linear way."""
 
@@ -258,7 +257,7 @@ def trace(
             raise
         except Exception as error:
             # A sampler of any author, given tensors it never saw: whatever it raises, step mode takes it.
-            raise NotLinear(f"the sampler fails when it is traced: {type(error).__name__}: {error}") from error
+            raise NotLinear(f"the sampler fails in a trace: {type(error).__name__}: {error}") from error
 
 
 def _trace(
@@ -330,7 +329,8 @@ def _guide(call: Call, i: int, x: np.ndarray, columns: list[Column]) -> dict[str
     """How the guider combined its conditionings' latents, and perhaps its input."""
     row = _row(call.guided)
     own = {f"e{i}.{k}": str(k) for k in range(len(call.conds))}
-    guide = {own[column.term]: float(row[j]) for j, column in enumerate(columns) if column.term in own and row[j]}
+    named = _named(row, columns)
+    guide = {name: named[term] for term, name in own.items() if term in named}
     rest = np.where([column.term in own for column in columns], 0.0, row)
     if np.abs(rest).max(initial=0.0) > 0.0:
         share = float(rest @ x / (x @ x))
@@ -342,9 +342,8 @@ def _guide(call: Call, i: int, x: np.ndarray, columns: list[Column]) -> dict[str
 
 def _check(program: SamplerProgram, seen: Recording, start: Start) -> None:
     """Replay the run on numbers. Raises NotLinear when the host's sampler came to something else."""
-    replay = Replay(
-        program, noise=start.noise, latent=start.latent, mask=start.mask, noises=seen.noises, dtype=torch.float64
-    )
+    given = {"noise": start.noise, "latent": start.latent, "mask": start.mask, "noises": seen.noises}
+    replay = Replay(program, **given, dtype=torch.float64)
     assert seen.output is not None
     pairs = []
     previews = iter(seen.previews)

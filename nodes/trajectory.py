@@ -17,10 +17,10 @@ import comfy.model_base
 import comfy.samplers
 import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
+from comfy_xdit_nodes.trace import NotLinear, Start, run, trace
 from torch import Tensor
 
 from comfy_xdit.trajectory import SamplerProgram
-from comfy_xdit_nodes.trace import NotLinear, Recording, Start, run, trace
 
 OURS = "comfy-xdit"
 """Wrappers registered under a key that starts so are this plugin's own, and are no hindrance."""
@@ -131,10 +131,8 @@ def draw(
     the later ones depend on it, and dropped.
     """
     draws = _Draws(used)
-    recording: Recording
     with torch.no_grad():
-        recording = run(sampler, guider, sigmas, extra_args, Start(noise=noise, latent=latent, mask=None), draws)
-    del recording
+        run(sampler, guider, sigmas, extra_args, Start(noise=noise, latent=latent, mask=None), draws)
     return draws.kept
 
 
