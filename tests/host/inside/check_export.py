@@ -1,0 +1,84 @@
+"""Weights of a MODEL that names no file travel through shared memory, and leave nothing behind."""
+
+import gc
+import os
+import stat
+
+import pytest
+import safetensors.torch
+import tiny
+import torch
+from comfy_xdit_nodes import export as exporting
+from comfy_xdit_nodes.patcher import parallelize
+from comfy_xdit_nodes.source import checkpoint_of, pristine
+
+
+@pytest.fixture
+def shared(tmp_path, monkeypatch):
+    monkeypatch.setattr(exporting, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(exporting.export, "__defaults__", (tmp_path,))
+    return tmp_path
+
+
+def test_the_file_is_private_and_goes_with_the_model(models, shared):
+    stock = tiny.load(models / "flux.safetensors")
+    ours = parallelize(stock)
+    checkpoint = ours.model.checkpoint
+    status = os.stat(checkpoint.path)
+    assert stat.S_IMODE(status.st_mode) == 0o600
+    assert stat.S_IMODE(os.stat(os.path.dirname(checkpoint.path)).st_mode) == 0o700
+    written = safetensors.torch.load_file(checkpoint.path)
+    original = safetensors.torch.load_file(models / "flux.safetensors")
+    assert written.keys() == original.keys()
+    assert all(torch.equal(written[key], original[key]) for key in original)
+    del ours, stock
+    gc.collect()
+    assert not os.path.exists(checkpoint.path)
+
+
+def test_a_merged_lora_is_not_exported(models, shared):
+    from check_lora import TARGETS, with_lora
+
+    stock = with_lora(tiny.load(models / "flux.safetensors"), "lora", TARGETS["flux"], 1.0)
+    stock.patch_model(torch.device("cpu"))
+    written = safetensors.torch.load_file(checkpoint_of(stock).path)
+    original = safetensors.torch.load_file(models / "flux.safetensors")
+    assert all(torch.equal(written[key], original[key]) for key in original)
+
+
+def test_no_room(models, shared, monkeypatch):
+    monkeypatch.setattr(exporting, "MARGIN_BYTES", 2**60)
+    stock = tiny.load(models / "sd3.safetensors")
+    needed = sum(weight.numel() * weight.element_size() for weight in pristine(stock).values())
+    with pytest.raises(ValueError, match=rf"takes {needed} bytes .* has \d+ free; load it with Load Diffusion Model"):
+        parallelize(stock)
+    assert not list(shared.rglob("*.safetensors"))
+
+
+def test_a_folder_that_others_can_enter(models, shared):
+    (shared / f"comfy-xdit-{os.getuid()}").mkdir(mode=0o755)
+    with pytest.raises(ValueError, match="not a private folder"):
+        parallelize(tiny.load(models / "sd3.safetensors"))
+
+
+def test_leftovers_of_killed_processes_go(models, shared):
+    folder = shared / f"comfy-xdit-{os.getuid()}"
+    folder.mkdir(mode=0o700)
+    leftover = folder / f"{2**22 + 1}-0.safetensors"
+    leftover.write_bytes(b"")
+    parallelize(tiny.load(models / "sd3.safetensors"))
+    assert not leftover.exists()
+
+
+def test_the_models_own_file_when_it_says_so(models, shared):
+    import comfy.sd
+
+    path = models / "sd3.safetensors"
+    stock = comfy.sd.load_diffusion_model(str(path))
+    own = getattr(stock, "cached_patcher_init", None) is not None
+    checkpoint = checkpoint_of(stock)
+    assert (checkpoint.path == os.path.realpath(path)) == own
+    changed = comfy.sd.load_diffusion_model(str(path))
+    with torch.no_grad():
+        min(changed.model.diffusion_model.parameters(), key=torch.numel).add_(1.0)
+    assert checkpoint_of(changed).path.startswith(str(shared)), "the file is not what is in the model"
