@@ -6,7 +6,6 @@ same order on every rank: so collectives line up without a lock.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -66,12 +65,8 @@ class Service:
         self._held.clear()
 
     def status(self) -> dict[str, Any]:
-        """pid, device, memory in bytes, and what is resident."""
+        """What is resident; the loop adds pid, device and memory."""
         return {
-            "rank": self.rank,
-            "pid": os.getpid(),
-            "device": str(self.device),
-            "memory_bytes": self._memory_bytes(),
             "models": [self._model_status(key, model) for key, model in self._models.items()],
             "vaes": list(self._vaes),
         }
@@ -81,14 +76,9 @@ class Service:
             "model": key,
             "family": model.family.name,
             "patches": model.num_patched,
+            "patches_id": model.patches_id,
             "bytes": model.bytes_held(),
         }
-
-    def _memory_bytes(self) -> int:
-        if self.device.type == "cuda":
-            return torch.cuda.memory_reserved(self.device)
-        with open("/proc/self/statm") as statm:
-            return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     def _load_model(self, message: m.LoadModel) -> m.Result:
         if message.model not in self._models:
