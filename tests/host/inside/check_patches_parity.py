@@ -115,7 +115,7 @@ def test_kind(name, strength):
 
 
 def test_lokr_tucker(monkeypatch):
-    """On some versions of torch ComfyUI leaves this kind out, because kron refuses its strides; here it may not."""
+    """Some versions of torch refuse the strides in kron, and ComfyUI then leaves the patch out; we do not."""
     kron = torch.kron
     monkeypatch.setattr(torch, "kron", lambda a, b: kron(a, b.contiguous()))
     weight = rand(*CONV)
