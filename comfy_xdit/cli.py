@@ -19,6 +19,9 @@ from .pool.errors import PoolError
 COMMANDS: dict[str, tuple[str, str]] = {
     "pool start": ("comfy_xdit.pool.cli_start", "start a pool of workers, one process per device"),
     "pool status": ("comfy_xdit.pool.cli_status", "show a pool's ranks, models, queue and state"),
+    "bench overhead": ("comfy_xdit.bench.overhead", "one rank through the pool against the same model in-process"),
+    "bench scaling": ("comfy_xdit.bench.scaling", "each parallel method against one thread and N threads"),
+    "bench memory": ("comfy_xdit.bench.memory", "bytes of weights per rank and per machine"),
     "pool stop": ("comfy_xdit.pool.cli_stop", "end a pool and all of its workers"),
 }
 """Command words → (module, one line of help)."""

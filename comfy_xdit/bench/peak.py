@@ -8,7 +8,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -71,8 +70,3 @@ def _status_kb(field: str) -> int:
         if line.startswith(field + ":"):
             return int(line.split()[1])
     raise OSError(f"/proc/{os.getpid()}/status has no {field}; measure on Linux")
-
-
-def device_peak(device: torch.device) -> int:
-    """Bytes that torch had allocated on a CUDA device at most since `reset_peak_memory_stats`."""
-    return torch.cuda.max_memory_allocated(device)
