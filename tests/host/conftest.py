@@ -42,4 +42,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         found = checkouts()
         sentence = "no ComfyUI checkout: set COMFYUI_DIR, or put one beside this checkout or at ~/ComfyUI"
         none = [pytest.param(None, id="none", marks=pytest.mark.skip(reason=sentence))]
-        metafunc.parametrize("checkout", [pytest.param(path, id=path.name) for path in found] or none)
+        checkouts_or_none = [pytest.param(path, id=path.name) for path in found] or none
+        # Session scope: a fixture may start one server for all tests of a checkout.
+        metafunc.parametrize("checkout", checkouts_or_none, scope="session")
