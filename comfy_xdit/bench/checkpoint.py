@@ -80,7 +80,9 @@ def write_flux(path: Path, size: FluxSize, *, dtype: torch.dtype = torch.float32
     return path
 
 
-def random_call(size: FluxSize, *, tokens: int, text_tokens: int = 64, batch: int = 1, seed: int = 0) -> dict[str, Tensor]:
+def random_call(
+    size: FluxSize, *, tokens: int, text_tokens: int = 64, batch: int = 1, seed: int = 0
+) -> dict[str, Tensor]:
     """The arguments of one call of ComfyUI's Flux model with `tokens` image tokens (a square, or nearly).
 
     x: [batch, channels, 2 · rows, 2 · columns] with rows · columns = tokens.

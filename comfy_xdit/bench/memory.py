@@ -49,7 +49,7 @@ def memory(*, num_ranks: int = 2, hidden: int = 1024) -> dict[str, Any]:
         for rank in range(num_ranks)
     ]
     return {
-        "compared": f"{num_ranks} CPU ranks with a random Flux of {file_bytes} bytes, before and after load and one step",
+        "compared": f"{num_ranks} CPU ranks with a random Flux of {file_bytes} bytes, before and after load and a step",
         "file_bytes": file_bytes,
         "machine_grew_bytes": sum(row["share_grew_bytes"] for row in rows),
         "rows": rows,

@@ -33,7 +33,7 @@ def overhead(*, tokens: int = 512, num_turns: int = 9) -> dict[str, Any]:
 
             times = take_turns({"pool": through_pool, "in process": in_process}, num_turns=num_turns)
     return {
-        "compared": f"one step of a random Flux, {tokens} image tokens: a pool of one rank, this process; 1 thread each",
+        "compared": f"one step of a random Flux, {tokens} image tokens: a pool of one rank; this process; 1 thread",
         "rows": [
             {"what": name, "median_s": time.median_s, "fastest_s": time.fastest_s, "slowest_s": time.slowest_s}
             for name, time in times.items()
