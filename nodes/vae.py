@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import nodes as host_nodes
 import torch
 from comfy_xdit_nodes.pool import CATEGORY, POOL_INPUT, PoolSetting
 from comfy_xdit_nodes.vae_remote import config_of, remote_vae
 from torch import Tensor
 
+import nodes as host_nodes
 from comfy_xdit.messages import VAEDecode, VAEEncode
 from comfy_xdit.vae.layout import VAEConfig
 

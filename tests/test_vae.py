@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from comfy_xdit.bench.vae_checkpoint import ldm_shapes, random_vae, write_vae
 from comfy_xdit.messages import LoadVAE
 from comfy_xdit.vae import VAEConfig, describe, load_vae
 from comfy_xdit.vae.layout import translate
@@ -33,8 +34,8 @@ def load(path: Path, dtype: str = "float32"):
 
 @pytest.mark.parametrize("cfg", PUBLISHED.values(), ids=PUBLISHED.keys())
 def test_config_is_read_from_shapes(cfg: VAEConfig) -> None:
-    assert describe(tiny_vae.ldm_shapes(cfg)) == cfg
-    prefixed = {f"first_stage_model.{key}": shape for key, shape in tiny_vae.ldm_shapes(cfg).items()}
+    assert describe(ldm_shapes(cfg)) == cfg
+    prefixed = {f"first_stage_model.{key}": shape for key, shape in ldm_shapes(cfg).items()}
     found = describe(prefixed | {"model.diffusion_model.x_embedder.proj.weight": [1]})
     assert (found.prefix, found.block_out_channels) == ("first_stage_model.", cfg.block_out_channels)
 
@@ -42,7 +43,7 @@ def test_config_is_read_from_shapes(cfg: VAEConfig) -> None:
 @pytest.mark.parametrize("cfg", PUBLISHED.values(), ids=PUBLISHED.keys())
 def test_every_weight_of_diffusers_is_named_once(cfg: VAEConfig) -> None:
     depth = len(cfg.block_out_channels)
-    names = [translate(key, depth) for key in tiny_vae.ldm_shapes(cfg)]
+    names = [translate(key, depth) for key in ldm_shapes(cfg)]
     assert sorted(map(str, names)) == sorted(name for name, _ in cfg.build().named_parameters())
 
 
@@ -51,15 +52,12 @@ def test_names_agree_with_diffusers_converter(cfg: VAEConfig) -> None:
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
     # Numbered tensors: what comes out under a name says which key went in.
-    keys = list(tiny_vae.ldm_shapes(cfg))
+    keys = list(ldm_shapes(cfg))
     checkpoint = {
-        key: torch.full((1,) * len(shape), float(i))
-        for i, (key, shape) in enumerate(tiny_vae.ldm_shapes(cfg).items())
+        key: torch.full((1,) * len(shape), float(i)) for i, (key, shape) in enumerate(ldm_shapes(cfg).items())
     }
     depth = len(cfg.block_out_channels)
-    theirs = convert_ldm_vae_checkpoint(
-        checkpoint, {"down_block_types": [""] * depth, "up_block_types": [""] * depth}
-    )
+    theirs = convert_ldm_vae_checkpoint(checkpoint, {"down_block_types": [""] * depth, "up_block_types": [""] * depth})
     assert {name: keys[int(value.flatten()[0])] for name, value in theirs.items()} == {
         translate(key, depth): key for key in keys
     }
@@ -68,8 +66,8 @@ def test_names_agree_with_diffusers_converter(cfg: VAEConfig) -> None:
 @pytest.mark.parametrize("prefix", ["", "first_stage_model."])
 def test_decode_and_encode_equal_diffusers(tmp_path: Path, prefix: str) -> None:
     cfg = tiny_vae.config(latent_channels=16, quant_conv=False, post_quant_conv=False)
-    vae = load(tiny_vae.write(tmp_path, cfg, prefix=prefix))
-    reference = tiny_vae.reference(cfg, tiny_vae.random_weights(cfg))
+    vae = load(write_vae(tmp_path / "vae.safetensors", cfg, prefix=prefix))
+    reference = tiny_vae.reference(cfg, random_vae(cfg))
     latent, image = torch.randn(2, 16, 5, 7), torch.rand(2, 3, 22, 29) * 2 - 1
     with torch.no_grad():
         expected = reference.decode(latent).sample, reference.encode(image).latent_dist.parameters
@@ -78,10 +76,10 @@ def test_decode_and_encode_equal_diffusers(tmp_path: Path, prefix: str) -> None:
 
 
 def test_16_bit_weights_are_kept_in_their_type(tmp_path: Path) -> None:
-    vae = load(tiny_vae.write(tmp_path, tiny_vae.config()), "bfloat16")
+    vae = load(write_vae(tmp_path / "vae.safetensors", tiny_vae.config()), "bfloat16")
     image = vae.decode(torch.randn(1, 4, 4, 4))
     assert image.dtype is torch.bfloat16
-    assert vae.bytes_held() == 2 * sum(t.numel() for t in tiny_vae.random_weights(tiny_vae.config()).values())
+    assert vae.bytes_held() == 2 * sum(t.numel() for t in random_vae(tiny_vae.config()).values())
 
 
 def without(part: str):
@@ -98,7 +96,7 @@ REFUSED = {
     "decoder only": (without("encoder."), "widths"),
     "four channels": (lambda s: s | {"decoder.conv_out.weight": [4, 32, 3, 3]}, "decoder.conv_out"),
     "narrow": (
-        lambda s: tiny_vae.ldm_shapes(tiny_vae.config(block_out_channels=(16, 32))),
+        lambda s: ldm_shapes(tiny_vae.config(block_out_channels=(16, 32))),
         "multiples of 32",
     ),
 }
@@ -107,11 +105,11 @@ REFUSED = {
 @pytest.mark.parametrize("change,words", REFUSED.values(), ids=REFUSED.keys())
 def test_other_vaes_are_refused_by_name(change, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        describe(change(tiny_vae.ldm_shapes(tiny_vae.config())))
+        describe(change(ldm_shapes(tiny_vae.config())))
 
 
 def test_files_that_lack_weights_are_refused(tmp_path: Path) -> None:
-    weights = tiny_vae.random_weights(tiny_vae.config())
+    weights = random_vae(tiny_vae.config())
     path = tmp_path / "vae.safetensors"
     save_file({key: value for key, value in weights.items() if key != "decoder.norm_out.bias"}, path)
     with pytest.raises(ValueError, match=r"lacks 1 weights .* decoder\.conv_norm_out\.bias"):
@@ -126,7 +124,7 @@ def test_files_that_lack_weights_are_refused(tmp_path: Path) -> None:
 
 
 def test_wrong_inputs_are_refused(tmp_path: Path) -> None:
-    vae = load(tiny_vae.write(tmp_path, tiny_vae.config()))
+    vae = load(write_vae(tmp_path / "vae.safetensors", tiny_vae.config()))
     with pytest.raises(ValueError, match=r"\[1, 16, 4, 4\] does not fit .* \[batch, 4, height, width\]"):
         vae.decode(torch.zeros(1, 16, 4, 4))
     with pytest.raises(ValueError, match="at least 4 rows"):

@@ -1,4 +1,4 @@
-"""Peak memory of a rank while it decodes and encodes, over 1, 2, 4 … ranks, and whether the result stays the same."""
+"""Peak memory of a rank while it decodes and encodes, on several numbers of ranks, and the results' difference."""
 
 from __future__ import annotations
 
@@ -111,11 +111,11 @@ def run_ranks(folder: Path, num_ranks: int) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The rows as text, with each peak as a share of the one above it that is on one rank."""
+    """The rows as text."""
     lines = [result["compared"], f"{'':8}{'ranks':>6}{'peak MB':>10}{'RSS MB':>9}{'seconds':>9}  difference"]
     for row in result["rows"]:
         lines.append(
-            f"{row['work']:8}{row['ranks']:>6}{row['peak_bytes'] / 1e6:>10.1f}{row['resident_bytes'] / 1e6:>9.1f}"
-            f"{row['seconds']:>9.2f}  {row['difference']:.1e}"
+            f"{row['work']:8}{row['ranks']:>6}{row['peak_bytes'] / 1e6:>10.1f}"
+            f"{row['resident_bytes'] / 1e6:>9.1f}{row['seconds']:>9.2f}  {row['difference']:.1e}"
         )
     return "\n".join(lines)
