@@ -1,25 +1,15 @@
 """The host side alone: with ComfyUI's own model behind the messages, results equal stock bit for bit."""
 
 import comfy.model_management as mm
-import comfy_xdit_nodes.run
 import pytest
-import tiny
 import torch
 from comfy_xdit_nodes.checkpoint import open_checkpoint
+from comfy_xdit_nodes.parity import models as tiny
 from comfy_xdit_nodes.patcher import from_checkpoint, parallelize
 from comfy_xdit_nodes.pool import PoolSetting
 from comfy_xdit_nodes.samplers import XDiTKSampler
-from fake_pool import FakePool
 
 KINDS = ("sd3", "sd35", "flux", "schnell")
-
-
-@pytest.fixture
-def pool(monkeypatch):
-    pool = FakePool()
-    monkeypatch.setattr(comfy_xdit_nodes.run, "connect", lambda setting: pool)
-    yield pool
-    mm.unload_all_models()
 
 
 def ours(path):
@@ -27,13 +17,13 @@ def ours(path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_equals_stock(kind, models, pool):
+def test_equals_stock(kind, models, fake):
     path = models / f"{kind}.safetensors"
     stock = tiny.sample(tiny.load(path))
     assert stock.isfinite().all() and stock.std() > 0.1
     assert torch.equal(tiny.sample(ours(path)), stock)
-    assert pool.log[:3] == ["LoadModel", "Hold", "Denoise"]
-    assert pool.log.count("Denoise") == 3 and not pool.held and not pool.turns
+    assert fake.log[:3] == ["LoadModel", "Hold", "Denoise"]
+    assert fake.log.count("Denoise") == 3 and not fake.held and not fake.turns
 
 
 @pytest.mark.parametrize("kind", ["sd3", "flux"])
@@ -47,29 +37,29 @@ def test_equals_stock(kind, models, pool):
         {"latent_image": {**tiny.latent(), "noise_mask": torch.ones(1, 1, 16, 8).repeat(1, 1, 1, 2).tril()}},
     ],
 )
-def test_equals_stock_with(kind, changes, models, pool):
+def test_equals_stock_with(kind, changes, models, fake):
     path = models / f"{kind}.safetensors"
     assert torch.equal(tiny.sample(ours(path), **changes), tiny.sample(tiny.load(path), **changes))
 
 
 @pytest.mark.parametrize("kind", ["sd35", "flux"])
-def test_stock_model_through_its_own_file_or_memory(kind, models, pool):
+def test_stock_model_through_its_own_file_or_memory(kind, models, fake):
     stock = tiny.load(models / f"{kind}.safetensors")
     expected = tiny.sample(stock)
     assert torch.equal(tiny.sample(stock, node=XDiTKSampler()), expected)
     assert torch.equal(tiny.sample(stock, node=XDiTKSampler()), expected)
-    assert pool.log.count("SetPatches") == 0 and len(pool.models) == 1
+    assert fake.log.count("SetPatches") == 0 and len(fake.models) == 1
 
 
-def test_memory_is_free_without_the_model(models, pool):
+def test_memory_is_free_without_the_model(models, fake):
     path = models / "sd3.safetensors"
     model = ours(path)
     tiny.sample(model)
-    assert pool.models and any(loaded.model is model for loaded in mm.current_loaded_models)
+    assert fake.models and any(loaded.model is model for loaded in mm.current_loaded_models)
     mm.free_memory(5e10, mm.get_torch_device())
-    assert pool.models, "memory pressure on the host must not unload the workers"
+    assert fake.models, "memory pressure on the host must not unload the workers"
     mm.unload_all_models()
-    assert not pool.models
+    assert not fake.models
     assert torch.equal(tiny.sample(model), tiny.sample(tiny.load(path)))
 
 
@@ -78,19 +68,19 @@ def test_skeleton_holds_no_weights(models):
     assert all(parameter.is_meta for parameter in model.diffusion_model.parameters())
 
 
-def test_lengths_that_differ_meet_in_one_message(models, pool):
+def test_lengths_that_differ_meet_in_one_message(models, fake):
     path = models / "sd3.safetensors"
     negative = tiny.conditioning(33, seed=11)
     expected = tiny.sample(tiny.load(path), negative=negative)
     assert torch.equal(tiny.sample(ours(path), negative=negative), expected)
-    assert [calls for calls, _, _ in pool.calls] == [1] * 6
-    pool.num_ranks, pool.calls = 2, []
+    assert [calls for calls, _, _ in fake.calls] == [1] * 6
+    fake.num_ranks, fake.calls = 2, []
     model = parallelize(ours(path), PoolSetting(cfg=2))
     assert torch.equal(tiny.sample(model, negative=negative), expected)
-    assert [(calls, chunks) for calls, chunks, _ in pool.calls] == [(2, [1, 1])] * 3
+    assert [(calls, chunks) for calls, chunks, _ in fake.calls] == [(2, [1, 1])] * 3
 
 
-def test_interrupt_stops_within_a_step(models, pool):
+def test_interrupt_stops_within_a_step(models, fake):
     def interrupt(step, *_):
         if step == 0:
             mm.interrupt_current_processing()
@@ -104,5 +94,5 @@ def test_interrupt_stops_within_a_step(models, pool):
         comfy.sample.sample(
             model, noise, 5, 3.0, "euler", "simple", *conds, 0 * noise, callback=interrupt, seed=1
         )
-    assert len(pool.calls) == 1 and not pool.turns
+    assert len(fake.calls) == 1 and not fake.turns
     assert tiny.sample(model).isfinite().all()

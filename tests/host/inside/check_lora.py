@@ -1,29 +1,18 @@
-"""LoRA and its kin through ComfyUI's own loading code, before and after our node: equal to stock, bit for bit."""
+"""LoRA and its kin through ComfyUI's own loading code, before and after our node: equal to stock."""
 
 import comfy.lora
-import comfy.model_management as mm
 import comfy.sd
-import comfy_xdit_nodes.run
 import pytest
-import tiny
 import torch
 from comfy_xdit_nodes.checkpoint import open_checkpoint
+from comfy_xdit_nodes.parity import models as tiny
 from comfy_xdit_nodes.patcher import from_checkpoint, parallelize
 from comfy_xdit_nodes.patches import encode_patches
-from fake_pool import FakePool
 
 TARGETS = {
     "sd3": "diffusion_model.joint_blocks.0.x_block.mlp.fc1",
     "flux": "diffusion_model.single_blocks.1.linear2",
 }
-
-
-@pytest.fixture
-def pool(monkeypatch):
-    pool = FakePool()
-    monkeypatch.setattr(comfy_xdit_nodes.run, "connect", lambda setting: pool)
-    yield pool
-    mm.unload_all_models()
 
 
 def random(*shape, seed=0, scale=0.1):
@@ -35,9 +24,8 @@ def lora_file(kind, name, out, inner):
     if kind in ("lora", "dora"):
         tensors = {"lora_up.weight": random(out, 4), "lora_down.weight": random(4, inner, seed=1)}
     elif kind == "loha":
-        tensors = {
-            f"hada_w{i}_{x}": random(*((out, 4) if x == "a" else (4, inner)), seed=i) for i in (1, 2) for x in "ab"
-        }
+        shapes = {"a": (out, 4), "b": (4, inner)}
+        tensors = {f"hada_w{i}_{x}": random(*shapes[x], seed=i) for i in (1, 2) for x in "ab"}
     elif kind == "lokr":
         tensors = {"lokr_w1": random(4, 4), "lokr_w2": random(out // 4, inner // 4, seed=1)}
     elif kind == "glora":
@@ -64,7 +52,7 @@ def with_lora(patcher, kind, name, strength):
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "loha", "lokr", "glora", "oft", "boft", "diff", "set"])
 @pytest.mark.parametrize("model", ["sd3", "flux"])
-def test_each_kind(kind, model, models, pool):
+def test_each_kind(kind, model, models, fake):
     path, name = models / f"{model}.safetensors", TARGETS[model]
     stock = tiny.load(path)
     plain = tiny.sample(stock)
@@ -80,27 +68,28 @@ def test_each_kind(kind, model, models, pool):
     assert torch.equal(tiny.sample(parallelize(with_lora(tiny.load(path), kind, name, -0.7))), expected)
 
 
-def test_several_and_both_sides(models, pool):
+def test_several_and_both_sides(models, fake):
     path, name = models / "flux.safetensors", TARGETS["flux"]
 
     def dressed(patcher, between=lambda patcher: patcher):
         patcher = between(with_lora(patcher, "lora", name, 0.5))
         return with_lora(with_lora(patcher, "lora", name, -1.5), "diff", TARGETS["flux"], 0.25)
 
-    assert torch.equal(tiny.sample(dressed(tiny.load(path), parallelize)), tiny.sample(dressed(tiny.load(path))))
+    expected = tiny.sample(dressed(tiny.load(path)))
+    assert torch.equal(tiny.sample(dressed(tiny.load(path), parallelize)), expected)
 
 
-def test_a_switch_sends_patches_only(models, pool):
+def test_a_switch_sends_patches_only(models, fake):
     source = from_checkpoint(open_checkpoint(str(models / "flux.safetensors")))
     tiny.sample(source)
     tiny.sample(with_lora(source, "lora", TARGETS["flux"], 0.5))
-    pool.log.clear()
+    fake.log.clear()
     tiny.sample(with_lora(source, "lora", TARGETS["flux"], 0.75))
-    assert pool.log.count("SetPatches") == 1
-    assert pool.log.count("Denoise") == 3 and len(pool.models) == 1
+    assert fake.log.count("SetPatches") == 1
+    assert fake.log.count("Denoise") == 3 and len(fake.models) == 1
 
 
-def test_model_merge_with_ours_first(models, pool):
+def test_model_merge_with_ours_first(models, fake):
     import comfy_extras.nodes_model_merging as merging
 
     path, other = models / "flux.safetensors", models / "merged.safetensors"

@@ -1,22 +1,10 @@
 """What would run inside the transformer is refused by name, before anything is sent."""
 
-import comfy.hooks
-import comfy.model_management as mm
-import comfy_xdit_nodes.run
 import pytest
-import tiny
 from comfy_xdit_nodes.checkpoint import open_checkpoint
+from comfy_xdit_nodes.parity import models as tiny
 from comfy_xdit_nodes.patcher import from_checkpoint, parallelize
 from comfy_xdit_nodes.pool import PoolSetting
-from fake_pool import FakePool
-
-
-@pytest.fixture
-def pool(monkeypatch):
-    pool = FakePool()
-    monkeypatch.setattr(comfy_xdit_nodes.run, "connect", lambda setting: pool)
-    yield pool
-    mm.unload_all_models()
 
 
 @pytest.fixture
@@ -58,17 +46,17 @@ CHANGES = {sentence.replace("HERE", __name__): change for sentence, change in CH
 
 
 @pytest.mark.parametrize("sentence", CHANGES)
-def test_changes_of_the_model(sentence, model, pool):
+def test_changes_of_the_model(sentence, model, fake):
     changed = model.clone()
     CHANGES[sentence](changed)
     with pytest.raises(ValueError) as refused:
         tiny.sample(changed)
     assert sentence in str(refused.value) and "\n" not in str(refused.value)
-    assert not pool.log
+    assert not fake.log
     assert tiny.sample(model).isfinite().all()
 
 
-def test_all_at_once(model, pool):
+def test_all_at_once(model, fake):
     changed = model.clone()
     for change in CHANGES.values():
         change(changed)
@@ -77,7 +65,7 @@ def test_all_at_once(model, pool):
     assert all(sentence in str(refused.value) for sentence in CHANGES)
 
 
-def test_conditioning(model, pool):
+def test_conditioning(model, fake):
     import comfy.controlnet
 
     control = comfy.controlnet.ControlBase()
@@ -93,16 +81,16 @@ def test_conditioning(model, pool):
         with pytest.raises(ValueError) as refused:
             tiny.sample(model, positive=tiny.conditioning(**extra))
         assert sentence in str(refused.value)
-    assert not pool.log
+    assert not fake.log
 
 
-def test_degrees_that_do_not_fit(model, pool):
-    pool.num_ranks = 4
+def test_degrees_that_do_not_fit(model, fake):
+    fake.num_ranks = 4
     with pytest.raises(ValueError, match=r"product divides 4"):
         tiny.sample(parallelize(model, PoolSetting(ulysses=3)))
     with pytest.raises(ValueError, match=r"pipe=2 .*cfg=4|cfg=4 .*pipe=2"):
         tiny.sample(parallelize(model, PoolSetting(pipe=2, cfg=4, ulysses=1, ring=1, dp=1)))
-    assert not pool.log
+    assert not fake.log
 
 
 def test_calls_outside_of_a_sampler(model):

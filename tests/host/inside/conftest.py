@@ -1,7 +1,9 @@
 """Brings one ComfyUI checkout into this process; see `test_host.py`, which starts it."""
 
+import contextlib
 import os
 import runpy
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -12,44 +14,62 @@ ROOT = Path(__file__).resolve().parents[3]
 CHECKOUT = os.environ.get("COMFYUI_UNDER_TEST")
 
 if CHECKOUT:
-    # Our `nodes` folder must not be found as ComfyUI's `nodes.py`.
-    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
-    sys.path.insert(0, CHECKOUT)
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
     BASE = tempfile.mkdtemp(prefix="comfy-xdit-host-")
-    arguments, sys.argv = sys.argv, ["main.py", "--cpu", "--base-directory", BASE]
-    for kind in ("diffusion_models", "vae", "checkpoints", "loras"):
-        (Path(BASE) / "models" / kind).mkdir(parents=True)
-
-    import comfy.options
-
-    comfy.options.enable_args_parsing()
-    import comfy.cli_args
-    import folder_paths
-    import torch
-
-    folder_paths.set_output_directory(f"{BASE}/output")
-    sys.argv = arguments
-    torch.set_num_threads(1)
-    runpy.run_path(str(ROOT / "comfy_xdit" / "mount.py"))["mount"]("comfy_xdit", "comfy_xdit_nodes")
+    # Pools of these tests are not to be found by, nor mistaken for, the user's.
+    os.environ["COMFY_XDIT_HOME"] = f"{BASE}/pools"
+    runpy.run_path(str(ROOT / "nodes" / "parity" / "host.py"))["enter"](CHECKOUT, f"{BASE}/comfyui")
+    sys.path.append(str(Path(__file__).resolve().parent))
 
 
 def pytest_ignore_collect(collection_path):
-    return True if not CHECKOUT else None
+    return None if CHECKOUT else True
 
 
 @pytest.fixture(scope="session")
 def models():
     """Folder of the tiny models, one file per kind."""
-    import tiny
+    from comfy_xdit_nodes.parity import models
 
-    folder = Path(BASE) / "models" / "diffusion_models"
-    tiny.write_all(folder)
-    yield folder
+    folder = Path(BASE) / "comfyui" / "models" / "diffusion_models"
+    models.write_all(folder)
+    return folder
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """A pool inside the process, in place of the one that would be started."""
+    import comfy.model_management
+    import comfy_xdit_nodes.run
+
+    from fake_pool import FakePool
+
+    pool = FakePool()
+    monkeypatch.setattr(comfy_xdit_nodes.run, "connect", lambda setting: pool)
+    yield pool
+    comfy.model_management.unload_all_models()
+
+
+@pytest.fixture(scope="session")
+def pools():
+    """`pools(num_ranks, **degrees)`: the setting of a real pool of CPU workers, ended with the session."""
+    from comfy_xdit_nodes.pool import PoolSetting
+
+    from comfy_xdit.pool.cli_stop import stop
+
+    names = set()
+
+    def setting(num_ranks, **degrees):
+        names.add(f"ranks{num_ranks}")
+        return PoolSetting(name=f"ranks{num_ranks}", devices=f"cpu:{num_ranks}", **degrees)
+
+    yield setting
+    for name in names:
+        with contextlib.suppress(ConnectionError):
+            stop(name)
 
 
 @pytest.fixture(autouse=True)
-def no_grad():
+def inference_mode():
     import torch
 
     with torch.inference_mode():
@@ -58,6 +78,4 @@ def no_grad():
 
 def pytest_sessionfinish():
     if CHECKOUT:
-        import shutil
-
         shutil.rmtree(BASE, ignore_errors=True)

@@ -4,8 +4,8 @@ import contextlib
 
 import comfy.utils
 import comfy.weight_adapter as adapters
-import tiny
 import torch
+from comfy_xdit_nodes.parity import models as tiny
 
 from comfy_xdit import messages as m
 

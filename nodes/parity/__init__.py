@@ -1,0 +1,1 @@
+"""Stock against the pool, in one ComfyUI process: what the host tests and `comfy-xdit parity` measure."""
