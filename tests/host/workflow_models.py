@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from comfy_xdit.bench.vae_checkpoint import random_vae
 from comfy_xdit.vae import VAEConfig
 
 TESTS = Path(__file__).resolve().parents[1]
 TINY = runpy.run_path(str(TESTS / "tiny.py"))
-TINY_VAE = runpy.run_path(str(TESTS / "tiny_vae.py"))
 
 CONTEXT, POOLED = 4096, 2048
 """What ComfyUI's SD3 text encoder gives when it has CLIP-L alone."""
@@ -88,7 +88,7 @@ def write(models: Path, *, small_flux: bool) -> None:
         post_quant_conv=False,
         attention=True,
     )
-    vae = {key: value.half() for key, value in TINY_VAE["random_weights"](config).items()}
+    vae = {key: value.half() for key, value in random_vae(config).items()}
     save_file(clip_l(), models / "text_encoders" / "clip_l.safetensors")
     save_file(vae, models / "vae" / "ae.safetensors")
     save_file(flux, models / "diffusion_models" / "flux1-dev.safetensors")

@@ -1,0 +1,75 @@
+"""What the user docs say exists: links, commands and their options, node ids, and the errors they quote."""
+
+import argparse
+import ast
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+from comfy_xdit.cli import COMMANDS
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted((ROOT / "docs").glob("*.md")) + [page for page in [ROOT / "README.md"] if page.is_file()]
+NODES = {
+    "XDiTWorkerPool",
+    "XDiTLoadDiffusionModel",
+    "XDiTParallelModel",
+    "XDiTKSampler",
+    "XDiTKSamplerAdvanced",
+    "XDiTSamplerCustomAdvanced",
+    "XDiTVAEDecode",
+    "XDiTVAEEncode",
+}
+MIN_WORDS = 4
+"""Fewer words in a row would be found anywhere."""
+
+
+def text(name: str) -> str:
+    return (ROOT / "docs" / name).read_text("utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
+        if not target.startswith(("http://", "https://")):
+            path, _, anchor = target.partition("#")
+            found = (page.parent / path) if path else page
+            assert found.exists(), f"{page.name}: {target}"
+            if anchor:
+                headings = re.findall(r"^#+ (.+)$", found.read_text("utf-8"), re.MULTILINE)
+                assert anchor in {re.sub(r"[^\w\- ]", "", h).lower().replace(" ", "-") for h in headings}
+
+
+def test_every_node_is_described():
+    assert set(re.findall(r"\bXDiT\w+", text("nodes.md"))) == NODES
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_and_options_exist(page):
+    for line in re.findall(r"comfy[-_]xdit ((?:pool|bench)[^`\n]*)", page.read_text("utf-8")):
+        name = next((name for name in COMMANDS if line.startswith(name)), None)
+        assert name is not None, f"{page.name}: {line}"
+        parser = argparse.ArgumentParser()
+        importlib.import_module(COMMANDS[name][0]).arguments(parser)
+        for option in re.findall(r"--[a-z-]+", line):
+            assert option in parser.format_help(), f"{page.name}: {line}"
+
+
+def fragments() -> set[str]:
+    """Runs of words in the project's string literals, as they stand between the values put in."""
+    found = set()
+    for folder in ("comfy_xdit", "nodes", "worker"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    found.add(node.value.strip(" ();:,'"))
+    return {fragment for fragment in found if len(fragment.split()) >= MIN_WORDS}
+
+
+def test_quoted_errors_are_the_codes():
+    quotes = [line[2:] for line in text("troubleshooting.md").splitlines() if line.startswith("> ")]
+    known = fragments()
+    unknown = [quote for quote in quotes if not any(fragment in quote for fragment in known)]
+    assert len(quotes) >= 15 and not unknown
