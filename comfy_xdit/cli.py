@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bench scaling": ("comfy_xdit.bench.scaling", "each parallel method against one thread and N threads"),
     "bench memory": ("comfy_xdit.bench.memory", "bytes of weights per rank and per machine"),
     "pool stop": ("comfy_xdit.pool.cli_stop", "end a pool and all of its workers"),
+    "bench heal": ("comfy_xdit.bench.heal", "kill workers again and again and watch the pool heal"),
 }
 """Command words → (module, one line of help)."""
 

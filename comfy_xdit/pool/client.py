@@ -143,7 +143,7 @@ class Pool:
     def _wait_for_grant(self, poll: Poll) -> None:
         wire = self._wire
         assert wire is not None
-        require_shm(self.num_ranks + 1)
+        require_shm(self.num_ranks)
         self._settle_join(poll)
         if self._group is not None and not self._group.is_current:
             self._group = None

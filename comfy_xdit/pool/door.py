@@ -24,7 +24,7 @@ log = logging.getLogger("comfy_xdit")
 TICK_S = 0.25
 JOIN_LIMIT_S = 15.0
 PREPARE_LIMIT_S = 120.0
-"""How long a message whose client is gone or lost interest may still run, before the workers restart."""
+"""How long a message whose client is gone or lost interest may run on before the workers restart."""
 
 MAX_FAILED_STARTS = 3
 

@@ -130,7 +130,7 @@ def _start(
                 return say(folder, {"type": "client"})
         time.sleep(POLL_S)
     raise PoolError(
-        f"another process is still starting pool {folder.name!r} after {START_TIMEOUT_S:.0f} s; see {folder.log}"
+        f"pool {folder.name!r} is still being started after {START_TIMEOUT_S:.0f} s; see {folder.log}"
     )
 
 
