@@ -60,7 +60,7 @@ class _Application:
     def __init__(self, module: nn.Module, plan: ModelPlan, context: ParallelContext, attend: Attend) -> None:
         self.module = module
         self.plan = plan
-        self.axis = context.axis("sequence")
+        self.whole_axis = self.axis = context.axis("sequence")
         self.attend = attend
         self.lengths: dict[str, int] = {}
         self.given: dict[str, Any] = {}
@@ -97,7 +97,18 @@ class _Application:
         self.lengths.clear()
         self.given = dict(kwargs)
         cuts = {name: rule for name, rule in self.plan.cut_arguments.items() if kwargs.get(name) is not None}
+        self.axis = self.whole_axis.alone if self._too_short(kwargs, cuts) else self.whole_axis
         return (), {**kwargs, **{name: self._cut(kwargs[name], rule) for name, rule in cuts.items()}}
+
+    def _too_short(self, kwargs: dict[str, Any], cuts: dict[str, Cut]) -> bool:
+        """Whether a rank would hold no token at all, which reshapes with an inferred size reject.
+
+        So few tokens aren't worth cutting. Streams that are cut inside the model can't be known here.
+        """
+        if self.plan.cut_outputs:
+            return False
+        lengths = [kwargs[name].shape[rule.dim] for name, rule in cuts.items() if hasattr(kwargs[name], "shape")]
+        return max(lengths) < self.whole_axis.degree
 
     def _cut(self, value: Any, rule: Cut) -> Any:
         if isinstance(value, (list, tuple)):
@@ -165,7 +176,7 @@ class _Seam(TorchFunctionMode):
         if attn_mask is not None:
             attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
         lengths = tuple(self.work.lengths[stream] for stream in self.streams)
-        layer = Layer(path=self.path, lengths=lengths)
+        layer = Layer(path=self.path, lengths=lengths, num_shards=self.work.axis.degree)
         return self.work.attend(query, key, value, layer, mask=attn_mask, scale=scale)
 
 

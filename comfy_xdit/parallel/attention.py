@@ -22,10 +22,14 @@ from .sequence import exchange, shard_sizes, shard_starts
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layer:
-    """An attention module in a forward: its path, and the whole lengths of its streams in order."""
+    """An attention module in a forward: its path, and the whole lengths of its streams in order.
+
+    num_shards: over how many ranks the tokens are cut; 1 where there are too few, and every rank holds all.
+    """
 
     path: str
     lengths: tuple[int, ...]
+    num_shards: int
 
 
 class Attend(Protocol):
@@ -51,9 +55,10 @@ class SequenceAttention:
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, layer: Layer, *, mask: Tensor | None, scale: float | None
     ) -> Tensor:
-        if self._ring.degree == self._ulysses.degree == 1:
+        if layer.num_shards == 1:
             return kernels.attention(q, k, v, mask=mask, scale=scale)
-        places = Places.of(layer.lengths, self._ring.degree * self._ulysses.degree)
+        assert layer.num_shards == self._ring.degree * self._ulysses.degree
+        places = Places.of(layer.lengths, layer.num_shards)
         first = self._ring.index * self._ulysses.degree
         own = places.sizes[first : first + self._ulysses.degree]
         assert q.shape[2] == k.shape[2] == own[self._ulysses.index], (

@@ -57,6 +57,11 @@ class Axis:
     def degree(self) -> int:
         return len(self.ranks)
 
+    @property
+    def alone(self) -> Axis:
+        """An axis of this rank only: nothing is cut or joined on it."""
+        return dataclasses.replace(self, ranks=(self.ranks[self.index],), index=0, group=None)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Lines:

@@ -1,0 +1,195 @@
+"""N gloo ranks that run jobs for the tests, and the jobs they know; also run as the ranks' own script.
+
+A job is a function of this file, by name, and its keyword arguments; every rank runs it, and the tests get
+every rank's answer. Ranks stay for many jobs, since starting one takes seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import runpy
+import select
+import subprocess
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+JOB_TIMEOUT_S = 120
+
+
+class Ranks:
+    """A context manager: `run(job, **arguments)` → the answers of all ranks."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self.num_ranks = num_ranks
+
+    def __enter__(self) -> Ranks:
+        self._folder = tempfile.TemporaryDirectory()
+        self._num_starts = 0
+        self._processes: list[subprocess.Popen] = []
+        return self
+
+    def _start(self) -> None:
+        self._num_starts += 1
+        store = str(Path(self._folder.name) / f"store{self._num_starts}")
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        self._processes = [
+            subprocess.Popen(
+                [sys.executable, __file__, str(rank), str(self.num_ranks), store],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=environment,
+            )
+            for rank in range(self.num_ranks)
+        ]
+
+    def run(self, job: str, **arguments: Any) -> list[Any]:
+        """Raises AssertionError with the trace of the first rank that failed, or when one takes too long."""
+        if not self._processes:
+            self._start()
+        for process in self._processes:
+            pickle.dump((job, arguments), process.stdin)
+            process.stdin.flush()
+        streams = {process.stdout: rank for rank, process in enumerate(self._processes)}
+        answers: dict[int, Any] = {}
+        while streams:
+            ready, _, _ = select.select(list(streams), [], [], JOB_TIMEOUT_S)
+            if not ready:
+                self._stop()
+                raise AssertionError(f"ranks {sorted(streams.values())} gave no answer")
+            for stream in ready:
+                rank = streams.pop(stream)
+                answers[rank], trace = pickle.load(stream)
+                if trace:
+                    self._stop()  # the others may wait for it in a collective
+                    raise AssertionError(f"rank {rank}:\n{trace}")
+        return [answers[rank] for rank in range(self.num_ranks)]
+
+    def _stop(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.wait()
+            process.stdin.close()
+            process.stdout.close()
+        self._processes = []
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop()
+        self._folder.cleanup()
+
+
+def tiny_model(family: str, *, heads: int, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """A random model of `family`, the same in every process."""
+    from comfy_xdit.models.flux import FLUX
+    from comfy_xdit.models.sd3 import SD3
+    from comfy_xdit.parallel.spec import ModelShape
+
+    config = {"attention_head_dim": 8, "num_attention_heads": heads, "num_layers": 2, "joint_attention_dim": 12}
+    if family == "flux":
+        config |= {"in_channels": 16, "num_single_layers": 2, "axes_dims_rope": (4, 2, 2)}
+        config |= {"pooled_projection_dim": 10, "guidance_embeds": options.get("guidance", True)}
+    else:
+        config |= {"sample_size": 24, "in_channels": 4, "out_channels": 4, "pos_embed_max_size": 12}
+        config |= {"caption_projection_dim": 8 * heads, "pooled_projection_dim": 10}
+        config |= {"dual_attention_layers": (0,), "qk_norm": "rms_norm"} if options.get("dual") else {}
+    torch.manual_seed(0)
+    kind = FLUX if family == "flux" else SD3
+    module = kind.model_class()(**config).to(dtype).eval()
+    shape = ModelShape(title=kind.title, num_heads=heads, num_blocks=2)
+    return SimpleNamespace(family=kind, module=module, shape=shape)
+
+
+def tiny_call(
+    family: str, *, seed: int, batch: int, size: tuple[int, int], text: int, dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
+    """A call as ComfyUI makes it."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    call = {"x": random(batch, 4, *size), "context": random(batch, text, 12), "y": random(batch, 10)}
+    call["timestep"] = torch.rand(batch, generator=generator) * (1 if family == "flux" else 1000)
+    if family == "flux":
+        call["guidance"] = torch.rand(batch, generator=generator).to(dtype) * 4
+    return call
+
+
+def run_denoise(model: dict[str, Any], calls: list[dict], chunks: list[int], degrees: dict[str, int]) -> Any:
+    """Job: `denoise` of a tiny model; (outputs or None, report)."""
+    from comfy_xdit.parallel.context import ParallelContext
+    from comfy_xdit.parallel.denoise import denoise
+    from comfy_xdit.parallel.spec import ParallelSpec
+
+    context = ParallelContext(ParallelSpec(**degrees), groups())
+    with context, torch.inference_mode():
+        return denoise(tiny_model(**model), calls, chunks, context)
+
+
+def run_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: tuple[int, ...],
+    mask: torch.Tensor | None,
+    degrees: dict[str, int],
+) -> torch.Tensor:
+    """Job: attention over whole tensors: each rank cuts its tokens, attends, and joins the output."""
+    from comfy_xdit.parallel.attention import Layer, SequenceAttention
+    from comfy_xdit.parallel.context import ParallelContext
+    from comfy_xdit.parallel.sequence import cut, join
+    from comfy_xdit.parallel.spec import ParallelSpec
+
+    context = ParallelContext(ParallelSpec(**degrees), groups())
+    axis = context.axis("sequence")
+
+    def shard(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([cut(stream, 2, axis) for stream in x.split(lengths, 2)], 2)
+
+    layer = Layer(path="attn", lengths=lengths, num_shards=axis.degree)
+    out = SequenceAttention(context)(shard(q), shard(k), shard(v), layer, mask=mask, scale=None)
+    own = [cut(torch.empty(length), 0, axis).shape[0] for length in lengths]
+    parts = zip(out.split(own, 2), lengths, strict=True)
+    return torch.cat([join(part, 2, length, axis) for part, length in parts], 2)
+
+
+def groups() -> Any:
+    """This process's group cache, made once; of one rank where torch.distributed isn't initialised."""
+    from comfy_xdit.parallel.context import GroupCache
+
+    if not hasattr(groups, "cache"):
+        initialised = torch.distributed.is_initialized()
+        groups.cache = GroupCache(torch.distributed.get_world_size() if initialised else 1)
+    return groups.cache
+
+
+def main(rank: int, num_ranks: int, store: str) -> None:
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what libraries print must not mix with the answers
+    root = Path(__file__).resolve().parent.parent
+    runpy.run_path(str(root / "comfy_xdit" / "mount.py"))["mount"]("comfy_xdit")
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.FileStore(store, num_ranks), rank=rank, world_size=num_ranks
+    )
+    while True:
+        try:
+            job, arguments = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        try:
+            answer = globals()[job](**arguments), ""
+        except Exception:
+            answer = None, traceback.format_exc()
+        pickle.dump(answer, answers)
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
