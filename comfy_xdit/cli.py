@@ -17,11 +17,13 @@ from . import __version__
 from .pool.errors import PoolError
 
 COMMANDS: dict[str, tuple[str, str]] = {
+    "demo": ("comfy_xdit.demo.run", "sample a tiny Flux on one rank and on all, and compare"),
     "pool start": ("comfy_xdit.pool.cli_start", "start a pool of workers, one process per device"),
     "pool status": ("comfy_xdit.pool.cli_status", "show a pool's ranks, models, queue and state"),
     "bench overhead": ("comfy_xdit.bench.overhead", "one rank through the pool against the same model in-process"),
     "bench scaling": ("comfy_xdit.bench.scaling", "each parallel method against one thread and N threads"),
     "bench memory": ("comfy_xdit.bench.memory", "bytes of weights per rank and per machine"),
+    "parity": ("comfy_xdit.bench.parity", "stock ComfyUI against the pool, for every sampler"),
     "pool stop": ("comfy_xdit.pool.cli_stop", "end a pool and all of its workers"),
     "bench heal": ("comfy_xdit.bench.heal", "kill workers again and again and watch the pool heal"),
 }

@@ -6,12 +6,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from _pytest.pathlib import import_path
+
+from comfy_xdit.bench.hosts import ROOT, python_of
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-discovery = import_path(HERE / "conftest.py", root=ROOT, mode="importlib", consider_namespace_packages=False)
-
 FILES = sorted(path.name for path in (HERE / "inside").glob("check_*.py"))
 
 
@@ -19,9 +17,9 @@ FILES = sorted(path.name for path in (HERE / "inside").glob("check_*.py"))
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("file", FILES)
 def test_inside(checkout, file, tmp_path):
-    command = [discovery.python_of(checkout), "-m", "pytest", str(HERE / "inside" / file), "-q"]
+    command = [python_of(checkout), "-m", "pytest", str(HERE / "inside" / file), "-q"]
     command += ["-o", "python_files=check_*.py", "-p", "no:cacheprovider", f"--basetemp={tmp_path}/inside"]
-    environment = dict(os.environ, **{discovery.INSIDE: str(checkout), "OMP_NUM_THREADS": "1"})
+    environment = dict(os.environ, COMFYUI_UNDER_TEST=str(checkout), OMP_NUM_THREADS="1")
     process = subprocess.Popen(
         command,
         cwd=ROOT,

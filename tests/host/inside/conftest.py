@@ -40,7 +40,6 @@ def fake(monkeypatch):
     """A pool inside the process, in place of the one that would be started."""
     import comfy.model_management
     import comfy_xdit_nodes.run
-
     from fake_pool import FakePool
 
     pool = FakePool()

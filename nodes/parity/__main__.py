@@ -1,0 +1,59 @@
+"""Measure parity in one ComfyUI checkout; started by `comfy-xdit parity` with that checkout's Python.
+
+Writes one JSON object per result to standard output, and nothing else.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import runpy
+import sys
+import tempfile
+from pathlib import Path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--comfyui", required=True)
+    parser.add_argument("--samplers", nargs="*")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="comfy-xdit-parity-") as base:
+        # These pools are not the user's.
+        os.environ["COMFY_XDIT_HOME"] = f"{base}/pools"
+        enter = runpy.run_path(str(Path(__file__).resolve().parent / "host.py"))["enter"]
+        enter(args.comfyui, f"{base}/comfyui")
+        try:
+            measure_all(Path(base) / "comfyui" / "models" / "diffusion_models", args.samplers)
+        finally:
+            stop_pools()
+
+
+def measure_all(folder: Path, samplers: list[str] | None) -> None:
+    import torch
+    from comfy_xdit_nodes.parity import measure, models
+
+    torch.set_num_threads(1)
+    models.write_all(folder)
+    with torch.inference_mode():
+        parity = measure.Parity(folder)
+        for case in measure.CASES:
+            for kind in measure.KINDS:
+                for result in parity.measure(kind, case, samplers or None):
+                    sys.stdout.write(json.dumps(dataclasses.asdict(result)) + "\n")
+                    sys.stdout.flush()
+
+
+def stop_pools() -> None:
+    from comfy_xdit_nodes.parity.measure import CASES, setting_of
+
+    from comfy_xdit.pool.cli_stop import stop
+
+    for num_ranks in {num_ranks for num_ranks, _ in CASES.values()}:
+        with contextlib.suppress(ConnectionError):
+            stop(setting_of(num_ranks).name)
+
+
+if __name__ == "__main__":
+    main()
