@@ -62,9 +62,7 @@ def lora(key, shape, strength=1.0, **more):
     generator = torch.Generator().manual_seed(sum(map(ord, key)))
     columns = shape[1:].numel()
     up, down = torch.randn(shape[0], 3, generator=generator), torch.randn(3, columns, generator=generator)
-    return Patch(
-        key=key, kind="lora", weights=[up, 0.2 * down, 2.0, None, None, None], strength=strength, **more
-    )
+    return Patch(key=key, kind="lora", weights=[up, 0.2 * down, 2.0, None, None, None], strength=strength, **more)
 
 
 def wear(model, patches, name="p"):
@@ -127,9 +125,7 @@ def test_cast_at_use_equals_weights_cast_before(tmp_path, kind, dtype):
     path = tiny.write(tmp_path / "wide.safetensors", {key: value.float() for key, value in weights.items()})
     wide = load(message(path, model.family.name), "cpu")
     assert torch.equal(run(model), run(wide))
-    is_cast = [
-        isinstance(part, CastLinear) for part in model.module.modules() if hasattr(part, "in_features")
-    ]
+    is_cast = [isinstance(part, CastLinear) for part in model.module.modules() if hasattr(part, "in_features")]
     assert is_cast and all(is_cast) == any(is_cast) == (dtype != "float32")
 
 
@@ -236,14 +232,29 @@ def test_offsets_into_fused_weights(tmp_path):
         assert torch.equal(now[block + name], before[block + name])
 
 
+def test_buffers_are_not_patched(tmp_path):
+    """As in ComfyUI, which patches parameters only."""
+    model, weights = make(tmp_path, "sd3")
+    table = Patch(key="pos_embed", kind="set", weights=[torch.zeros(weights["pos_embed"].shape)], strength=1.0)
+    before = everything(model)
+    assert wear(model, [table]) == 0 and same(everything(model), before)
+
+
+def test_the_empty_name_stands_for_none(tmp_path):
+    model, weights = make(tmp_path)
+    patch = lora("txt_in.weight", weights["txt_in.weight"].shape)
+    with pytest.raises(ValueError, match="patches need a patches_id"):
+        wear(model, [patch], "")
+    assert wear(model, [patch]) == 1 and model.num_patched == 1
+    assert wear(model, [], "") == 1 and model.num_patched == 0
+
+
 def test_both_spellings_of_a_norm(tmp_path):
     model, _ = make(tmp_path)
     for ending in ("scale", "weight"):
         key = f"double_blocks.0.img_attn.norm.query_norm.{ending}"
         wear(model, [Patch(key=key, kind="set", weights=[torch.full((16,), 2.0)], strength=1.0)], ending)
-        assert torch.equal(
-            model.module.state_dict()["transformer_blocks.0.attn.norm_q.weight"], torch.full((16,), 2.0)
-        )
+        assert torch.equal(model.module.state_dict()["transformer_blocks.0.attn.norm_q.weight"], torch.full((16,), 2.0))
 
 
 def test_a_patch_that_widens_a_layer(tmp_path):

@@ -55,9 +55,7 @@ def read_header(path: str) -> dict[str, TensorInfo]:
         size = os.fstat(file.fileno()).st_size
         start = file.read(8)
         if start[:4] == b"GGUF":
-            raise ValueError(
-                f"{name} is a GGUF file; use a safetensors file in fp32, fp16, bf16 or plain fp8"
-            )
+            raise ValueError(f"{name} is a GGUF file; use a safetensors file in fp32, fp16, bf16 or plain fp8")
         if start[:4] == b"PK\x03\x04" or start[:2] == b"\x80\x02":
             raise ValueError(f"{name} is a pickle of torch.save, which can run code; use a safetensors file")
         length = int.from_bytes(start, "little")
@@ -67,9 +65,7 @@ def read_header(path: str) -> dict[str, TensorInfo]:
             raise ValueError(f"{name} says its header has {length} bytes; the limit is {LIMIT_BYTES}")
         text = file.read(length)
     entries = _parse(name, text)
-    infos = {
-        key: _entry(name, key, value, 8 + length) for key, value in entries.items() if key != "__metadata__"
-    }
+    infos = {key: _entry(name, key, value, 8 + length) for key, value in entries.items() if key != "__metadata__"}
     _check_layout(name, infos, size)
     return infos
 
@@ -101,9 +97,7 @@ def _entry(name: str, key: str, value: Any, start: int) -> TensorInfo:
     if not sound:
         raise ValueError(f"{name} has a damaged entry for {key[:80]!r} in its header; download it again")
     if not isinstance(dtype, str) or dtype not in BITS:
-        raise ValueError(
-            f"{name} keeps {key[:80]!r} as {str(dtype)[:20]!r}, which is not a known type of number"
-        )
+        raise ValueError(f"{name} keeps {key[:80]!r} as {str(dtype)[:20]!r}, which is not a known type of number")
     if math.prod(shape) * BITS[dtype] != (end - begin) * 8:
         raise ValueError(f"{name}: {key[:80]!r} has {end - begin} bytes, which is not what its shape takes")
     return TensorInfo(dtype=dtype, shape=shape, begin=start + begin, end=start + end)

@@ -33,9 +33,7 @@ class MappedFile:
         """
         info = self.infos[key]
         if info.dtype not in FLOATS:
-            raise ValueError(
-                f"{key} is kept as {info.dtype}, which is a quantised layout; use plain fp8 or more"
-            )
+            raise ValueError(f"{key} is kept as {info.dtype}, which is a quantised layout; use plain fp8 or more")
         dtype = FLOATS[info.dtype]
         num_bytes = info.end - info.begin
         if info.begin % dtype.itemsize:

@@ -142,9 +142,7 @@ def _glora(weight: Tensor, values: Values, strength: float) -> Change:
     if is_old:
         change = (b2 @ b1).add_(weight.flatten(1) @ a2 @ a1)
     else:
-        change = torch.einsum(
-            "o i ..., i j -> o j ...", torch.einsum("o i ..., i j -> o j ...", weight, a1), a2
-        )
+        change = torch.einsum("o i ..., i j -> o j ...", torch.einsum("o i ..., i j -> o j ...", weight, a1), a2)
         change = change.reshape(weight.shape).add_((b1 @ b2).reshape(weight.shape))
     return change, _per_rank(alpha, rank), dora_scale
 

@@ -59,9 +59,7 @@ class ResidentModel:
         self.storage_dtype = _dtype(message.storage_dtype)
         self.compute_dtype = _dtype(message.compute_dtype)
         if self.compute_dtype in FP8:
-            raise ValueError(
-                f"compute dtype {message.compute_dtype} is too coarse to compute in; use bfloat16"
-            )
+            raise ValueError(f"compute dtype {message.compute_dtype} is too coarse to compute in; use bfloat16")
         self.patches_id = ""
         self._file = file
         self._prefix = message.prefix
@@ -87,11 +85,16 @@ class ResidentModel:
         diffusers' weights. Untouched weights stay what they are. Raises ValueError for a weight that the
         model hasn't got; after any error the model wears no patches.
         """
+        if message.patches and not message.patches_id:
+            raise ValueError("patches need a patches_id; the empty one stands for none")
         if message.patches_id == self.patches_id:
             return 0
         wanted: dict[str, list[Patch]] = {}
         for patch in message.patches:
-            wanted.setdefault(self._source(patch.key), []).append(patch)
+            source = self._source(patch.key)
+            # ComfyUI never patches buffers (SD3's position table), though merged models list them.
+            if self._sources[source][0][0] not in self._buffers:
+                wanted.setdefault(source, []).append(patch)
         before = set(self._patched)
         self.patches_id = ""
         try:
@@ -205,9 +208,7 @@ def _check_shapes(module: nn.Module, slices: SliceMap, infos: Infos) -> None:
         pieces = slices[target]
         shape = (sum(piece.rows for piece in pieces), *infos[pieces[0].source].shape[1:])
         if shape != wanted[target]:
-            raise ValueError(
-                f"{pieces[0].source} makes {target} {shape}, but the model wants {wanted[target]}"
-            )
+            raise ValueError(f"{pieces[0].source} makes {target} {shape}, but the model wants {wanted[target]}")
 
 
 def _join(parts: list[Tensor]) -> Tensor:
