@@ -78,7 +78,7 @@ def choose(q: Tensor, *, masked: bool, lse: bool) -> str:
         return "sdpa"
     if half and even and not masked and major >= 8:
         return "flash"
-    if even and q.dtype in (torch.float32, torch.float16, torch.bfloat16) and (major >= 8 or not half):
+    if even and (q.dtype in (torch.float32, torch.float16) or (q.dtype == torch.bfloat16 and major >= 8)):
         return "efficient"
     return "math"
 
