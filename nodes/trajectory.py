@@ -22,7 +22,7 @@ from torch import Tensor
 
 from comfy_xdit.trajectory import SamplerProgram
 
-OURS = "comfy-xdit"
+OURS = "comfy_xdit"
 """Wrappers registered under a key that starts so are this plugin's own, and are no hindrance."""
 
 LOOP_OPTIONS = {
