@@ -27,9 +27,12 @@ class ComfyServer:
     def __init__(self, url: str, base: Path, process: subprocess.Popen) -> None:
         self.url, self.base, self._process = url, base, process
 
-    def get(self, route: str) -> Any:
+    def read(self, route: str) -> bytes:
         with urllib.request.urlopen(self.url + route, timeout=30) as answer:
-            return json.load(answer)
+            return answer.read()
+
+    def get(self, route: str) -> Any:
+        return json.loads(self.read(route))
 
     def post(self, route: str, body: dict[str, Any]) -> Any:
         request = urllib.request.Request(

@@ -9,17 +9,17 @@ import pytest
 from _pytest.pathlib import import_path
 from PIL import Image
 
+from comfy_xdit.bench.hosts import ROOT, python_of, version_of
 from comfy_xdit.demo.prompt import to_prompt
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
 
 
 def sibling(name: str):
     return import_path(HERE / f"{name}.py", root=ROOT, mode="importlib", consider_namespace_packages=False)
 
 
-discovery, host, models = sibling("conftest"), sibling("comfy_server"), sibling("workflow_models")
+host, models = sibling("comfy_server"), sibling("workflow_models")
 TOOLS = runpy.run_path(str(ROOT / "tests" / "object_info.py"))
 
 pytestmark = [pytest.mark.host, pytest.mark.timeout(1800)]
@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.host, pytest.mark.timeout(1800)]
 def server(checkout, tmp_path_factory):
     """A server of `checkout` with the tiny files and a pool of two processes."""
     base = tmp_path_factory.mktemp("comfyui")
-    python = discovery.python_of(checkout)
+    python = python_of(checkout)
     host.lay_out(base)
     models.write(base / "models", small_flux=has_small_flux(checkout))
     started = host.comfy_xdit(python, base, "pool", "start", "--devices", "cpu:2")
@@ -43,8 +43,7 @@ def server(checkout, tmp_path_factory):
 
 def has_small_flux(checkout: Path) -> bool:
     """ComfyUI reads Flux's sizes from the file since 0.3.71."""
-    version = runpy.run_path(str(checkout / "comfyui_version.py"))["__version__"]
-    return tuple(int(part) for part in version.split(".")[:3]) >= (0, 3, 71)
+    return tuple(int(part) for part in version_of(checkout).split(".")[:3]) >= (0, 3, 71)
 
 
 def pixels(path: Path) -> numpy.ndarray:
@@ -57,9 +56,11 @@ def test_the_schemas_are_those_that_the_workflows_were_made_for(server):
     assert TOOLS["differences"](kept, now) == [], "renew it: python tests/object_info.py URL"
 
 
-def test_comfyui_offers_them_as_templates(server):
+def test_comfyui_offers_them_as_templates_with_thumbnails(server):
     names = {path.stem for path in TOOLS["WORKFLOWS"]}
     assert names <= set(server.get("/workflow_templates")["comfy-xdit"])
+    for name in names:
+        assert server.read(f"/api/workflow_templates/comfy-xdit/{name}.jpg").startswith(b"\xff\xd8")
 
 
 @pytest.mark.parametrize("path", TOOLS["WORKFLOWS"], ids=lambda path: path.stem)
