@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from comfy_xdit.demo.prompt import inputs, to_prompt, widgets
-
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
+PROMPT = runpy.run_path(str(ROOT / "workflows" / "prompt.py"))
+inputs, to_prompt, widgets = (PROMPT[name] for name in ("inputs", "to_prompt", "widgets"))
 TOOLS = runpy.run_path(str(HERE / "object_info.py"))
 FOLDERS, NOTES, WORKFLOWS = TOOLS["FOLDERS"], TOOLS["NOTES"], TOOLS["WORKFLOWS"]
 OBJECT_INFO = json.loads(TOOLS["SNAPSHOT"].read_text("utf-8"))
@@ -88,9 +88,7 @@ def fits(value: object, kind: str, options: dict, *, is_file: bool) -> bool:
     if kind == "BOOLEAN":
         return isinstance(value, bool)
     whole = isinstance(value, int) and not isinstance(value, bool)
-    return (whole or (kind == "FLOAT" and isinstance(value, float))) and options["min"] <= value <= options[
-        "max"
-    ]
+    return (whole or (kind == "FLOAT" and isinstance(value, float))) and options["min"] <= value <= options["max"]
 
 
 def test_links_join_what_exists_and_agree_on_the_type(workflow):
@@ -148,9 +146,7 @@ def test_no_two_nodes_overlap(workflow):
     boxes = [(*node["pos"], *node["size"], node["type"]) for node in workflow["nodes"]]
     for number, (x, y, width, height, kind) in enumerate(boxes):
         for x2, y2, width2, height2, other in boxes[number + 1 :]:
-            apart = (
-                x + width <= x2 or x2 + width2 <= x or y + height <= y2 - title or y2 + height2 <= y - title
-            )
+            apart = x + width <= x2 or x2 + width2 <= x or y + height <= y2 - title or y2 + height2 <= y - title
             assert apart, f"{kind} lies on {other}"
 
 
@@ -205,9 +201,7 @@ def test_a_workflow_that_cannot_become_a_prompt_is_refused():
         to_prompt(broken(type="NoSuchNode"), OBJECT_INFO)
     with pytest.raises(ValueError, match="muted or bypassed"):
         to_prompt(broken(mode=4), OBJECT_INFO)
-    with pytest.raises(
-        ValueError, match=r"has 2 widget values, its schema 7: seed, control_after_generate, st"
-    ):
+    with pytest.raises(ValueError, match=r"has 2 widget values, its schema 7: seed, control_after_generate, st"):
         to_prompt(broken(widgets_values=[1, "fixed"]), OBJECT_INFO)
 
 

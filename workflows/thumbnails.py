@@ -17,10 +17,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 FOLDER = Path(__file__).resolve().parent
-runpy.run_path(str(FOLDER.parent / "comfy_xdit" / "mount.py"))["mount"]("comfy_xdit")
-
-from comfy_xdit.demo.prompt import widgets  # noqa: E402
-
+widgets = runpy.run_path(str(FOLDER / "prompt.py"))["widgets"]
 OBJECT_INFO = FOLDER.parent / "tests" / "data" / "object_info.json"
 WIDTH_PX = 960
 OVERSAMPLING = 2
@@ -112,9 +109,7 @@ class Canvas:
         """How wide `text` is, in graph units."""
         return ImageFont.load_default(size * self.scale).getlength(text) / self.scale
 
-    def paragraph(
-        self, x: float, y: float, text: str, size: float, fill: str, *, width: float, height: float
-    ) -> None:
+    def paragraph(self, x: float, y: float, text: str, size: float, fill: str, *, width: float, height: float) -> None:
         """Words broken into lines of `width`, as many as fit `height`."""
         font = ImageFont.load_default(size * self.scale)
         lines = [""]
@@ -204,9 +199,7 @@ def draw_node(canvas: Canvas, node: dict[str, Any], schema: dict[str, Any]) -> N
         draw_widgets(canvas, x, top, width, widgets(schema), node["widgets_values"])
 
 
-def draw_widgets(
-    canvas: Canvas, x: float, top: float, width: float, names: list[str], values: list[Any]
-) -> None:
+def draw_widgets(canvas: Canvas, x: float, top: float, width: float, names: list[str], values: list[Any]) -> None:
     """A row for each: its name on the left, its value on the right."""
     for index, (name, value) in enumerate(zip(names, values, strict=True)):
         y, middle = top + index * ROW, top + index * ROW + (ROW - 4) / 2

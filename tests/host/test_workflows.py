@@ -10,7 +10,6 @@ from _pytest.pathlib import import_path
 from PIL import Image
 
 from comfy_xdit.bench.hosts import ROOT, python_of, version_of
-from comfy_xdit.demo.prompt import to_prompt
 
 HERE = Path(__file__).resolve().parent
 
@@ -20,6 +19,7 @@ def sibling(name: str):
 
 
 host, models = sibling("comfy_server"), sibling("workflow_models")
+to_prompt = runpy.run_path(str(ROOT / "workflows" / "prompt.py"))["to_prompt"]
 TOOLS = runpy.run_path(str(ROOT / "tests" / "object_info.py"))
 
 pytestmark = [pytest.mark.host, pytest.mark.timeout(1800)]

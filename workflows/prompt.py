@@ -61,13 +61,9 @@ def to_prompt(workflow: dict[str, Any], object_info: dict[str, Any]) -> dict[str
             raise ValueError(f"{title} is muted or bypassed; only the browser can resolve that")
         names, values = widgets(object_info[kind]), node.get("widgets_values") or []
         if len(names) != len(values):
-            raise ValueError(
-                f"{title} has {len(values)} widget values, its schema {len(names)}: {', '.join(names)}"
-            )
+            raise ValueError(f"{title} has {len(values)} widget values, its schema {len(names)}: {', '.join(names)}")
         given = dict(zip(names, values, strict=True))
         given.pop("control_after_generate", None)
-        linked = {
-            entry["name"]: sources[entry["link"]] for entry in node["inputs"] if entry["link"] is not None
-        }
+        linked = {entry["name"]: sources[entry["link"]] for entry in node["inputs"] if entry["link"] is not None}
         prompt[str(node["id"])] = {"class_type": kind, "inputs": given | linked}
     return prompt
