@@ -5,6 +5,8 @@ These files run inside ComfyUI and are the only ones that import it. They hold n
 
 import importlib.util
 
+from comfy_xdit_nodes.conditioning import XDiTLoadConditioning
+from comfy_xdit_nodes.load_vae import XDiTLoadVAE
 from comfy_xdit_nodes.loader import XDiTLoadDiffusionModel
 from comfy_xdit_nodes.parallel_model import XDiTParallelModel
 from comfy_xdit_nodes.pool import XDiTWorkerPool
@@ -12,7 +14,9 @@ from comfy_xdit_nodes.samplers import XDiTKSampler, XDiTKSamplerAdvanced, XDiTSa
 
 NODE_CLASS_MAPPINGS = {
     "XDiTWorkerPool": XDiTWorkerPool,
+    "XDiTLoadConditioning": XDiTLoadConditioning,
     "XDiTLoadDiffusionModel": XDiTLoadDiffusionModel,
+    "XDiTLoadVAE": XDiTLoadVAE,
     "XDiTParallelModel": XDiTParallelModel,
     "XDiTKSampler": XDiTKSampler,
     "XDiTKSamplerAdvanced": XDiTKSamplerAdvanced,
@@ -21,6 +25,8 @@ NODE_CLASS_MAPPINGS = {
 
 NODE_DISPLAY_NAME_MAPPINGS = {
     "XDiTWorkerPool": "Worker Pool (xDiT)",
+    "XDiTLoadConditioning": "Load Conditioning (xDiT)",
+    "XDiTLoadVAE": "Load VAE (xDiT)",
     "XDiTLoadDiffusionModel": "Load Diffusion Model (xDiT)",
     "XDiTParallelModel": "Parallel Model (xDiT)",
     "XDiTKSampler": "KSampler (xDiT)",
