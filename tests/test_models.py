@@ -14,17 +14,13 @@ from comfy_xdit.weights.slices import slice_map
 
 
 def header(shapes, prefix="", dtype="BF16"):
-    return {
-        prefix + key: TensorInfo(dtype=dtype, shape=shape, begin=0, end=0) for key, shape in shapes.items()
-    }
+    return {prefix + key: TensorInfo(dtype=dtype, shape=shape, begin=0, end=0) for key, shape in shapes.items()}
 
 
 REAL_FLUX = tiny.flux_shapes(
     heads=24, head_dim=128, depth=19, depth_single=38, context=4096, vec=768, channels=64, out_channels=64
 )
-REAL_MEDIUM = tiny.sd3_shapes(
-    heads=24, depth=24, context=4096, vec=2048, channels=16, side=384, dual=tuple(range(13))
-)
+REAL_MEDIUM = tiny.sd3_shapes(heads=24, depth=24, context=4096, vec=2048, channels=16, side=384, dual=tuple(range(13)))
 
 
 def test_flux_dev_is_diffusers_flux_dev():
@@ -94,9 +90,7 @@ def test_axes_fill_the_head_with_even_parts(head_dim):
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])
 @pytest.mark.parametrize(("name", "shapes"), [("flux", tiny.flux_shapes()), ("sd3", tiny.sd3_shapes())])
 def test_detect(name, shapes, prefix):
-    beside = (
-        {} if not prefix else header({"text_encoders.scaled_fp8": (1,), "vae.x.weight": (4, 4)}, dtype="U8")
-    )
+    beside = {} if not prefix else header({"text_encoders.scaled_fp8": (1,), "vae.x.weight": (4, 4)}, dtype="U8")
     assert detect(header(shapes, prefix) | beside) == (FAMILIES[name], prefix)
 
 
@@ -149,6 +143,24 @@ def test_other_models_are_named(key, says):
     with pytest.raises(ValueError) as caught:
         detect(header({key: (1,)} if key else {}))
     assert says in str(caught.value) and "supported are Flux.1" in str(caught.value)
+
+
+@pytest.mark.parametrize("shapes", [tiny.flux_shapes(), tiny.sd3_shapes()], ids=["flux", "sd3"])
+def test_odd_shapes_are_sentences(shapes):
+    """Every weight in turn missing, empty, or with other dims: a config, or a ValueError of ours."""
+    family, _ = detect(header(shapes))
+    for key in shapes:
+        for shape in (None, (), (0,), (0, 0), (1, 2, 3), (5,)):
+            infos = header(
+                shapes | {key: shape} if shape is not None else {k: s for k, s in shapes.items() if k != key}
+            )
+            try:
+                layout, _ = comfy_layout(family, infos)
+                family.config(layout)
+                slice_map(family.table(layout), layout)
+            except ValueError as error:
+                words = ("missing", "damaged", "incomplete", "not a ", "no place", "divide", "multiple")
+                assert any(word in str(error) for word in words), str(error)
 
 
 @pytest.mark.parametrize(

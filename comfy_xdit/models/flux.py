@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from comfy_xdit.models.base import Config, Family
 from comfy_xdit.models.flux_call import PLAN, inputs, output
-from comfy_xdit.weights.slices import Infos, Share, Table, block_numbers, stacked, swapped, whole
+from comfy_xdit.weights.slices import Infos, Share, Table, block_numbers, respelled, shape_of, stacked, swapped, whole
 
 DOUBLE = "double_blocks.*."
 SINGLE = "single_blocks.*."
@@ -73,21 +73,21 @@ def axes_dims(head_dim: int) -> tuple[int, int, int]:
 
 
 def config(infos: Infos) -> Config:
-    hidden, channels = infos["img_in.weight"].shape
-    norm = next(infos[key] for key in infos if key.startswith("double_blocks.0.img_attn.norm.query_norm."))
-    (head_dim,) = norm.shape
+    hidden, channels = shape_of(infos, "img_in.weight", 2)
+    norm = "double_blocks.0.img_attn.norm.query_norm.scale"
+    (head_dim,) = shape_of(infos, norm if norm in infos else respelled(norm), 1)
     if hidden % head_dim or head_dim % 2:
         raise ValueError(f"heads of {head_dim} channels do not divide Flux's {hidden}; the file is damaged")
     return {
         "patch_size": 1,
         "in_channels": channels,
-        "out_channels": infos["final_layer.linear.weight"].shape[0],
+        "out_channels": shape_of(infos, "final_layer.linear.weight", 2)[0],
         "num_layers": len(block_numbers(infos, "double_blocks")),
         "num_single_layers": len(block_numbers(infos, "single_blocks")),
         "attention_head_dim": head_dim,
         "num_attention_heads": hidden // head_dim,
-        "joint_attention_dim": infos["txt_in.weight"].shape[1],
-        "pooled_projection_dim": infos["vector_in.in_layer.weight"].shape[1],
+        "joint_attention_dim": shape_of(infos, "txt_in.weight", 2)[1],
+        "pooled_projection_dim": shape_of(infos, "vector_in.in_layer.weight", 2)[1],
         "guidance_embeds": "guidance_in.in_layer.weight" in infos,
         "axes_dims_rope": axes_dims(head_dim),
     }

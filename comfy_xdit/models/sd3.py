@@ -9,7 +9,7 @@ import math
 
 from comfy_xdit.models.base import Config, Family
 from comfy_xdit.models.sd3_call import PLAN, inputs, output
-from comfy_xdit.weights.slices import Infos, Table, block_numbers, stacked, swapped, whole
+from comfy_xdit.weights.slices import Infos, Table, block_numbers, shape_of, stacked, swapped, whole
 
 IMAGE = "joint_blocks.*.x_block."
 TEXT = "joint_blocks.*.context_block."
@@ -62,28 +62,26 @@ DIFFUSERS_KEYS = (
 
 
 def config(infos: Infos) -> Config:
-    hidden, channels, patch, _ = infos["x_embedder.proj.weight"].shape
+    hidden, channels, patch, _ = shape_of(infos, "x_embedder.proj.weight", 4)
+    caption, context = shape_of(infos, "context_embedder.weight", 2)
+    _, positions, _ = shape_of(infos, "pos_embed", 3)
     blocks = block_numbers(infos, "joint_blocks")
-    side = math.isqrt(infos["pos_embed"].shape[1])
-    if side * side != infos["pos_embed"].shape[1] or hidden % HEAD_DIM:
-        raise ValueError(
-            "SD3's position table is not square, or its width no multiple of 64; the file is damaged"
-        )
+    side = math.isqrt(positions)
+    if side * side != positions or hidden % HEAD_DIM:
+        raise ValueError("SD3's position table is not square, or its width no multiple of 64; the file is damaged")
     return {
         "sample_size": side * patch,
         "patch_size": patch,
         "in_channels": channels,
-        "out_channels": infos["final_layer.linear.weight"].shape[0] // patch**2,
+        "out_channels": shape_of(infos, "final_layer.linear.weight", 2)[0] // patch**2,
         "num_layers": len(blocks),
         "attention_head_dim": HEAD_DIM,
         "num_attention_heads": hidden // HEAD_DIM,
-        "joint_attention_dim": infos["context_embedder.weight"].shape[1],
-        "caption_projection_dim": infos["context_embedder.weight"].shape[0],
-        "pooled_projection_dim": infos["y_embedder.mlp.0.weight"].shape[1],
+        "joint_attention_dim": context,
+        "caption_projection_dim": caption,
+        "pooled_projection_dim": shape_of(infos, "y_embedder.mlp.0.weight", 2)[1],
         "pos_embed_max_size": side,
-        "dual_attention_layers": tuple(
-            i for i in blocks if f"joint_blocks.{i}.x_block.attn2.qkv.weight" in infos
-        ),
+        "dual_attention_layers": tuple(i for i in blocks if f"joint_blocks.{i}.x_block.attn2.qkv.weight" in infos),
         "qk_norm": "rms_norm" if "joint_blocks.0.x_block.attn.ln_q.weight" in infos else None,
     }
 
@@ -100,9 +98,7 @@ def table(infos: Infos) -> Table:
     last = str(blocks[-1])
     return {
         **TABLE,
-        (TEXT + "adaLN_modulation.1").replace("*", last): swapped(
-            (TARGET + "norm1_context.linear").replace("*", last)
-        ),
+        (TEXT + "adaLN_modulation.1").replace("*", last): swapped((TARGET + "norm1_context.linear").replace("*", last)),
     }
 
 

@@ -139,6 +139,16 @@ def respelled(key: str) -> str:
     return key.removesuffix("scale") + "weight" if key.endswith("_norm.scale") else key
 
 
+def shape_of(infos: Infos, key: str, num_dims: int) -> tuple[int, ...]:
+    """The shape of a weight that must be there with so many dims. Raises ValueError when it isn't, or is empty."""
+    if key not in infos:
+        raise ValueError(f"{key} is missing; the file is incomplete")
+    shape = tuple(infos[key].shape)
+    if len(shape) != num_dims or 0 in shape:
+        raise ValueError(f"{key} has the shape {shape}, which is not {num_dims} sizes; the file is damaged")
+    return shape
+
+
 def block_numbers(infos: Infos, stack: str) -> list[int]:
     """The numbers of the blocks under `stack`, in order. Raises ValueError when one is left out."""
     found = {int(key.split(".", 2)[1]) for key in infos if key.startswith(stack + ".") and _block(key)}
