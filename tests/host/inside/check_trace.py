@@ -12,6 +12,10 @@ import torch
 from _pytest.pathlib import import_path
 from comfy.patcher_extension import WrappersMP
 from comfy_extras import nodes_custom_sampler as custom
+from comfy_xdit_nodes.checkpoint import open_checkpoint
+from comfy_xdit_nodes.constant_call import constant_calls
+from comfy_xdit_nodes.parity import models as tiny
+from comfy_xdit_nodes.patcher import from_checkpoint
 from comfy_xdit_nodes.trace import NotLinear, trace
 from comfy_xdit_nodes.trajectory import plan, why_step_mode
 
@@ -362,3 +366,48 @@ def test_more_that_needs_the_host_loop():
     other = Other(comfy.samplers.sampler_object("euler").sampler_function)
     assert why(toy.guider("flow"), other) is None
     assert "masks in its own way" in why(toy.guider("flow"), other, mask=torch.ones(2, 4, 6, 5))
+
+
+def trajectory(seen):
+    """A SAMPLER_SAMPLE wrapper: the whole loop by a replay, its evaluations from the pool."""
+
+    def wrapper(executor, guider, sigmas, extra_args, callback, noise, latent, mask=None, *rest, **kwargs):
+        given = (noise, latent, mask)
+        assert why_step_mode(guider, executor.class_obj, sigmas, *given) is None
+        job = plan(executor.class_obj, guider, sigmas, extra_args, *given)
+        calls = constant_calls(guider, job.program, noise, extra_args["model_options"])
+        run = Replay(job.program, noise=job.noise, latent=job.latent, noises=job.noises, mask=job.mask)
+        for i, call in enumerate(job.program.calls):
+            x = run.model_input(i).to(guider.inner_model.get_dtype_inference())
+            timestep = torch.full((x.shape[0],), call.timestep)
+            moving = {"x": x, "timestep": timestep}
+            outputs = [guider.inner_model.remote.run.evaluate(calls[k] | moving, 1) for k in call.conds]
+            run.answer(i, run.denoised(i, outputs))
+            for preview in run.previews(i):
+                callback(preview.step, preview.denoised, preview.denoised, preview.total)
+        seen.append(job)
+        return run.output()
+
+    return wrapper
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"sampler_name": "dpmpp_2m_sde", "cfg": 1.0},
+        {"sampler_name": "euler_ancestral", "denoise": 0.6, "latent_image": tiny.latent(18, 22, batch=2)},
+        {"sampler_name": "res_multistep_cfg_pp", "negative": tiny.conditioning(tokens=9, seed=4)},
+        {"latent_image": {**tiny.latent(), "noise_mask": torch.ones(1, 1, 16, 8).repeat(1, 1, 1, 2).tril()}},
+    ],
+    ids=["euler", "sde", "image", "uneven-cfg-pp", "inpaint"],
+)
+def test_real_models_through_the_stock_node(kind, changes, models, fake):
+    path = models / f"{kind}.safetensors"
+    stock = tiny.sample(tiny.load(path), **changes)
+    ours, seen = from_checkpoint(open_checkpoint(str(path))), []
+    ours.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, "comfy_xdit", trajectory(seen))
+    assert distance(tiny.sample(ours, **changes), stock) < 1e-5
+    assert len(seen) == 1
+    assert fake.log.count("Denoise") == sum(len(call.conds) for call in seen[0].program.calls)

@@ -1,0 +1,84 @@
+"""What the network is given beside the latent and the time: the same in every step, so it goes once.
+
+The host's own code makes it: it is asked to evaluate each conditioning, and the call is caught where
+it would leave for the workers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.model_patcher
+import comfy.samplers
+import torch
+from comfy_xdit_nodes.trace import NotLinear
+from torch import Tensor
+
+from comfy_xdit.trajectory import SamplerCall, SamplerProgram
+
+MOVING = ("x", "timestep")
+
+NEAR = 1e-2
+"""How well the program must predict the network's input, of its largest value: bfloat16 rounds to 0.4 %."""
+
+
+class Catcher:
+    """Stands in for a sampling run on the pool: keeps its calls, answers zeros."""
+
+    meeting = None
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, Any]] = []
+
+    def evaluate(self, call: dict[str, Any], chunks: int) -> Tensor:
+        self.calls.append(call)
+        return torch.zeros_like(call["x"])
+
+
+def constant_calls(
+    guider: Any, program: SamplerProgram, noise: Tensor, model_options: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """For each of the program's conditionings, the network's arguments but for "x" and "timestep".
+
+    guider: as in its `inner_sample`, of a model on the pool; inside the pool's turn. noise: of the
+    latent's shape. Tensors have the latent's batch. Raises NotLinear when a program's numbers don't say
+    what the network is given: when the host adds channels to the latent, or changes arguments by step.
+    """
+    first, last = program.calls[0], program.calls[-1]
+    made = []
+    for name in program.conds:
+        constant = _caught(guider, name, first, noise, model_options)
+        if not _same(constant, _caught(guider, name, last, noise * 0.5, model_options)):
+            raise NotLinear(f"the network's arguments for the {name} conditioning change with the step")
+        made.append(constant)
+    return made
+
+
+def _caught(guider: Any, name: str, call: SamplerCall, x: Tensor, model_options: dict[str, Any]) -> dict[str, Any]:
+    model = guider.inner_model
+    sigma = torch.full((x.shape[0],), call.sigma, dtype=torch.float32, device=x.device)
+    options = comfy.model_patcher.create_model_options_clone(model_options)
+    with model.remote.answered_by(Catcher()) as catcher:
+        try:
+            comfy.samplers.calc_cond_batch(model, [guider.conds[name]], x, sigma, options)
+        except RuntimeError as error:
+            # Zeros of the network's input don't fit the latent: more channels went in.
+            raise NotLinear(f"the host does not give the network the latent alone: {error}") from error
+    if len(catcher.calls) != 1:
+        raise NotLinear(f"the host evaluates the {name} conditioning in {len(catcher.calls)} calls")
+    caught = dict(catcher.calls[0])
+    moved = [caught.pop(part).float() for part in MOVING]
+    for got, expected in zip(moved, (x * call.input_scale, torch.full_like(sigma, call.timestep)), strict=True):
+        if got.shape != expected.shape or (got - expected).abs().max() > NEAR * expected.abs().max():
+            raise NotLinear("the host prepares the network's input in a way that the program does not know")
+    return caught
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    return type(a) is type(b) and a == b
