@@ -160,12 +160,6 @@ def test_the_thumbnail_shows_this_workflow(path, workflow):
     assert drawn == digest(workflow), "stale: run python workflows/thumbnails.py"
 
 
-def test_each_of_our_nodes_has_its_help_page():
-    ours = [name for name in OBJECT_INFO if name.startswith("XDiT")]
-    missing = [name for name in ours if not (ROOT / "web" / "docs" / f"{name}.md").is_file()]
-    assert not missing
-
-
 def test_a_prompt_names_widgets_and_links():
     workflow = read(ROOT / "workflows" / "sd3.5-cfg-two-gpus.json")
     prompt = to_prompt(workflow, OBJECT_INFO)
