@@ -132,6 +132,27 @@ def run_denoise(model: dict[str, Any], calls: list[dict], chunks: list[int], deg
         return denoise(tiny_model(**model), calls, chunks, context)
 
 
+def refusal_of(**arguments: Any) -> str:
+    """Job: the sentence with which `run_denoise` refuses."""
+    try:
+        run_denoise(**arguments)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def plain_denoise(model: dict[str, Any], calls: list[dict]) -> list[torch.Tensor]:
+    """What diffusers' own forward gives, without our engine."""
+    whole = tiny_model(**model)
+    outputs = []
+    for call in calls:
+        arguments = whole.family.inputs(dict(whole.module.config), call)
+        with torch.inference_mode():
+            out = whole.module(**arguments, return_dict=False)[0]
+        outputs.append(whole.family.output(out, call))
+    return outputs
+
+
 def run_attention(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -52,6 +52,9 @@ def denoise(
     if faults:
         raise ValueError("; ".join(faults))
     batches = [_batch(call, count) for call, count in zip(calls, chunks, strict=True)]
+    for number, call in enumerate(calls):
+        # Also the calls of other lanes: a fault that only some ranks see leaves the others waiting for them.
+        _arguments(model, rows_of(call, Piece(call=number, start=0, stop=1)))
     lanes = deal(batches, cfg=context.spec.cfg, dp=context.spec.dp)
     mine = lanes[context.lane]
     with applied(model.module, model.family.plan, context):
@@ -121,9 +124,12 @@ def _batch(call: Call, chunks: int) -> int:
 
 
 def _run(model: Model, call: Call) -> Tensor:
+    return model.family.output(model.module(**_arguments(model, call), return_dict=False)[0], call)
+
+
+def _arguments(model: Model, call: Call) -> dict[str, Any]:
     config: Any = model.module.config
-    arguments = model.family.inputs(dict(config), call)
-    return model.family.output(model.module(**arguments, return_dict=False)[0], call)
+    return model.family.inputs(dict(config), call)
 
 
 def _gather(
