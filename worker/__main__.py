@@ -38,19 +38,20 @@ def main() -> None:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     wire = Wire.connect(args.door)
     wire.send({"type": "worker", "rank": rank, "attempt": int(os.environ["TORCHELASTIC_RESTART_COUNT"])})
-    welcome, early = _welcome(wire)
+    welcome = _welcome(wire)
     link = Link(wire)
-    # Imports torch: the door already knows this process, and can end it.
+    link.start()
+    # Imports torch, which takes a while: the door already knows this process, hears it and can end it.
     from .loop import guard
 
-    guard(lambda: _serve(link, early, welcome, args.service, rank, world_size), link)
+    guard(lambda: _serve(link, welcome, args.service, rank, world_size), link)
 
 
-def _welcome(wire: Wire) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _welcome(wire: Wire) -> dict[str, Any]:
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         if messages := wire.wait(1.0):
-            return messages[0], messages[1:]
+            return messages[0]
     raise SystemExit("the pool's door did not answer")
 
 
@@ -63,9 +64,7 @@ def _die_with_parent() -> None:
         os._exit(1)
 
 
-def _serve(
-    link: Link, early: list[dict[str, Any]], welcome: dict[str, Any], service: str, rank: int, world_size: int
-) -> None:
+def _serve(link: Link, welcome: dict[str, Any], service: str, rank: int, world_size: int) -> None:
     import torch
 
     from .loop import Loop
@@ -74,19 +73,12 @@ def _serve(
     device = torch.device(name)
     _claim(device, welcome["devices"])
     link.measure = lambda: memory(name)
-    loop: Loop | None = None
-
-    def on_order(order: dict[str, Any]) -> None:
-        # Before "up" a worker is in no generation, so there is none to leave.
-        if loop is not None:
-            loop.order(order)
-
-    link.start(on_order, early)
     _join_ranks(device, welcome["store"], rank, world_size)
     module, _, cls = service.partition(":")
     made = getattr(importlib.import_module(module), cls)(rank=rank, world_size=world_size, device=device)
     loop = Loop(pool=welcome["pool"], rank=rank, world_size=world_size, service=made, link=link)
     loop.reload(welcome["residents"])
+    link.on_order = loop.order
     link.measure = lambda: {**memory(name), **loop.snapshot}
     link.say("up")
     loop.run()

@@ -21,12 +21,13 @@ class Link:
         self._wire = wire
         self.measure: Callable[[], dict[str, Any]] = dict
         """What a beat reports; called on the beating thread."""
+        self.on_order: Callable[[dict[str, Any]], None] | None = None
+        """Takes an order, on the reading thread. None before "up": a worker is in no generation then, and the
+        only order that can come is to leave one."""
 
-    def start(self, on_order: Callable[[dict[str, Any]], None], early: list[dict[str, Any]]) -> None:
-        """early: orders that came together with the welcome."""
-        for order in early:
-            on_order(order)
-        threading.Thread(target=self._read, args=(on_order,), name="door", daemon=True).start()
+    def start(self) -> None:
+        """Begin to read and to beat."""
+        threading.Thread(target=self._read, name="door", daemon=True).start()
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
     def say(self, kind: str, **fields: Any) -> None:
@@ -40,11 +41,12 @@ class Link:
         """Say why this worker cannot start."""
         self.say("failed", message=f"{type(error).__name__}: {error}"[:MAX_REASON_CHARS])
 
-    def _read(self, on_order: Callable[[dict[str, Any]], None]) -> None:
+    def _read(self) -> None:
         try:
             while True:
                 for order in self._wire.wait(60.0):
-                    on_order(order)
+                    if self.on_order is not None:
+                        self.on_order(order)
         except (ConnectionError, ValueError):
             # The supervisor is gone: nobody would ever stop this process. The main thread may be
             # stuck in a collective, so it is not asked.

@@ -12,6 +12,9 @@ from .verdict import LOCAL, STUCK_AFTER_S, groups_survive, worst
 from .wire import Wire
 
 HEARTBEAT_TIMEOUT_S = 10.0
+STARTING_HEARTBEAT_TIMEOUT_S = 60.0
+"""For a worker that is not up yet: loading torch's libraries from a cold disk stops all of its threads."""
+
 START_TIMEOUT_S = 120.0
 """From the start of the processes to their first word; loading what they held comes after that."""
 
@@ -78,8 +81,9 @@ class Roster:
         """A sentence about a worker that stopped talking, if there is one."""
         now = time.monotonic()
         for worker in self.workers.values():
-            if now - worker.heard_at > HEARTBEAT_TIMEOUT_S:
-                return f"{self.label(worker)} gave no sign of life for {HEARTBEAT_TIMEOUT_S:.0f} s"
+            limit_s = HEARTBEAT_TIMEOUT_S if worker.is_up else STARTING_HEARTBEAT_TIMEOUT_S
+            if now - worker.heard_at > limit_s:
+                return f"{self.label(worker)} gave no sign of life for {limit_s:.0f} s"
         if len(self.workers) < len(self.devices) and now - self.started_at > START_TIMEOUT_S:
             return f"{len(self.devices) - len(self.workers)} workers did not start in {START_TIMEOUT_S:.0f} s"
         return None

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from comfy_xdit.messages import Message, Result
+from comfy_xdit.messages import Message, Result, Status
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,6 +75,8 @@ class FaultService:
         if isinstance(message, Keep):
             self.kept = [message] if message.name else []
             return Result()
+        if isinstance(message, Status):
+            return Result(value=self.status())
         if isinstance(message, Journal):
             return Result(value=list(self.journal))
         raise ValueError(f"the test service does not know {type(message).__name__}")

@@ -1,0 +1,263 @@
+"""A pool's life: start, status, stop, turns, clients that come, wait and go."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "faults"))
+
+import torch
+from fault_service import Echo, Journal, Keep, Reduce, Sleep
+from harness import (
+    NAME,
+    OPTIONS,
+    client_process,
+    private_home,
+    private_pool,
+    says,
+    wait_until,
+    wait_until_gone,
+    worker_pids,
+)
+
+from comfy_xdit import cli
+from comfy_xdit.pool import start as start_module
+from comfy_xdit.pool.client import Pool, PoolError
+
+
+class Cancelled(Exception):
+    """What a client's `poll` raises to interrupt."""
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with private_pool() as pool:
+        yield pool
+
+
+def test_a_call_reaches_every_rank_and_tensors_come_back_equal(pool):
+    latent = torch.randn(1, 16, 5, 7, dtype=torch.bfloat16)
+    results = pool.call_all(Echo(value={"x": [latent, None, 1.5, "text"]}))
+    assert len(results) == pool.num_ranks == 2
+    for result in results:
+        assert torch.equal(result.value["x"][0], latent)
+        assert result.value["x"][1:] == [None, 1.5, "text"]
+
+
+def test_collectives_run_between_the_ranks(pool):
+    assert pool.call(Reduce(value=1.5, rounds=3)).value == 3.0
+
+
+def test_a_turn_can_be_nested_and_keeps_its_generation(pool):
+    with pool.turn():
+        before = pool.generation
+        with pool.turn():
+            pool.call(Echo(value=1))
+        assert pool.call(Echo(value=2)).value == 2
+        assert pool.generation == before
+    assert pool.call(Echo(value=3)).value == 3
+    assert pool.generation == before
+
+
+def test_what_a_turn_holds_is_forgotten_at_its_end(pool):
+    with pool.turn():
+        num_before = pool.call(Journal()).value.count("forgot")
+    with pool.turn():
+        assert pool.call(Journal()).value.count("forgot") == num_before + 1
+
+
+def test_threads_take_turns(pool):
+    answers = []
+    threads = [
+        threading.Thread(target=lambda i=i: answers.append((i, pool.call(Echo(value=i)).value)))
+        for i in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(answers) == [(i, i) for i in range(4)]
+
+
+def test_an_interrupt_drops_the_answer_and_the_next_call_gets_its_own(pool):
+    polls = []
+
+    def poll():
+        polls.append(1)
+        if len(polls) > 3:
+            raise Cancelled
+
+    pids, generation = worker_pids(pool), pool.generation
+    with pool.turn():
+        with pytest.raises(Cancelled):
+            pool.call(Sleep(seconds=0.6), poll=poll)
+        assert pool.call(Echo(value="mine")).value == "mine"
+        assert pool.call(Reduce(value=1.0)).value == 2.0
+    assert worker_pids(pool) == pids
+    assert pool.generation == generation
+
+
+def test_a_second_pool_object_in_this_process_takes_over_and_gives_back(pool):
+    other = Pool.connect(NAME, "auto", start=False)
+    try:
+        for round_ in range(2):
+            assert pool.call(Echo(value=round_)).value == round_
+            assert other.call(Echo(value=-round_)).value == -round_
+    finally:
+        other.close()
+    assert pool.call(Reduce(value=1.0)).value == 2.0
+
+
+def test_a_second_client_queues_and_then_gets_its_turn(pool):
+    with client_process("slow") as other:
+        with pool.turn():
+            pool.call(Echo(value=1))
+            says(other, "connected")
+            queue = wait_until(lambda: pool.status()["queue"], "the other client in the queue")
+            assert [entry["pid"] for entry in queue] == [other.pid]
+            assert pool.call(Echo(value=2)).value == 2
+        says(other, "turn")
+        pids = worker_pids(pool)
+        # We are the ones who queue now.
+        assert pool.call(Echo(value=3)).value == 3
+        says(other, "done")
+    assert worker_pids(pool) == pids
+
+
+def test_a_cancelled_wait_leaves_the_queue(pool):
+    def poll():
+        if pool.status()["queue"]:
+            raise Cancelled
+
+    with client_process("sleep") as other:
+        says(other, "connected")
+        says(other, "turn")
+        with pytest.raises(Cancelled):
+            pool.call(Echo(value=1), poll=poll)
+        wait_until(lambda: not pool.status()["queue"], "an empty queue")
+
+
+def test_a_killed_client_loses_its_job_and_the_pool_takes_the_next(pool):
+    pool.call(Keep(name="warm"))
+    pids = worker_pids(pool)
+    with client_process("slow") as other:
+        says(other, "connected")
+        says(other, "turn")
+        other.kill()
+        assert pool.call(Reduce(value=1.0)).value == 2.0
+    assert worker_pids(pool) == pids
+    assert [rank["models"] for rank in pool.status()["ranks"]] == [["warm"], ["warm"]]
+    assert pool.call(Journal()).value[-3:] == ["Reduce", "forgot", "Journal"]
+    pool.call(Keep(name=""))
+
+
+def test_status_tells_what_a_user_wants_to_know(pool):
+    pool.call(Keep(name="flux"))
+    wait_until(lambda: all(r["models"] == ["flux"] for r in pool.status()["ranks"]), "a beat of each rank")
+    found = pool.status()
+    assert found["state"] in ("ready", "busy")
+    assert found["devices"] == ["cpu", "cpu"]
+    assert Path(found["log"]).is_file()
+    assert found["uptime_s"] > 0 and found["generation"] == pool.generation
+    assert [rank["rank"] for rank in found["ranks"]] == [0, 1]
+    assert all(rank["ram_bytes"] > rank["ram_private_bytes"] > 0 for rank in found["ranks"])
+    pool.call(Keep(name=""))
+
+
+def test_commands_start_show_and_stop(capsys):
+    with private_home():
+        name = ["--name", NAME]
+        service = ["--service", OPTIONS["service"], "--path", OPTIONS["path"][0]]
+        assert cli.main(["pool", "status", *name]) == 1
+        assert "comfy-xdit pool start" in capsys.readouterr().err
+        assert cli.main(["pool", "start", "--devices", "cpu:2", *name, *service]) == 0
+        assert "2 workers on cpu:2" in capsys.readouterr().out
+        assert cli.main(["pool", "status", "--json", *name]) == 0
+        found = json.loads(capsys.readouterr().out)
+        pids = [found["pid"], *(rank["pid"] for rank in found["ranks"])]
+        assert found["state"] == "ready" and len(set(pids)) == 3
+        assert cli.main(["pool", "status", *name]) == 0
+        shown = capsys.readouterr().out
+        assert all(str(rank["pid"]) in shown for rank in found["ranks"]) and found["log"] in shown
+        assert cli.main(["pool", "stop", *name]) == 0
+        wait_until_gone(pids)
+        capsys.readouterr()
+        assert cli.main(["pool", "stop", *name]) == 0
+        assert "no pool" in capsys.readouterr().out
+
+
+def test_unknown_commands_are_listed(capsys):
+    assert cli.main(["pool", "dance"]) == 2
+    told = capsys.readouterr().err
+    assert "pool start" in told and "pool stop" in told
+
+
+def test_two_clients_that_start_at_once_share_one_pool_that_outlives_them():
+    with private_home(), client_process("keep") as first, client_process("keep") as second:
+        assert says(first, "connected") == says(second, "connected")
+        first.wait(60)
+        second.wait(60)
+        with_them = Pool.connect(NAME, "auto", start=False)
+        try:
+            assert with_them.call(Journal()).value.count("Keep") == 2
+            assert [rank["models"] for rank in with_them.status()["ranks"]] == [["kept"], ["kept"]]
+        finally:
+            with_them.close()
+
+
+def test_a_killed_supervisor_leaves_no_worker_and_the_same_object_starts_anew():
+    with private_pool() as pool:
+        pool.call(Echo(value=1))
+        found = pool.status()
+        workers = worker_pids(pool)
+        generation = pool.generation
+        os.kill(found["pid"], signal.SIGKILL)
+        wait_until_gone([found["pid"], *workers])
+        # The folder is as the dead left it: door, stores and lock files.
+        assert Path(found["log"]).with_name("door").exists()
+        assert pool.call(Reduce(value=1.0)).value == 2.0
+        assert pool.status()["pid"] != found["pid"]
+        assert pool.generation > generation
+
+
+def test_a_supervisor_killed_in_a_job_fails_it_in_one_sentence():
+    with private_pool() as pool, pool.turn():
+        pool.call(Echo(value=1))
+        supervisor = pool.status()["pid"]
+        threading.Timer(0.3, os.kill, (supervisor, signal.SIGKILL)).start()
+        with pytest.raises(PoolError, match="supervisor of pool 'test' ended") as told:
+            pool.call(Sleep(seconds=600))
+        assert told.value.kind == "lost"
+        assert pool.call(Echo(value=2)).value == 2
+
+
+def test_workers_that_cannot_start_are_told_with_the_reason():
+    with private_pool(service="fault_service:BrokenService") as pool:
+        with pytest.raises(PoolError, match=r"failed to start.*the driver is too old.*/log"):
+            pool.call(Echo(value=1))
+        assert pool.status()["state"] == "failing"
+
+
+def test_a_pool_on_other_devices_is_refused(pool):
+    with pytest.raises(PoolError, match=r"runs on cpu:2, not on cpu:3; stop it with `comfy-xdit pool stop"):
+        Pool.connect(NAME, "cpu:3")
+
+
+def test_a_pool_of_another_version_is_refused(pool, monkeypatch):
+    monkeypatch.setattr(start_module, "versions", lambda: {"comfy_xdit": "9.9.9", "torch": "2.13"})
+    with pytest.raises(PoolError, match=r"another version.*9\.9\.9.*comfy-xdit pool stop --name test"):
+        Pool.connect(NAME, "auto")
+    assert pool.call(Echo(value=1)).value == 1
+
+
+def test_no_pool_is_told_when_none_may_be_started():
+    with private_home() as home, pytest.raises(PoolError, match="no pool 'test' runs; start it with"):
+        Pool.connect(NAME, "cpu:2", start=False)
+    assert not home.exists()
