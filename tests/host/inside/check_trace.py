@@ -378,7 +378,7 @@ def trajectory(seen):
         calls = constant_calls(guider, job.program, noise, extra_args["model_options"])
         run = Replay(job.program, noise=job.noise, latent=job.latent, noises=job.noises, mask=job.mask)
         for i, call in enumerate(job.program.calls):
-            x = run.model_input(i).to(guider.inner_model.get_dtype_inference())
+            x = run.model_input(i)
             timestep = torch.full((x.shape[0],), call.timestep)
             moving = {"x": x, "timestep": timestep}
             outputs = [guider.inner_model.remote.run.evaluate(calls[k] | moving, 1) for k in call.conds]
