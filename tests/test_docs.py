@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from comfy_xdit.cli import COMMANDS
+from comfy_xdit.pool import client, devices, door, folder, roster, rpc, verdict
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md")) + [page for page in [ROOT / "README.md"] if page.is_file()]
@@ -56,8 +57,8 @@ def test_commands_and_options_exist(page):
 def fragments() -> set[str]:
     """Runs of words in the project's string literals, as they stand between the values put in."""
     found = set()
-    for folder in ("comfy_xdit", "nodes", "worker"):
-        for path in (ROOT / folder).rglob("*.py"):
+    for part in ("comfy_xdit", "nodes", "worker"):
+        for path in (ROOT / part).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text("utf-8"))):
                 if isinstance(node, ast.Constant) and isinstance(node.value, str):
                     found.add(node.value.strip(" ();:,'"))
@@ -69,3 +70,15 @@ def test_quoted_errors_are_the_codes():
     known = fragments()
     unknown = [quote for quote in quotes if not any(fragment in quote for fragment in known)]
     assert len(quotes) >= 15 and not unknown
+
+
+def test_limits_are_the_codes():
+    pool, trouble, nodes = text("pool.md"), text("troubleshooting.md"), text("nodes.md")
+    assert f"{roster.HEARTBEAT_TIMEOUT_S:.0f} s without a sign of life" in pool
+    assert f"{verdict.STUCK_AFTER_S:.0f} s when its peers have failed" in pool
+    assert f"its limit ({client.CALL_TIMEOUT_S:.0f} s)" in pool
+    assert door.MAX_FAILED_STARTS == 3 and "after three times" in pool
+    assert devices.MAX_AUTO_CPU_RANKS == 4
+    assert "per core, at most 4" in pool and "per core, at most 4" in nodes
+    assert f"{rpc.SHM_BYTES_PER_WORKER >> 20} MiB for each worker" in trouble
+    assert f"at most {folder.MAX_SOCKET_PATH_BYTES} bytes" in trouble
