@@ -50,6 +50,7 @@ def write_files(models):
 
 def prompt(*, ours=True, negative="b", steps=3, side=128, **degrees):
     """A workflow in API format that saves a latent; the stock nodes when not `ours`."""
+    # A name of its own for each file: ComfyUI runs no node again whose inputs are those of the last run.
     names = {axis: degrees.get(axis, 0) for axis in ("dp", "cfg", "pipe", "ring", "ulysses", "tensor")}
     sampling = {
         **{"seed": 5, "steps": steps, "cfg": 3.0, "sampler_name": "euler", "scheduler": "simple"},
@@ -63,7 +64,7 @@ def prompt(*, ours=True, negative="b", steps=3, side=128, **degrees):
         "4": ("XDiTLoadConditioning", {**conditioning, "prompt": negative}),
         "5": ("EmptySD3LatentImage", {"width": side, "height": side, "batch_size": 1}),
         "6": ("XDiTKSampler" if ours else "KSampler", sampling),
-        "7": ("SaveLatent", {"samples": ["6", 0], "filename_prefix": "ours" if ours else "stock"}),
+        "7": ("SaveLatent", {"samples": ["6", 0], "filename_prefix": f"{time.monotonic_ns()}"}),
     }
     nodes["2"][1]["weight_dtype"] = "default"
     if ours:
@@ -89,7 +90,6 @@ def wait(server, number, timeout_s=300):
 
 def latent(server, **inputs):
     """The latent of a job that ended well."""
-    # Another file than the last: ComfyUI answers an unchanged workflow from its cache.
     for old in (server.base / "output").glob("*.latent"):
         old.unlink()
     entry = wait(server, start(server, **inputs))
