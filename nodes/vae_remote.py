@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 import weakref
 from typing import Any
@@ -11,7 +12,7 @@ import comfy.ldm.models.autoencoder as autoencoder
 import comfy.model_management
 import comfy.sd
 import torch
-from comfy_xdit_nodes.export import NAMES, export_file
+from comfy_xdit_nodes.export import export_file
 from comfy_xdit_nodes.patcher import RemotePatcher
 from comfy_xdit_nodes.pool import PoolSetting, connect
 from comfy_xdit_nodes.remote import poll
@@ -57,10 +58,11 @@ class RemoteVAE:
     """The weights of one VAE in shared memory, and where they are resident."""
 
     def __init__(self, vae: Any, config: VAEConfig) -> None:
-        path = export_file(vae.first_stage_model, vae.get_sd(), what="VAE", way_out=WAY_OUT)
-        dtype = NAMES_IN_TORCH[vae.vae_dtype]
+        weights = vae.get_sd()
+        path = export_file(vae.first_stage_model, weights, what="VAE", way_out=WAY_OUT)
+        dtype = str(vae.vae_dtype).removeprefix("torch.")
         self.config = config
-        self.load = m.LoadVAE(vae=f"vae-{path.stem}", path=str(path), dtype=dtype)
+        self.load = m.LoadVAE(vae=f"vae-{dtype}-{_digest(weights)}", path=str(path), dtype=dtype)
         self._pools: dict[str, Any] = {}
         # ComfyUI's "Unload models" goes through what its memory management has on its list.
         holder = torch.nn.Module()
@@ -73,11 +75,12 @@ class RemoteVAE:
 
     def call(self, setting: PoolSetting, message: m.VAEDecode | m.VAEEncode) -> Tensor:
         """The pool's answer. Raises PoolError with a sentence, or ComfyUI's interruption."""
+        # Before the turn: they may be on another pool, and a process talks to one at a time.
+        for gone in _known.take_gone():
+            gone.unload()
         pool = connect(setting)
         comfy.model_management.load_models_gpu([self._patcher])
         with pool.turn(poll=poll):
-            for gone in _known.take_gone():
-                gone.unload()
             self._pools[pool.name] = pool
             pool.call(self.load, poll=poll)
             return pool.call(message, poll=poll).value
@@ -95,7 +98,13 @@ class RemoteVAE:
                 log.warning("could not unload a VAE from pool %s: %s", name, error)
 
 
-NAMES_IN_TORCH = {dtype: str(dtype).removeprefix("torch.") for dtype in NAMES}
+def _digest(weights: dict[str, Tensor]) -> str:
+    """Of names and numbers: after a restart of ComfyUI the workers know the VAE that they hold already."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, weight in weights.items():
+        digest.update(f"{name} {list(weight.shape)} ".encode())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -133,13 +133,10 @@ def test_wrong_inputs_are_refused(tmp_path: Path) -> None:
         load(tmp_path / "vae.safetensors", "int8")
 
 
-def test_full_memory_is_a_sentence() -> None:
-    with (
-        pytest.raises(MemoryError, match=r"out of memory .* 4 rank.*more ranks"),
-        memory_errors([1, 4, 8, 8], 4),
-    ):
+def test_full_memory_says_for_what() -> None:
+    with pytest.raises(MemoryError, match=r"VAE of \[1\]; .* tiles"), memory_errors("VAE of [1]"):
         torch.empty(2**60, dtype=torch.uint8)
-    with pytest.raises(MemoryError, match="ran out of memory"), memory_errors([1, 4, 8, 8], 2):
+    with pytest.raises(MemoryError, match="VAE"), memory_errors("VAE"):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-    with pytest.raises(RuntimeError, match="size mismatch"), memory_errors([], 1):
+    with pytest.raises(RuntimeError, match="size mismatch"), memory_errors("VAE"):
         raise RuntimeError("size mismatch")

@@ -1,8 +1,9 @@
 """One rank of `bench vae`: decodes and encodes over gloo or NCCL, and counts what it held.
 
 Arguments: rank, number of ranks, device, folder. The folder holds vae.safetensors and cases.pt, a list of
-("decode" | "encode", input). Rank 0 writes results-<number of ranks>.pt: {"outputs": [output of each case],
-"ranks": [[a `Case` as a dict, for each case], for each rank]}.
+("decode" | "encode", input); the VAE has the dtype of the input. Rank 0 writes
+results-<number of ranks>.pt: {"outputs": [output of each case], "ranks": [[a `Case` as a dict, for each
+case], for each rank]}.
 """
 
 from __future__ import annotations
@@ -57,10 +58,14 @@ def main(rank: int, num_ranks: int, device: str, folder: Path) -> None:
     outputs, mine = [], []
     # As the workers' service does.
     with torch.inference_mode():
-        message = LoadVAE(vae="bench", path=str(folder / "vae.safetensors"), dtype="float32")
-        vae = load_vae(message, device)
+        vaes: dict[str, ResidentVAE] = {}
         for kind, x in torch.load(folder / "cases.pt"):
-            out, case = measure(vae, kind, x)
+            dtype = str(x.dtype).removeprefix("torch.")
+            if dtype not in vaes:
+                path = str(folder / "vae.safetensors")
+                vaes[dtype] = load_vae(LoadVAE(vae=dtype, path=path, dtype=dtype), device)
+                vaes[dtype].touch()
+            out, case = measure(vaes[dtype], kind, x)
             outputs.append(out)
             mine.append(dataclasses.asdict(case))
     every: list[list[dict]] = [[] for _ in range(num_ranks)]

@@ -39,6 +39,11 @@ class ResidentVAE:
         """Bytes of weights on this rank."""
         return sum(weight.nbytes for weight in self._weights.values())
 
+    def touch(self) -> None:
+        """Read every weight, so that no page of the file is left to be read in the first call."""
+        for weight in self._weights.values():
+            weight.sum()
+
     def decode(self, latent: Tensor, group: ProcessGroup | None = None) -> Tensor | None:
         """The image [batch, 3, height · ratio, width · ratio] in about -1..1, on the CPU; None but on rank 0.
 
@@ -99,7 +104,7 @@ class ResidentVAE:
             )
         vae = self._cut_for(group) if cut else self._whole
         done = []
-        with torch.no_grad(), memory_errors(list(batch.shape), num_ranks):
+        with torch.no_grad(), memory_errors(f"VAE of {list(batch.shape)} on {num_ranks} ranks"):
             # One image at a time: norms know no batch, and the peak is that of one image.
             for one in batch.split(1):
                 out = run(vae, one.to(self.device, self.dtype))
@@ -134,7 +139,7 @@ def load_vae(message: LoadVAE, device: torch.device | str) -> ResidentVAE:
         raise ValueError(f"{message.path} cannot be split over ranks: {error}") from None
     shapes = {name: parameter.shape for name, parameter in config.build().named_parameters()}
     weights: dict[str, Tensor] = {}
-    with memory_errors([], 1):
+    with memory_errors("weights of a VAE"):
         for key in file.infos:
             name = translate(key.removeprefix(config.prefix), len(config.block_out_channels))
             if not key.startswith(config.prefix) or name is None or name not in shapes:
@@ -156,18 +161,14 @@ def _fit(key: str, tensor: Tensor, shape: torch.Size) -> Tensor:
 
 
 @contextlib.contextmanager
-def memory_errors(shape: list[int], num_ranks: int) -> Iterator[None]:
-    """Turn the allocators' errors into one sentence with what to do.
+def memory_errors(what: str) -> Iterator[None]:
+    """Turn the allocators' errors into MemoryError, which says what there was no memory for, and a way out.
 
-    Raises MemoryError: torch reports a full main memory as a plain RuntimeError.
+    torch reports a full main memory as a plain RuntimeError.
     """
     try:
         yield
     except RuntimeError as error:
-        full = isinstance(error, torch.OutOfMemoryError) or ("alloc" in str(error) and "memory" in str(error))
-        if not full:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
-        what = f"for {shape} over {num_ranks} rank(s)" if shape else "to hold the VAE"
-        raise MemoryError(
-            f"a worker ran out of memory {what}; use more ranks, a smaller image, or VAE Decode (Tiled)"
-        ) from error
+        raise MemoryError(f"{what}; VAE nodes with tiles need less") from error
