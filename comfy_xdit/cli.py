@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import runpy
 import sys
 from collections.abc import Sequence
@@ -55,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(name: str, rest: list[str]) -> int:
+    # Before torch is imported. A worker that was restarted is no news on a command's screen; TensorPipe would
+    # warn of each connection that ended with it.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     module_name, summary = COMMANDS[name]
     module = importlib.import_module(module_name)
     parser = argparse.ArgumentParser(prog=f"{PROGRAM} {name}", description=summary)
