@@ -16,10 +16,8 @@ from torch import Tensor
 
 from comfy_xdit.trajectory import SamplerCall, SamplerProgram
 
-MOVING = ("x", "timestep")
-
-NEAR = 1e-2
-"""How well the program must predict the network's input, of its largest value: bfloat16 rounds to 0.4 %."""
+NEAR = {"x": 1e-2, "timestep": 1e-6}
+"""What moves, and how well the program must predict it, of its largest value. bfloat16 rounds x to 0.4 %."""
 
 
 class Catcher:
@@ -67,9 +65,10 @@ def _caught(guider: Any, name: str, call: SamplerCall, x: Tensor, model_options:
     if len(catcher.calls) != 1:
         raise NotLinear(f"the host evaluates the {name} conditioning in {len(catcher.calls)} calls")
     caught = dict(catcher.calls[0])
-    moved = [caught.pop(part).float() for part in MOVING]
-    for got, expected in zip(moved, (x * call.input_scale, torch.full_like(sigma, call.timestep)), strict=True):
-        if got.shape != expected.shape or (got - expected).abs().max() > NEAR * expected.abs().max():
+    foreseen = {"x": x * call.input_scale, "timestep": torch.full_like(sigma, call.timestep)}
+    for part, expected in foreseen.items():
+        got = caught.pop(part).float()
+        if got.shape != expected.shape or (got - expected).abs().max() > NEAR[part] * expected.abs().max():
             raise NotLinear("the host prepares the network's input in a way that the program does not know")
     return caught
 

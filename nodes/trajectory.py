@@ -5,18 +5,23 @@ To be used by a SAMPLER_SAMPLE wrapper, where the guider is prepared and nothing
     reason = why_step_mode(guider, sampler, sigmas, noise, latent_image, denoise_mask)
     if reason is None:
         job = plan(sampler, guider, sigmas, extra_args, noise, latent_image, denoise_mask)   # or NotLinear
+
+`job` has the fields of the `Sample` message. Previews come back as (step, total, denoised); ComfyUI's
+callback is then callback(step, denoised, denoised, total): nothing of the host's looks at its third
+argument, and the sampler's state stays on the workers. What the wrapper returns is the run's output.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import comfy.model_base
 import comfy.samplers
 import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
+from comfy_xdit_nodes.constant_call import constant_calls
 from comfy_xdit_nodes.trace import NotLinear, Start, run, trace
 from torch import Tensor
 
@@ -59,6 +64,7 @@ class Job:
     """A run, ready to travel. noises: by index, None for those that the program never reads.
 
     mask: with the latent's shape, 1 where it is made anew; None without inpainting.
+    conds: the network's constant arguments for each of `program.conds`.
     """
 
     program: SamplerProgram
@@ -66,6 +72,7 @@ class Job:
     latent: Tensor
     mask: Tensor | None
     noises: list[Tensor | None]
+    conds: list[dict[str, Any]]
 
 
 def plan(
@@ -76,9 +83,11 @@ def plan(
     noise: Tensor,
     latent_image: Tensor | None,
     denoise_mask: Tensor | None = None,
+    constants: Callable[..., list[dict[str, Any]]] = constant_calls,
 ) -> Job:
     """The job of `sampler.sample` with these arguments; `guider` as in its `inner_sample`.
 
+    Call it inside the pool's turn. constants: finds the network's constant arguments.
     Afterwards torch's random generators are where the host's own run would have left them.
     Raises NotLinear (and leaves the generators alone) when the run has to stay in the host's loop.
     """
@@ -88,10 +97,11 @@ def plan(
     reason = next(_ranges(guider.conds, [call.sigma for call in program.calls]), None)
     if reason is not None:
         raise NotLinear(reason)
-    used = set(program.noises())
-    drawn = draw(sampler, guider, sigmas, extra_args, noise, latent, used)
+    conds = constants(guider, program, noise, extra_args.get("model_options", {}))
+    # Last: from here on the generators have moved, and step mode would make another image.
+    drawn = draw(sampler, guider, sigmas, extra_args, noise, latent, set(program.noises()))
     mask = None if denoise_mask is None else denoise_mask.to(noise).expand(noise.shape)
-    return Job(program=program, noise=noise, latent=latent, mask=mask, noises=drawn)
+    return Job(program=program, noise=noise, latent=latent, mask=mask, noises=drawn, conds=conds)
 
 
 class _Draws:
@@ -151,9 +161,7 @@ def why_step_mode(
     return next(_hindrances(guider, sampler, sigmas, noise, denoise_mask), None)
 
 
-def _hindrances(
-    guider: Any, sampler: Any, sigmas: Tensor, noise: Tensor, denoise_mask: Tensor | None
-) -> Iterator[str]:
+def _hindrances(guider: Any, sampler: Any, sigmas: Tensor, noise: Tensor, denoise_mask: Tensor | None) -> Iterator[str]:
     if len(sigmas) < 2:
         yield "there is no step to run"
     options = guider.model_options

@@ -13,7 +13,7 @@ from _pytest.pathlib import import_path
 from comfy.patcher_extension import WrappersMP
 from comfy_extras import nodes_custom_sampler as custom
 from comfy_xdit_nodes.checkpoint import open_checkpoint
-from comfy_xdit_nodes.constant_call import constant_calls
+from comfy_xdit_nodes.constant_call import Catcher
 from comfy_xdit_nodes.parity import models as tiny
 from comfy_xdit_nodes.patcher import from_checkpoint
 from comfy_xdit_nodes.trace import NotLinear, trace
@@ -62,6 +62,11 @@ def stock(guider, sampler, sigmas, begin):
     return samples, shown, torch.get_rng_state()
 
 
+def none(*args):
+    """The toy model is not on a pool, where the network's arguments could be caught."""
+    return []
+
+
 def replayed(guider, job):
     run = Replay(job.program, noise=job.noise, latent=job.latent, noises=job.noises, mask=job.mask)
     shown, peak = [], 0
@@ -87,7 +92,7 @@ def compare(guider, sampler, *, steps=8, masked=False, scheduler=None):
     begin = start(masked=masked)
     given = (begin.noise, begin.latent, begin.mask)
     assert why_step_mode(guider, sampler, sigmas, *given) is None
-    job = plan(sampler, guider, sigmas, arguments(guider), *given)
+    job = plan(sampler, guider, sigmas, arguments(guider), *given, constants=none)
     assert guider.inner_model.diffusion_model.calls == evaluations
     assert torch.equal(torch.get_rng_state(), state)
     job = dataclasses.replace(job, program=messages.decode(*messages.encode(job.program)))
@@ -163,7 +168,7 @@ def test_a_noise_sampler_of_ones_own():
     sigmas = toy.sigmas(guider, 6)
     samples, _, state = stock(guider, sampler(), sigmas, start())
     begin, ours = start(), sampler()
-    job = plan(ours, guider, sigmas, arguments(guider), begin.noise, begin.latent)
+    job = plan(ours, guider, sigmas, arguments(guider), begin.noise, begin.latent, constants=none)
     assert distance(replayed(guider, job)[0], samples) < LIMIT
     assert torch.equal(torch.get_rng_state(), state)
     assert ours.extra_options["noise_sampler"].drawn == 5
@@ -375,13 +380,12 @@ def trajectory(seen):
         given = (noise, latent, mask)
         assert why_step_mode(guider, executor.class_obj, sigmas, *given) is None
         job = plan(executor.class_obj, guider, sigmas, extra_args, *given)
-        calls = constant_calls(guider, job.program, noise, extra_args["model_options"])
         run = Replay(job.program, noise=job.noise, latent=job.latent, noises=job.noises, mask=job.mask)
         for i, call in enumerate(job.program.calls):
             x = run.model_input(i)
             timestep = torch.full((x.shape[0],), call.timestep)
             moving = {"x": x, "timestep": timestep}
-            outputs = [guider.inner_model.remote.run.evaluate(calls[k] | moving, 1) for k in call.conds]
+            outputs = [guider.inner_model.remote.run.evaluate(job.conds[k] | moving, 1) for k in call.conds]
             run.answer(i, run.denoised(i, outputs))
             for preview in run.previews(i):
                 callback(preview.step, preview.denoised, preview.denoised, preview.total)
@@ -411,3 +415,30 @@ def test_real_models_through_the_stock_node(kind, changes, models, fake):
     assert distance(tiny.sample(ours, **changes), stock) < 1e-5
     assert len(seen) == 1
     assert fake.log.count("Denoise") == sum(len(call.conds) for call in seen[0].program.calls)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda call: call | {"y": call["y"] * call["timestep"][0]}, "change with the step"),
+        (lambda call: call | {"x": call["x"] * 2.0}, "does not know"),
+        (lambda call: call | {"timestep": call["timestep"] + 1.0}, "does not know"),
+    ],
+)
+def test_a_host_that_prepares_its_calls_otherwise_is_found(change, reason, models, fake, monkeypatch):
+    found = []
+
+    def wrapper(executor, guider, sigmas, extra_args, callback, noise, latent, *rest, **kwargs):
+        with pytest.raises(NotLinear, match=reason):
+            plan(executor.class_obj, guider, sigmas, extra_args, noise, latent)
+        found.append(torch.get_rng_state())
+        return noise
+
+    catch = Catcher.evaluate
+    monkeypatch.setattr(Catcher, "evaluate", lambda this, call, chunks: catch(this, change(call), chunks))
+    ours = from_checkpoint(open_checkpoint(str(models / "sd3.safetensors")))
+    ours.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, "comfy_xdit", wrapper)
+    tiny.sample(ours, sampler_name="dpmpp_2m_sde")
+    expected = torch.Generator().manual_seed(7)
+    torch.randn(1, 16, 16, 16, generator=expected)
+    assert torch.equal(found[0], expected.get_state())
