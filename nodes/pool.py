@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import platform
 from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed.rpc
 
 from comfy_xdit.parallel.spec import AXES
 
@@ -59,7 +63,12 @@ def connect(setting: PoolSetting) -> Pool:
 @functools.cache
 def _connect(name: str, devices: str) -> Pool:
     """One client per pool: a process takes part in one RPC group, and a second client would evict the first."""
-    # Here, not at import: where torch has no RPC the nodes must still be listed.
+    if not (torch.distributed.is_available() and torch.distributed.rpc.is_available()):
+        raise ValueError(
+            f"a worker pool needs torch with RPC, which torch {torch.__version__} on {platform.system()} "
+            "does not have; run ComfyUI on Linux, or in WSL2 on Windows"
+        )
+    # Here, not at import: it takes modules that only Linux has, and the nodes must be listed everywhere.
     from comfy_xdit.pool.client import Pool
 
     return Pool.connect(name, devices)
