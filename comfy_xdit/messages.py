@@ -27,12 +27,15 @@ class Message:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadModel(Message):
-    """Make a diffusion transformer resident on every rank; a no-op when `model` is resident already.
+    """Make a diffusion transformer resident: on every rank the part of it that `spec` gives that rank.
+
+    A no-op when `model` is resident like that already; spread otherwise, it is loaded anew, without patches.
 
     model: key made by the client of file, prefix and dtypes; later messages refer to it.
     path: a safetensors file that every worker can map; prefix: what its keys start with ("" or e.g.
     "model.diffusion_model."). family: a name in `comfy_xdit.models.FAMILIES`.
     storage_dtype, compute_dtype: torch names ("bfloat16"); they differ for fp8 weights.
+    spec: with which degrees it will run; pipe and tensor (and which rank stands where on them) count here.
     """
 
     model: str
@@ -41,6 +44,7 @@ class LoadModel(Message):
     family: str
     storage_dtype: str
     compute_dtype: str
+    spec: ParallelSpec = dataclasses.field(default_factory=ParallelSpec)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,6 +115,51 @@ class Denoise(Message):
     spec: ParallelSpec
     calls: list[dict[str, Any]]
     chunks: list[int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sample(Message):
+    """Run a whole sampling loop on the workers (trajectory mode).
+
+    job: chosen by the client, for `Peek` and `Cancel`. program: a `trajectory.SamplerProgram`; noise, latent,
+    mask, noises: what its terms "noise", "latent" and "n…" are, whole ([batch, channels, ...]; mask or single
+    noises may be None). conds: for each of `program.conds` the arguments of ComfyUI's diffusion model but x
+    and timestep, as in `Denoise.calls`.
+    num_patches, warmup_steps, stale: of the methods that reuse activations (PipeFusion, DistriFusion): 0
+    patches lets the workers choose; the first `warmup_steps` evaluations are exact; not stale is exact throughout.
+    Answer: `Result(value=samples)` from rank 0, None when the job was cancelled.
+    """
+
+    job: str
+    model: str
+    patches_id: str
+    spec: ParallelSpec
+    program: Any
+    noise: Tensor
+    latent: Tensor
+    mask: Tensor | None
+    noises: list[Tensor | None]
+    conds: list[dict[str, Any]]
+    num_patches: int = 0
+    warmup_steps: int = 1
+    stale: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Peek(Message):
+    """Progress of a running `Sample` since the last `Peek`, answered at once and beside it.
+
+    Result(value=[{"step": …, "total": …, "denoised": latent}, …]) from rank 0.
+    """
+
+    job: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cancel(Message):
+    """Stop a `Sample` after its current step; answered at once, also before it begins or after its end."""
+
+    job: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -102,7 +102,7 @@ def tiny_model(family: str, *, heads: int, dtype: torch.dtype = torch.float32, *
     kind = FLUX if family == "flux" else SD3
     module = kind.model_class()(**config).to(dtype).eval()
     shape = ModelShape(title=kind.title, num_heads=heads, num_blocks=2)
-    return SimpleNamespace(family=kind, module=module, shape=shape)
+    return SimpleNamespace(family=kind, module=module, shape=shape, compute_dtype=dtype)
 
 
 def tiny_call(

@@ -19,6 +19,10 @@ import torch.distributed as dist
 from .spec import AXES, ParallelSpec
 
 
+JOINED = {"lanes": ("dp", "cfg"), "sequence": ("ring", "ulysses")}
+"""Axes made of two: rows are dealt over "lanes", tokens are cut over "sequence"."""
+
+
 class Traffic:
     """What one rank sent in one job: bytes and, where the host waits for it, seconds, by collective.
 
@@ -110,7 +114,7 @@ class GroupCache:
                 f"use degrees whose product is {self.world_size}"
             )
         lines: dict[str, tuple[tuple[int, ...], int, dist.ProcessGroup | None]] = {
-            axis: ((self.rank,), 0, None) for axis in (*AXES, "sequence")
+            axis: ((self.rank,), 0, None) for axis in (*AXES, *JOINED)
         }
         # Axes of degree 1 need no group; leaving them out saves one group a rank for each.
         used = [axis for axis in AXES if getattr(spec, axis) > 1]
@@ -125,17 +129,18 @@ class GroupCache:
         for axis in used:
             group = mesh.get_group(axis)
             lines[axis] = (tuple(dist.get_process_group_ranks(group)), mesh.get_local_rank(axis), group)
-        lines["sequence"] = self._sequence(spec, lines)
+        for name, (outer, inner) in JOINED.items():
+            lines[name] = self._joined(spec, lines, outer, inner)
         return _Lines(lines=lines)
 
-    def _sequence(self, spec: ParallelSpec, lines: dict[str, Any]) -> Any:
-        """The ring and ulysses axes as one: tokens are cut over it, ring outermost."""
-        if spec.ring == 1 or spec.ulysses == 1:
-            return lines["ring"] if spec.ring > 1 else lines["ulysses"]
-        shape = tuple(spec.degrees.values())
-        grid = torch.arange(spec.num_ranks).view(shape)
-        ring, ulysses = AXES.index("ring"), AXES.index("ulysses")
-        rows = grid.movedim((ring, ulysses), (-2, -1)).reshape(-1, spec.ring * spec.ulysses).tolist()
+    def _joined(self, spec: ParallelSpec, lines: dict[str, Any], outer: str, inner: str) -> Any:
+        """Two axes as one, in the order of `outer`, then `inner`."""
+        degrees = spec.degrees
+        if degrees[outer] == 1 or degrees[inner] == 1:
+            return lines[outer] if degrees[outer] > 1 else lines[inner]
+        grid = torch.arange(spec.num_ranks).view(tuple(degrees.values()))
+        dims = (AXES.index(outer), AXES.index(inner))
+        rows = grid.movedim(dims, (-2, -1)).reshape(-1, degrees[outer] * degrees[inner]).tolist()
         mine: Any = None
         for ranks in rows:
             # new_group is collective over the world: every rank makes the groups of all, in one order.
@@ -148,7 +153,7 @@ class GroupCache:
 class ParallelContext:
     """The axes of one job on this rank, and its traffic.
 
-    `axis(name)` knows the names in `spec.AXES` and "sequence" (ring times ulysses).
+    `axis(name)` knows the names in `spec.AXES` and in `JOINED`.
     Raises ValueError when the spec's product is not the number of ranks.
     Use as a context manager; afterwards it has no axes any more.
     """
@@ -171,14 +176,6 @@ class ParallelContext:
     def lane(self) -> int:
         """Which lane this rank is in: ranks with the same rows to run, numbered dp outermost, then cfg."""
         return self.rank // self._lane_size
-
-    def leader(self, lane: int) -> int:
-        """The rank that speaks for `lane`."""
-        return lane * self._lane_size
-
-    @property
-    def leads_lane(self) -> bool:
-        return self.rank % self._lane_size == 0
 
     @property
     def _lane_size(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from typing import Any, Protocol
 
@@ -27,6 +28,8 @@ class Model(Protocol):
     def module(self) -> nn.Module: ...
     @property
     def shape(self) -> ModelShape: ...
+    @property
+    def compute_dtype(self) -> torch.dtype: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +51,23 @@ def denoise(
     Collective over all ranks. Raises ValueError, on every rank alike, for calls that don't fit the spec.
     """
     begin = time.perf_counter()
+    with applied(model.module, model.family.plan, context):
+        outputs = evaluate(model, calls, chunks, context)
+    mine = deal([call["x"].shape[0] for call in calls], cfg=context.spec.cfg, dp=context.spec.dp)[context.lane]
+    report = {
+        "seconds": time.perf_counter() - begin,
+        "communication_seconds": context.traffic.seconds,
+        "rows": sum(piece.stop - piece.start for piece in mine),
+        "bytes_sent": dict(context.traffic.bytes),
+    }
+    return (outputs if context.rank == 0 else None), report
+
+
+def evaluate(model: Model, calls: list[Call], chunks: list[int], context: ParallelContext) -> list[Tensor]:
+    """ComfyUI's output for each call, on every rank; `model` has its plan applied.
+
+    Collective over all ranks. Raises ValueError, on every rank alike, for calls that don't fit the spec.
+    """
     faults = check(context.spec, num_ranks=context.world_size, shape=model.shape)
     if faults:
         raise ValueError("; ".join(faults))
@@ -56,17 +76,8 @@ def denoise(
         # Also the calls of other lanes: a fault that only some ranks see leaves the others waiting for them.
         _arguments(model, rows_of(call, Piece(call=number, start=0, stop=1)))
     lanes = deal(batches, cfg=context.spec.cfg, dp=context.spec.dp)
-    mine = lanes[context.lane]
-    with applied(model.module, model.family.plan, context):
-        outputs = [(piece, _run(model, rows_of(calls[piece.call], piece))) for piece in mine]
-    gathered = _gather(calls, lanes, outputs, context)
-    report = {
-        "seconds": time.perf_counter() - begin,
-        "communication_seconds": context.traffic.seconds,
-        "rows": sum(piece.stop - piece.start for piece in mine),
-        "bytes_sent": dict(context.traffic.bytes),
-    }
-    return gathered, report
+    outputs = [_run(model, rows_of(calls[piece.call], piece)) for piece in lanes[context.lane]]
+    return _share(calls, lanes, outputs, model.compute_dtype, context)
 
 
 def deal(batches: list[int], *, cfg: int, dp: int) -> list[list[Piece]]:
@@ -132,30 +143,32 @@ def _arguments(model: Model, call: Call) -> dict[str, Any]:
     return model.family.inputs(dict(config), call)
 
 
-def _gather(
-    calls: list[Call],
-    lanes: list[list[Piece]],
-    outputs: list[tuple[Piece, Tensor]],
-    context: ParallelContext,
-) -> list[Tensor] | None:
-    """The whole outputs on rank 0. One rank of each lane sends: the others of a lane hold the same."""
-    if context.rank != 0:
-        if context.leads_lane:
-            for _, out in outputs:
-                with context.traffic.timed("gather", out.nbytes, out.device):
-                    dist.send(out.contiguous(), 0, group=context.world)
-        return None
-    # Rank 0 runs the first rows of all, so it knows the number of channels and the dtype of an output.
-    sample = outputs[0][1]
-    whole: list[list[Tensor]] = [[] for _ in calls]
-    for lane in sorted(range(len(lanes)), key=lambda lane: [(p.call, p.start) for p in lanes[lane]]):
-        for place, piece in enumerate(lanes[lane]):
-            if lane == context.lane:
-                whole[piece.call].append(outputs[place][1])
-                continue
-            shape = (piece.stop - piece.start, sample.shape[1], *calls[piece.call]["x"].shape[2:])
-            out = torch.empty(shape, dtype=sample.dtype, device=sample.device)
-            with context.traffic.timed("gather", 0, out.device):
-                dist.recv(out, context.leader(lane), group=context.world)
-            whole[piece.call].append(out)
-    return [torch.cat(parts) for parts in whole]
+def _share(
+    calls: list[Call], lanes: list[list[Piece]], outputs: list[Tensor], dtype: torch.dtype, context: ParallelContext
+) -> list[Tensor]:
+    """The whole outputs, on every rank. Lanes send their pieces to each other; a lane's ranks hold the same."""
+    axis = context.axis("lanes")
+    if axis.degree == 1:
+        return outputs
+    channels = torch.tensor([outputs[0].shape[1] if outputs else 0])
+    if not all(lanes):
+        # A lane without rows has not seen an output; the first lane always has.
+        channels = channels.to(calls[0]["x"].device)
+        dist.broadcast(channels, axis.ranks[0], group=axis.group)
+    shapes = [
+        [(piece.stop - piece.start, int(channels), *calls[piece.call]["x"].shape[2:]) for piece in pieces]
+        for pieces in lanes
+    ]
+    sizes = [sum(math.prod(shape) for shape in of_lane) for of_lane in shapes]
+    flat = calls[0]["x"].new_zeros(max(sizes), dtype=dtype)
+    if outputs:
+        flat[: sizes[axis.index]] = torch.cat([output.reshape(-1) for output in outputs])
+    received = flat.new_empty((axis.degree, flat.numel()))
+    with axis.traffic.timed("all_gather", flat.nbytes * (axis.degree - 1), flat.device):
+        dist.all_gather(list(received.unbind(0)), flat, group=axis.group)
+    parts: list[list[tuple[int, Tensor]]] = [[] for _ in calls]
+    for lane, pieces in enumerate(lanes):
+        views = received[lane, : sizes[lane]].split([math.prod(shape) for shape in shapes[lane]])
+        for piece, view, shape in zip(pieces, views, shapes[lane], strict=True):
+            parts[piece.call].append((piece.start, view.view(shape)))
+    return [torch.cat([part for _, part in sorted(found, key=lambda item: item[0])]) for found in parts]

@@ -1,0 +1,113 @@
+"""The whole sampling loop on the workers: the host's program is replayed, the model evaluated in parallel."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from comfy_xdit.messages import Sample
+from comfy_xdit.models.base import Call
+from comfy_xdit.trajectory import Replay, SamplerCall, SamplerProgram
+
+from .agreement import Agreement
+from .apply import applied
+from .context import ParallelContext
+from .denoise import Model, evaluate
+
+Post = Callable[[dict[str, Any]], None]
+
+
+def sample(
+    model: Model,
+    message: Sample,
+    conds: list[Call],
+    context: ParallelContext,
+    *,
+    post: Post,
+    wish_to_stop: Callable[[], bool],
+) -> tuple[Tensor | None, dict[str, Any]]:
+    """What the host's sampler would return, on rank 0 (None elsewhere, and when stopped), and a report.
+
+    message: with its tensors on the model's device; conds: its conditioning with held values in place.
+    post: takes each progress entry {"step", "total", "denoised"}; called on rank 0.
+    wish_to_stop: asked before each evaluation; one rank's yes stops all.
+    Every rank replays the sampler on the whole latent, which costs next to nothing; only the model's
+    evaluations are shared out. Collective over all ranks. Raises ValueError alike on every rank.
+    """
+    begin = time.perf_counter()
+    program: SamplerProgram = message.program
+    if len(conds) != len(program.conds):
+        raise ValueError(f"{len(conds)} conditionings came with a program for {len(program.conds)}; send one for each")
+    replay = Replay(
+        program, noise=message.noise, latent=message.latent, noises=message.noises, mask=message.mask
+    )
+    agreement = Agreement(wish_to_stop, context.world)
+    stopped = False
+    with applied(model.module, model.family.plan, context):
+        for number, call in enumerate(program.calls):
+            stopped = not agreement.go_on()
+            if stopped:
+                break
+            x = replay.model_input(number)
+            outputs = _outputs(model, call, x, conds, context)
+            replay.answer(number, replay.denoised(number, outputs))
+            for preview in replay.previews(number):
+                if context.rank == 0:
+                    post({"step": preview.step, "total": preview.total, "denoised": preview.denoised})
+    report = {
+        "seconds": time.perf_counter() - begin,
+        "communication_seconds": context.traffic.seconds,
+        "bytes_sent": dict(context.traffic.bytes),
+    }
+    return (None if stopped or context.rank != 0 else replay.output()), report
+
+
+def _outputs(model: Model, call: SamplerCall, x: Tensor, conds: list[Call], context: ParallelContext) -> list[Tensor]:
+    """The model's output for each of the call's conditionings, on every rank, in fp32."""
+    calls = [calls_argument(x, call.timestep, conds[index], model) for index in call.conds]
+    together = batched(calls)
+    if together is None:
+        outputs = evaluate(model, calls, [1] * len(calls), context)
+    else:
+        outputs = list(evaluate(model, [together], [len(calls)], context)[0].chunk(len(calls)))
+    return [output.float() for output in outputs]
+
+
+def calls_argument(x: Tensor, timestep: float, cond: Call, model: Model) -> Call:
+    """One call as ComfyUI would make it: the latent in the model's dtype, the timestep in fp32."""
+    batch = x.shape[0]
+    steps = torch.full((batch,), timestep, dtype=torch.float32, device=x.device)
+    return {**cond, "x": x.to(model.compute_dtype), "timestep": steps}
+
+
+def batched(calls: list[Call]) -> Call | None:
+    """The calls as one batch; None where they differ in more than the numbers in their tensors."""
+    first, *rest = calls
+    if not rest:
+        return None
+    joined: Call = {}
+    for key, value in first.items():
+        others = [call.get(key) for call in rest]
+        if isinstance(value, Tensor):
+            alike = all(isinstance(other, Tensor) and other.shape == value.shape for other in others)
+            if not alike or value.dim() == 0:
+                return None
+            rows = [item.expand(first["x"].shape[0], *item.shape[1:]) for item in (value, *others)]
+            joined[key] = torch.cat(rows)
+        elif all(other is value or (not _has_tensors(value) and other == value) for other in others):
+            joined[key] = value
+        else:
+            return None
+    return joined if all(call.keys() == first.keys() for call in rest) else None
+
+
+def _has_tensors(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_has_tensors, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(_has_tensors, value))
+    return isinstance(value, Tensor)
