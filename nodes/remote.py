@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import comfy.model_management
 import torch
 from comfy_xdit_nodes.held import Constants
+from comfy_xdit_nodes.refuse import refuse_options
 from comfy_xdit_nodes.together import Meeting
 from torch import Tensor
 
@@ -41,6 +42,10 @@ class Load:
     model: m.LoadModel
     patches_id: str
     patches: Callable[[], list[m.Patch]]
+
+    def spread(self, spec: ParallelSpec) -> Load:
+        """The same for these degrees: each rank loads its part."""
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, spec=spec))
 
 
 def poll() -> None:
@@ -95,6 +100,7 @@ class RemoteModel:
         call = {RENAMED.get(name, name): value for name, value in bound.items() if value is not None}
         if "control" in call:
             raise ValueError("a ControlNet can't run on the pool yet; use the stock sampler for it")
+        refuse_options(options)
         return call, options
 
     @property

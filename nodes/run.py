@@ -30,7 +30,7 @@ def sample_on_pool(executor: Any, *args: Any, **kwargs: Any) -> Any:
     choose = chooser(pool, patcher.setting.requested, shape)
     spec = choose(count_chunks(guider))
     log.info("%s on pool %s: %s, %d ranks", shape.title, pool.name, spec, pool.num_ranks)
-    with patcher.model.remote.running(pool, load, choose):
+    with patcher.model.remote.running(pool, load.spread(spec), keeping_weights(choose, spec)):
         return executor(*args, **kwargs)
 
 
@@ -43,6 +43,11 @@ def chooser(pool: Pool, requested: dict[str, int], shape: ModelShape) -> Callabl
 
     # Asked each time: a pool that was stopped and started anew may have other ranks.
     return lambda num_chunks: chosen(pool.num_ranks, num_chunks)
+
+
+def keeping_weights(choose: Callable[[int], ParallelSpec], spec: ParallelSpec) -> Callable[[int], ParallelSpec]:
+    """As `choose`, but with `spec` throughout where it spreads the weights: nothing is loaded in mid-run."""
+    return choose if spec.pipe == spec.tensor == 1 else lambda num_chunks: spec
 
 
 def count_chunks(guider: Any) -> int:

@@ -6,16 +6,20 @@ same order on every rank: so collectives line up without a lock.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from comfy_xdit import messages as m
+from comfy_xdit.mailbox import Mailbox
 from comfy_xdit.parallel.context import GroupCache, ParallelContext
 from comfy_xdit.parallel.denoise import denoise
+from comfy_xdit.parallel.sample import sample
 
 if TYPE_CHECKING:
+    from comfy_xdit.parallel.spec import ParallelSpec, WeightShare
     from comfy_xdit.vae import ResidentVAE
     from comfy_xdit.weights.resident import ResidentModel
 
@@ -33,15 +37,18 @@ class Service:
         self.device = device
         self._groups = GroupCache(world_size)
         self._models: dict[str, ResidentModel] = {}
+        self._layouts: dict[str, list[WeightShare]] = {}
         self._vaes: dict[str, ResidentVAE] = {}
         self._loads: dict[str, m.Message] = {}
         self._held: dict[str, Any] = {}
+        self._mailbox = Mailbox()
         self._handlers: dict[type, Callable[[Any], m.Result]] = {
             m.LoadModel: self._load_model,
             m.SetPatches: self._set_patches,
             m.Hold: self._hold,
             m.Drop: self._drop,
             m.Denoise: self._denoise,
+            m.Sample: self._sample,
             m.LoadVAE: self._load_vae,
             m.VAEDecode: self._vae_decode,
             m.VAEEncode: self._vae_encode,
@@ -55,6 +62,15 @@ class Service:
             raise ValueError(f"a worker does not take {type(message).__name__}; send a request, not an answer")
         with torch.inference_mode():
             return handler(message)
+
+    def aside(self, message: m.Message) -> m.Result:
+        """Answers `Peek` and `Cancel` while another message runs; any thread may call."""
+        if isinstance(message, m.Peek):
+            return m.Result(value=self._mailbox.take(message.job))
+        if isinstance(message, m.Cancel):
+            self._mailbox.cancel(message.job)
+            return m.Result()
+        raise ValueError(f"{type(message).__name__} is not answered beside a job; send it as a job")
 
     def residents(self) -> list[m.Message]:
         """The loads to repeat in a worker that replaces this one."""
@@ -78,15 +94,24 @@ class Service:
             "patches": model.num_patched,
             "patches_id": model.patches_id,
             "bytes": model.bytes_held(),
+            "blocks": [model.stage.start, model.stage.stop],
         }
 
     def _load_model(self, message: m.LoadModel) -> m.Result:
-        if message.model not in self._models:
+        key, layout = message.model, self._layout(message.spec)
+        # All ranks' parts are compared: were only some ranks to load, only some would lose their patches.
+        if self._layouts.get(key) != layout:
             from comfy_xdit.weights.resident import load
 
-            self._models[message.model] = load(message, self.device)
-            self._loads[message.model] = message
-        return m.Result(value=self._model_status(message.model, self._models[message.model]))
+            self._forget([key])  # first, so that there are never two in memory
+            self._models[key] = load(message, self.device, rank=self.rank)
+            self._layouts[key] = layout
+        self._loads[key] = message
+        return m.Result(value=self._model_status(key, self._models[key]))
+
+    def _layout(self, spec: ParallelSpec) -> list[WeightShare]:
+        """Which part of a model each rank holds."""
+        return [spec.weights_of(rank) for rank in range(self.world_size)]
 
     def _set_patches(self, message: m.SetPatches) -> m.Result:
         return m.Result(value=self._model(message.model).set_patches(message))
@@ -101,16 +126,27 @@ class Service:
         return m.Result()
 
     def _denoise(self, message: m.Denoise) -> m.Result:
-        model = self._model(message.model)
-        if model.patches_id != message.patches_id:
-            raise ValueError(
-                f"the workers hold patches {model.patches_id!r} of this model, not {message.patches_id!r}; "
-                "queue the workflow again"
-            )
+        model = self._ready_model(message)
         calls = [_to(self._recall(call), self.device) for call in message.calls]
         with ParallelContext(message.spec, self._groups) as context:
             outputs, report = denoise(model, calls, message.chunks, context)
         return m.Result(value=outputs if self.rank == 0 else None, report=report)
+
+    def _sample(self, message: m.Sample) -> m.Result:
+        model = self._ready_model(message)
+        sent = {name: _to(getattr(message, name), self.device) for name in ("noise", "latent", "mask", "noises")}
+        conds = [_to(self._recall(cond), self.device) for cond in message.conds]
+        self._mailbox.open(message.job)
+        with ParallelContext(message.spec, self._groups) as context:
+            samples, report = sample(
+                model,
+                dataclasses.replace(message, **sent),
+                conds,
+                context,
+                post=self._mailbox.post,
+                wish_to_stop=lambda: self._mailbox.is_cancelled(message.job),
+            )
+        return m.Result(value=samples, report=report)
 
     def _load_vae(self, message: m.LoadVAE) -> m.Result:
         if message.vae not in self._vaes:
@@ -129,18 +165,36 @@ class Service:
         return m.Result(value=moments if self.rank == 0 else None)
 
     def _unload(self, message: m.Unload) -> m.Result:
-        for key in message.keys or list(self._loads):
-            self._models.pop(key, None)
-            self._vaes.pop(key, None)
-            self._loads.pop(key, None)
+        self._forget(message.keys or list(self._loads))
+        return m.Result()
+
+    def _forget(self, keys: list[str]) -> None:
+        for key in keys:
+            for kept in (self._models, self._layouts, self._vaes, self._loads):
+                kept.pop(key, None)  # type: ignore[attr-defined]
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        return m.Result()
 
     def _model(self, key: str) -> ResidentModel:
         if key not in self._models:
             raise ValueError(f"model {key!r} is not loaded on the workers; queue the workflow again")
         return self._models[key]
+
+    def _ready_model(self, message: m.Denoise | m.Sample) -> ResidentModel:
+        """The model that a job wants, held as it wants it: alike on every rank, or ValueError on every rank."""
+        model = self._model(message.model)
+        if model.patches_id != message.patches_id:
+            raise ValueError(
+                f"the workers hold patches {model.patches_id!r} of this model, not {message.patches_id!r}; "
+                "queue the workflow again"
+            )
+        if self._layouts[message.model] != self._layout(message.spec):
+            loaded = self._loads[message.model].spec  # type: ignore[attr-defined]
+            raise ValueError(
+                f"the model is loaded for {loaded}, which spreads its weights otherwise than {message.spec}; "
+                "queue the workflow again"
+            )
+        return model
 
     def _vae(self, key: str) -> ResidentVAE:
         if key not in self._vaes:

@@ -51,6 +51,8 @@ class ModelPlan:
     attention: the attention modules that see cut streams; others attend to what they hold.
     exact: path → position → what replaces that argument.
     blocks: the lists of blocks, in the order in which they run; pipeline stages are cut from them.
+    streams: the keyword arguments of a block that it returns, in its order.
+    after_blocks: modules with weights that run after the last block, so on the last stage only.
     """
 
     cut_arguments: dict[str, Cut] = dataclasses.field(default_factory=dict)
@@ -59,3 +61,5 @@ class ModelPlan:
     attention: dict[str, AttentionLayer]
     exact: dict[str, dict[int, Exact]] = dataclasses.field(default_factory=dict)
     blocks: tuple[str, ...]
+    streams: tuple[str, ...] = ("encoder_hidden_states", "hidden_states")
+    after_blocks: tuple[str, ...] = ("norm_out", "proj_out")

@@ -43,9 +43,28 @@ class ParallelSpec:
     def num_ranks(self) -> int:
         return math.prod(self.degrees.values())
 
+    def weights_of(self, rank: int) -> WeightShare:
+        """What part of a model's weights `rank` holds."""
+        place, places = rank, {}
+        for axis in reversed(AXES):
+            place, places[axis] = divmod(place, getattr(self, axis))
+        return WeightShare(
+            stage=places["pipe"], num_stages=self.pipe, shard=places["tensor"], num_shards=self.tensor
+        )
+
     def __str__(self) -> str:
         used = [f"{axis}={degree}" for axis, degree in self.degrees.items() if degree > 1]
         return " × ".join(used) or "1 rank"  # noqa: RUF001
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WeightShare:
+    """A rank's part of a model: the blocks of one pipeline stage, and one shard of each weight that is cut."""
+
+    stage: int = 0
+    num_stages: int = 1
+    shard: int = 0
+    num_shards: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -46,6 +46,14 @@ def apply_patches(weight: Tensor, patches: list[Patch]) -> Tensor:
     return weight
 
 
+def check_words(patch: Patch) -> None:
+    """Raises ValueError for a kind or function that we don't know."""
+    if patch.kind not in (*CHANGES, "diff", "set"):
+        known = ", ".join([*CHANGES, "diff", "set"])
+        raise ValueError(f"unknown kind of patch {patch.kind!r} for {patch.key}; known are {known}")
+    _reorder(patch)
+
+
 def _apply(weight: Tensor, patch: Patch) -> Tensor:
     """`weight` after one patch: changed in place unless it grows."""
     reorder = _reorder(patch)
@@ -57,9 +65,7 @@ def _apply(weight: Tensor, patch: Patch) -> Tensor:
         return weight.copy_(values[0])
     if patch.kind == "diff":
         return _add_difference(weight, values, patch.strength, reorder)
-    if patch.kind not in CHANGES:
-        known = ", ".join([*CHANGES, "diff", "set"])
-        raise ValueError(f"unknown kind of patch {patch.kind!r} for {patch.key}; known are {known}")
+    check_words(patch)
     if patch.kind == "lora":
         if values[5] is not None:
             weight = _padded(weight, [int(size) for size in values[5]])

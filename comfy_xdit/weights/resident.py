@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from comfy_xdit.messages import LoadModel, Patch, SetPatches
 from comfy_xdit.models import FAMILIES, comfy_layout
 from comfy_xdit.models.base import Family
-from comfy_xdit.parallel.spec import ModelShape
+from comfy_xdit.parallel.spec import ModelShape, WeightShare
+from comfy_xdit.parallel.stages import Absent, block_costs, block_paths, stages
 from comfy_xdit.weights.header import FLOATS
 from comfy_xdit.weights.mapped import MappedFile
-from comfy_xdit.weights.patches import apply_patches
+from comfy_xdit.weights.patches import apply_patches, check_words
 from comfy_xdit.weights.slices import Infos, SliceMap, by_source, respelled, slice_map
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -28,8 +29,8 @@ class CastLinear(nn.Linear):
         return nn.functional.linear(input, self.weight.to(input.dtype), self.bias)
 
 
-def load(message: LoadModel, device: torch.device | str) -> ResidentModel:
-    """The model of `message` on `device`, ready to run.
+def load(message: LoadModel, device: torch.device | str, *, rank: int = 0) -> ResidentModel:
+    """The part of the model of `message` that is `rank`'s, on `device`, ready to run; no other weight is read.
 
     On a CPU every weight that the file has in the wanted dtype and in one piece is a view of the map, so that
     all the processes of a machine share one copy. Raises ValueError, in one sentence, for a file that isn't
@@ -40,7 +41,7 @@ def load(message: LoadModel, device: torch.device | str) -> ResidentModel:
         raise ValueError(f"unknown family {message.family!r}; known are {', '.join(FAMILIES)}")
     file = MappedFile(message.path)
     try:
-        return ResidentModel(message, family, file, torch.device(device))
+        return ResidentModel(message, family, file, torch.device(device), message.spec.weights_of(rank))
     except ValueError as error:
         raise ValueError(f"{os.path.basename(message.path)}: {error}") from None
 
@@ -50,12 +51,18 @@ class ResidentModel:
 
     module: in eval mode, without gradients. config: what the module was built with.
     compute_dtype: what its inputs must be. patches_id: of the patches now applied; "" for none.
+    share: which part of the weights is here. stages: the blocks of each pipeline stage, numbered as in
+    `block_paths`; blocks of other stages are `Absent`, and what follows the last block stays on the meta
+    device where that isn't here.
     """
 
-    def __init__(self, message: LoadModel, family: Family, file: MappedFile, device: torch.device) -> None:
+    def __init__(
+        self, message: LoadModel, family: Family, file: MappedFile, device: torch.device, share: WeightShare
+    ) -> None:
         self.key = message.model
         self.family = family
         self.device = device
+        self.share = share
         self.storage_dtype = _dtype(message.storage_dtype)
         self.compute_dtype = _dtype(message.compute_dtype)
         if self.compute_dtype in FP8:
@@ -75,7 +82,12 @@ class ResidentModel:
         parts = self.module.named_modules()
         self._linear = {f"{name}.weight" for name, part in parts if isinstance(part, nn.Linear)}
         self._buffers = {name for name, _ in self.module.named_buffers()}
-        for target in self._slices:
+        self.block_paths = block_paths(self.module, family.plan)
+        hidden = self.config["num_attention_heads"] * self.config["attention_head_dim"]
+        self.stages = stages(block_costs(self.module, family.plan, hidden=hidden), share.num_stages)
+        elsewhere = self._leave_out_other_stages()
+        self._targets = {target for target in self._slices if not target.startswith(elsewhere)}
+        for target in sorted(self._targets):
             self._put(target, self._base(target))
 
     def set_patches(self, message: SetPatches) -> int:
@@ -83,21 +95,17 @@ class ResidentModel:
 
         Each touched weight is computed from the pristine base, in fp32 and in ComfyUI's layout, then cut to
         diffusers' weights. Untouched weights stay what they are. Raises ValueError for a weight that the
-        model hasn't got; after any error the model wears no patches.
+        model hasn't got; after any error the model wears no patches. Patches of weights that other ranks
+        hold are left to them.
         """
         if message.patches and not message.patches_id:
             raise ValueError("patches need a patches_id; the empty one stands for none")
         if message.patches_id == self.patches_id:
             return 0
-        wanted: dict[str, list[Patch]] = {}
-        for patch in message.patches:
-            source = self._source(patch.key)
-            # ComfyUI never patches buffers (SD3's position table), though merged models list them.
-            if self._sources[source][0][0] not in self._buffers:
-                wanted.setdefault(source, []).append(patch)
         before = set(self._patched)
         self.patches_id = ""
         try:
+            wanted = self._wanted(message.patches)
             for source in before - set(wanted):
                 self._restore(source)
             for source, patches in wanted.items():
@@ -115,20 +123,53 @@ class ResidentModel:
         return self.family.shape(self.config)
 
     @property
+    def stage(self) -> range:
+        """The blocks held here, numbered as in `block_paths`."""
+        return self.stages[self.share.stage]
+
+    @property
     def num_patched(self) -> int:
         """How many weights of ComfyUI's layout differ from the file now."""
         return len(self._patched)
 
     def bytes_held(self) -> dict[str, int]:
-        """Bytes of weights in the map ("mapped", shared by all processes) and elsewhere ("private")."""
+        """Bytes of the weights here: in the map ("mapped", shared by all processes) and elsewhere ("private")."""
         mapped, private = 0, {}
         for tensor in itertools.chain(self.module.parameters(), self.module.buffers()):
+            if tensor.is_meta:
+                continue
             if self._file.holds(tensor):
                 mapped += tensor.nbytes
             else:
                 storage = tensor.untyped_storage()
                 private[storage.data_ptr()] = storage.nbytes()
         return {"mapped": mapped, "private": sum(private.values())}
+
+    def _leave_out_other_stages(self) -> tuple[str, ...]:
+        """Empty the module of what is on other stages; returns how the names of its weights begin."""
+        others = [path for number, path in enumerate(self.block_paths) if number not in self.stage]
+        for path in others:
+            blocks, _, name = path.rpartition(".")
+            self.module.get_submodule(blocks)._modules[name] = Absent(self.family.plan.streams)
+        if self.share.stage != self.share.num_stages - 1:
+            others += self.family.plan.after_blocks
+        return tuple(f"{path}." for path in others)
+
+    def _held(self, source: str) -> list[str]:
+        """The targets here that the weight makes, wholly or in part."""
+        return [name for name in dict.fromkeys(name for name, _ in self._sources[source]) if name in self._targets]
+
+    def _wanted(self, patches: list[Patch]) -> dict[str, list[Patch]]:
+        """What concerns the weights here, by weight of ComfyUI's layout."""
+        wanted: dict[str, list[Patch]] = {}
+        for patch in patches:
+            # Also of weights that other ranks hold: a fault must be every rank's fault.
+            check_words(patch)
+            source = self._source(patch.key)
+            # ComfyUI never patches buffers (SD3's position table), though merged models list them.
+            if self._sources[source][0][0] not in self._buffers and self._held(source):
+                wanted.setdefault(source, []).append(patch)
+        return wanted
 
     def _source(self, key: str) -> str:
         """The weight of ComfyUI's layout that a patch names."""
@@ -148,13 +189,13 @@ class ResidentModel:
         is_fp8 = self.storage_dtype in FP8
         weight = weight.to(self.compute_dtype if is_fp8 else self.storage_dtype)
         self._patched.add(source)
-        for target in dict.fromkeys(target for target, _ in self._sources[source]):
+        for target in self._held(source):
             pieces = self._slices[target]
             part = _join([weight.narrow(0, piece.source_row, piece.rows) for piece in pieces])
             self._put(target, part if is_fp8 else part.to(self._kept_dtype(target)))
 
     def _restore(self, source: str) -> None:
-        for target in dict.fromkeys(target for target, _ in self._sources[source]):
+        for target in self._held(source):
             self._put(target, self._base(target))
         self._patched.discard(source)
 
