@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from comfy_xdit.messages import Failure, Message, Result, decode, encode
-from comfy_xdit.pool.rpc import Group, Place, TurnEnded
+from comfy_xdit.pool.rpc import ASIDE, Group, Place, TurnEnded
 
 from .link import Link
 
@@ -34,6 +34,7 @@ class Service(Protocol):
     """What the loop needs of the class that `--service` names."""
 
     def handle(self, message: Message) -> Result: ...
+    def aside(self, message: Message) -> Result: ...
     def residents(self) -> list[Message]: ...
     def forget_client(self) -> None: ...
     def status(self) -> dict[str, Any]: ...
@@ -160,11 +161,21 @@ class Loop:
             return encode(Failure(rank=self._rank, kind="input", message=refusal))
         if generation <= self._closed:
             return encode(self._dropped())
+        if serial == ASIDE:
+            return encode(self._aside(text, tensors))
         job = Job(generation, serial, text, tensors)
         self._inbox.put(job)
         job.done.wait()
         assert job.answer is not None
         return job.answer
+
+    def _aside(self, text: str, tensors: list[Tensor]) -> Message:
+        """Beside the job that runs, on an RPC thread: the service must not touch what the main thread uses."""
+        try:
+            return self._service.aside(decode(text, tensors))
+        except Exception as error:
+            kind, sentence = classify(error, self._rank)
+            return Failure(rank=self._rank, kind=kind, message=sentence)
 
     def _run_in_order(self) -> None:
         # RPC threads may hand over two messages the wrong way round, on one rank and not on another;

@@ -93,11 +93,10 @@ def batched(calls: list[Call]) -> Call | None:
     for key, value in first.items():
         others = [call.get(key) for call in rest]
         if isinstance(value, Tensor):
-            alike = all(isinstance(other, Tensor) and other.shape == value.shape for other in others)
-            if not alike or value.dim() == 0:
+            tensors = [value, *(other for other in others if isinstance(other, Tensor))]
+            if value.dim() == 0 or [item.shape for item in tensors] != [value.shape] * len(calls):
                 return None
-            rows = [item.expand(first["x"].shape[0], *item.shape[1:]) for item in (value, *others)]
-            joined[key] = torch.cat(rows)
+            joined[key] = torch.cat([item.expand(first["x"].shape[0], *item.shape[1:]) for item in tensors])
         elif all(other is value or (not _has_tensors(value) and other == value) for other in others):
             joined[key] = value
         else:

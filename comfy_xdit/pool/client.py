@@ -13,7 +13,7 @@ from typing import Any
 from ..messages import Failure, Message, Result, decode, encode
 from .errors import PoolError
 from .folder import pool_folder
-from .rpc import Group, Place, TurnEnded, require_available, require_shm
+from .rpc import ASIDE, Group, Place, TurnEnded, require_available, require_shm
 from .start import POLL_S, Poll, reach, say
 from .verdict import groups_survive, worst
 from .wire import Wire
@@ -220,6 +220,21 @@ class Pool:
             if self._group is None:
                 self._acquire(poll)
             return self._exchange(message, poll, CALL_TIMEOUT_S if timeout_s is None else timeout_s)
+
+    def aside(self, message: Message, *, timeout_s: float = 5.0) -> Result | None:
+        """Rank 0's answer to a message that is answered at once, beside the one that runs (`Peek`, `Cancel`).
+
+        For the `poll` of a `call`, or after it was given up. None when no answer comes in time: the call
+        itself tells what is wrong.
+        """
+        if self._group is None:
+            return None
+        future = self._group.send(0, ASIDE, *encode(message))
+        done = threading.Event()
+        future.add_done_callback(lambda _: done.set())
+        done.wait(timeout_s)
+        answer = _answer(future)
+        return answer if isinstance(answer, Result) else None
 
     def _exchange(self, message: Message, poll: Poll, timeout_s: float) -> list[Result]:
         wakeup = threading.Event()

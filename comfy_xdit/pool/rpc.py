@@ -35,6 +35,9 @@ JOIN_TIMEOUT_S = 10.0
 SHM_BYTES_PER_WORKER = 30 << 20
 """Ring buffers under /dev/shm between the client and one worker (TensorPipe's shm transport), measured."""
 
+ASIDE = 0
+"""The serial number of a message that does not wait for its turn; the others count from 1."""
+
 # A process has one RPC agent, and torch keeps it in its own globals; this serialises who changes it.
 _agent_lock = threading.Lock()
 
