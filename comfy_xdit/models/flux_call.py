@@ -7,13 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from comfy_xdit.parallel.plan import AttentionLayer, Cut, Exact, ModelPlan
+from comfy_xdit.parallel.plan import AttentionLayer, Cut, Exact, ModelPlan, TensorPlan
 
 from .base import Call, Config
-from .latent import cropped, padded, rows
+from .latent import check_channels, cropped, padded, rows
 
 PATCH = 2
 """Latent pixels on a side of one token."""
+
+DOUBLE = "transformer_blocks.*."
+SINGLE = "single_transformer_blocks.*."
 
 PLAN = ModelPlan(
     cut_arguments={
@@ -31,6 +34,24 @@ PLAN = ModelPlan(
     },
     exact={"time_text_embed": {0: Exact(argument="timestep", factor=1000.0)}},
     blocks=("transformer_blocks", "single_transformer_blocks"),
+    tensor=TensorPlan(
+        columns=(
+            *(f"{DOUBLE}attn.to_{x}" for x in "qkv"),
+            *(f"{DOUBLE}attn.add_{x}_proj" for x in "qkv"),
+            DOUBLE + "ff.net.0.proj",
+            DOUBLE + "ff_context.net.0.proj",
+            *(f"{SINGLE}attn.to_{x}" for x in "qkv"),
+            SINGLE + "proj_mlp",
+        ),
+        rows={
+            DOUBLE + "attn.to_out.0": (1,),
+            DOUBLE + "attn.to_add_out": (1,),
+            DOUBLE + "ff.net.2": (1,),
+            DOUBLE + "ff_context.net.2": (1,),
+            SINGLE + "proj_out": (1, 4),  # attention beside the mlp
+        },
+        heads=(DOUBLE + "attn", SINGLE + "attn"),
+    ),
 )
 
 
@@ -38,6 +59,13 @@ def inputs(config: Config, call: Call) -> dict[str, Any]:
     """Arguments of `FluxTransformer2DModel.forward`. ValueError for what it cannot do."""
     x, batch = call["x"], call["x"].shape[0]
     context = rows(call["context"], batch)
+    check_channels(
+        "Flux.1",
+        latent=x.shape[1],
+        text=context.shape[-1],
+        wanted_latent=config["in_channels"] // PATCH**2,
+        wanted_text=config["joint_attention_dim"],
+    )
     images, ids = [tokens(x)], [token_ids(x)]
     for reference, place in zip(call.get("ref_latents") or [], reference_places(call), strict=True):
         images.append(rows(tokens(reference), batch))

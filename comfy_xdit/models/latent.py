@@ -20,3 +20,17 @@ def cropped(out: Tensor, like: Tensor) -> Tensor:
 def rows(value: Tensor, batch: int) -> Tensor:
     """One row for each of the batch, from a tensor that has one for each or one for all."""
     return value.expand(batch, *value.shape[1:])
+
+
+def check_channels(title: str, *, latent: int, text: int, wanted_latent: int, wanted_text: int) -> None:
+    """Raises ValueError, naming the way out, for a latent or a text that was made for another model."""
+    if latent != wanted_latent:
+        raise ValueError(
+            f"a latent of {latent} channels does not fit this {title}, which takes {wanted_latent}; "
+            "use the empty latent node and the VAE that belong to the model"
+        )
+    if text != wanted_text:
+        raise ValueError(
+            f"text of {text} channels does not fit this {title}, which takes {wanted_text}; "
+            "encode the prompt with the text encoders that belong to the model"
+        )

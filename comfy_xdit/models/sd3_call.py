@@ -6,10 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
-from comfy_xdit.parallel.plan import AttentionLayer, Cut, ModelPlan
+from comfy_xdit.parallel.plan import AttentionLayer, Cut, ModelPlan, TensorPlan
 
 from .base import Call, Config
-from .latent import cropped, padded, rows
+from .latent import check_channels, cropped, padded, rows
+
+BLOCK = "transformer_blocks.*."
 
 PLAN = ModelPlan(
     cut_arguments={
@@ -23,6 +25,23 @@ PLAN = ModelPlan(
         "transformer_blocks.*.attn2": AttentionLayer(streams=("image",)),
     },
     blocks=("transformer_blocks",),
+    tensor=TensorPlan(
+        columns=(
+            *(f"{BLOCK}attn.to_{x}" for x in "qkv"),
+            *(f"{BLOCK}attn.add_{x}_proj" for x in "qkv"),
+            *(f"{BLOCK}attn2.to_{x}" for x in "qkv"),
+            BLOCK + "ff.net.0.proj",
+            BLOCK + "ff_context.net.0.proj",
+        ),
+        rows={
+            BLOCK + "attn.to_out.0": (1,),
+            BLOCK + "attn.to_add_out": (1,),
+            BLOCK + "attn2.to_out.0": (1,),
+            BLOCK + "ff.net.2": (1,),
+            BLOCK + "ff_context.net.2": (1,),
+        },
+        heads=(BLOCK + "attn", BLOCK + "attn2"),
+    ),
 )
 
 
@@ -33,6 +52,13 @@ def inputs(config: Config, call: Call) -> dict[str, Any]:
         raise ValueError("SD3 needs pooled text beside the tokens; encode the prompt with its text encoders")
     if call.get("control") is not None:
         raise ValueError("SD3 on a pool takes no ControlNet yet; remove the ControlNet node")
+    check_channels(
+        "SD3",
+        latent=x.shape[1],
+        text=call["context"].shape[-1],
+        wanted_latent=config["in_channels"],
+        wanted_text=config["joint_attention_dim"],
+    )
     patch, limit = config["patch_size"], config["pos_embed_max_size"]
     image = padded(x, patch)
     if max(image.shape[-2:]) > limit * patch:
