@@ -40,6 +40,22 @@ class Exact:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TensorPlan:
+    """Which weights are cut over the tensor axis, in equal shares; all others are whole on every rank.
+
+    columns: Linears whose outputs are cut: the projections to heads, the first ones of MLPs.
+    rows: Linears whose inputs are such outputs → how wide the pieces are that the input is joined from, in
+    any unit; each piece is cut by itself. What they put out is added up over the ranks.
+    heads: the attention modules, whose attribute `heads` then counts a rank's own.
+    Norms of queries and keys must be for one head each.
+    """
+
+    columns: tuple[str, ...]
+    rows: dict[str, tuple[int, ...]]
+    heads: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelPlan:
     """Where a diffusers model is cut over ranks and where it is joined.
 
@@ -52,6 +68,7 @@ class ModelPlan:
     exact: path → position → what replaces that argument.
     blocks: the lists of blocks, in the order in which they run; pipeline stages are cut from them.
     streams: the keyword arguments of a block that it returns, in its order.
+    tensor: which weights are cut over the tensor axis.
     after_blocks: modules with weights that run after the last block, so on the last stage only.
     """
 
@@ -61,5 +78,6 @@ class ModelPlan:
     attention: dict[str, AttentionLayer]
     exact: dict[str, dict[int, Exact]] = dataclasses.field(default_factory=dict)
     blocks: tuple[str, ...]
+    tensor: TensorPlan
     streams: tuple[str, ...] = ("encoder_hidden_states", "hidden_states")
     after_blocks: tuple[str, ...] = ("norm_out", "proj_out")
