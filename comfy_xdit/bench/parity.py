@@ -50,8 +50,13 @@ def run(args: argparse.Namespace) -> int:
 
 def measure(checkout: Path, samplers: list[str] | None = None) -> Iterator[dict[str, Any]]:
     """The results of one checkout, as `nodes/parity/measure.py` describes them. Raises ValueError when it fails."""
+    return inside(checkout, ["--samplers", *samplers] if samplers else [])
+
+
+def inside(checkout: Path, arguments: list[str]) -> Iterator[dict[str, Any]]:
+    """What `nodes/parity` prints in a ComfyUI checkout. Raises ValueError when it fails."""
     command = [python_of(checkout), str(ROOT / "nodes" / "parity" / "__main__.py"), "--comfyui", str(checkout)]
-    command += ["--samplers", *samplers] if samplers else []
+    command += arguments
     environment = dict(os.environ, OMP_NUM_THREADS="1")
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None

@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..vae import VAEConfig
+from .show import json_argument, show
 from .vae_checkpoint import write_vae
 
 TIMEOUT_S = 1800.0
@@ -20,6 +22,7 @@ TIMEOUT_S = 1800.0
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
+    json_argument(parser)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="numbers of ranks to compare")
     parser.add_argument("--size", type=int, default=256, help="height and width of the image (default: 256)")
     parser.add_argument(
@@ -31,7 +34,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def vae(*, ranks: Sequence[int], size: int, widths: Sequence[int]) -> dict[str, Any]:
     """A row for each number of ranks and each of decode and encode.
 
     peak_bytes: tensors beside the weights on the rank that held most; resident_bytes: growth of its process
@@ -39,26 +42,26 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """
     config = VAEConfig(
         latent_channels=16,
-        block_out_channels=tuple(args.widths),
+        block_out_channels=tuple(widths),
         layers_per_block=2,
         quant_conv=False,
         post_quant_conv=False,
         attention=True,
     )
-    if args.size % config.ratio:
-        raise ValueError(f"--size {args.size} is no multiple of {config.ratio}; use one, such as 256")
+    if size % config.ratio:
+        raise ValueError(f"--size {size} is no multiple of {config.ratio}; use one, such as 256")
     with tempfile.TemporaryDirectory(prefix="comfy-xdit-bench-") as name:
         folder = Path(name)
         write_vae(folder / "vae.safetensors", config)
-        rows = args.size // config.ratio
+        rows = size // config.ratio
         cases = [
             ("decode", torch.randn(1, config.latent_channels, rows, rows)),
-            ("encode", torch.rand(1, 3, args.size, args.size) * 2 - 1),
+            ("encode", torch.rand(1, 3, size, size) * 2 - 1),
         ]
         torch.save(cases, folder / "cases.pt")
-        results = {num_ranks: run_ranks(folder, num_ranks) for num_ranks in args.ranks}
+        results = {num_ranks: run_ranks(folder, num_ranks) for num_ranks in ranks}
     return {
-        "compared": f"an image of {args.size} x {args.size} pixels in float32, VAE widths {args.widths}",
+        "compared": f"an image of {size} x {size} pixels in float32, VAE widths {list(widths)}",
         "rows": [row for at, (kind, _) in enumerate(cases) for row in _rows(kind, at, results)],
     }
 
@@ -110,12 +113,5 @@ def run_ranks(folder: Path, num_ranks: int) -> dict[str, Any]:
     return torch.load(folder / f"results-{num_ranks}.pt") | {"log": outputs[0]}
 
 
-def table(result: dict[str, Any]) -> str:
-    """The rows as text."""
-    lines = [result["compared"], f"{'':8}{'ranks':>6}{'peak MB':>10}{'RSS MB':>9}{'seconds':>9}  difference"]
-    for row in result["rows"]:
-        lines.append(
-            f"{row['work']:8}{row['ranks']:>6}{row['peak_bytes'] / 1e6:>10.1f}"
-            f"{row['resident_bytes'] / 1e6:>9.1f}{row['seconds']:>9.2f}  {row['difference']:.1e}"
-        )
-    return "\n".join(lines)
+def run(args: argparse.Namespace) -> int:
+    return show(vae(ranks=args.ranks, size=args.size, widths=args.widths), as_json=args.json)

@@ -1,6 +1,7 @@
 """Measure parity in one ComfyUI checkout; started by `comfy-xdit parity` with that checkout's Python.
 
-Writes one JSON object per result to standard output, and nothing else.
+Also times what only a ComfyUI can be compared with. Writes one JSON object per result to standard output, and
+nothing else.
 """
 
 import argparse
@@ -18,6 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--comfyui", required=True)
     parser.add_argument("--samplers", nargs="*")
+    parser.add_argument("--lora", nargs=2, type=int, metavar=("RANKS", "TURNS"), help="time LoRA switching instead")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="comfy-xdit-parity-") as base:
         # These pools are not the user's.
@@ -25,7 +27,11 @@ def main() -> None:
         enter = runpy.run_path(str(Path(__file__).resolve().parent / "host.py"))["enter"]
         enter(args.comfyui, f"{base}/comfyui")
         try:
-            measure_all(Path(base) / "comfyui" / "models" / "diffusion_models", args.samplers)
+            folder = Path(base) / "comfyui" / "models" / "diffusion_models"
+            if args.lora:
+                measure_lora(folder, *args.lora)
+            else:
+                measure_all(folder, args.samplers)
         finally:
             stop_pools()
 
@@ -45,14 +51,23 @@ def measure_all(folder: Path, samplers: list[str] | None) -> None:
                     sys.stdout.flush()
 
 
+def measure_lora(folder: Path, num_ranks: int, num_turns: int) -> None:
+    import torch
+    from comfy_xdit_nodes.parity.lora import switching
+
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        sys.stdout.write(json.dumps(switching(folder, num_ranks=num_ranks, num_turns=num_turns)) + "\n")
+
+
 def stop_pools() -> None:
     from comfy_xdit_nodes.parity.measure import CASES, setting_of
 
     from comfy_xdit.pool.cli_stop import stop
 
-    for num_ranks in {num_ranks for num_ranks, _ in CASES.values()}:
+    for name in {"lora"} | {setting_of(num_ranks).name for num_ranks, _ in CASES.values()}:
         with contextlib.suppress(ConnectionError):
-            stop(setting_of(num_ranks).name)
+            stop(name)
 
 
 if __name__ == "__main__":
