@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed.rpc
 
-from comfy_xdit.parallel.spec import AXES
 
 if TYPE_CHECKING:
     from comfy_xdit.pool.client import Pool
@@ -38,7 +37,10 @@ METHODS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PoolSetting:
-    """The value of an XDIT_POOL link: a pool's name, its devices, and degrees (0 = chosen for the model)."""
+    """The value of an XDIT_POOL link: a pool's name, its devices, and degrees (0 = chosen for the model).
+
+    sampling: "auto" runs the whole sampling loop on the workers where it can, "step" never does.
+    """
 
     name: str = "default"
     devices: str = "auto"
@@ -48,11 +50,13 @@ class PoolSetting:
     ring: int = 0
     ulysses: int = 0
     tensor: int = 0
+    sampling: str = "auto"
 
     @property
     def requested(self) -> dict[str, int]:
         """Axis → degree, 0 where it is to be chosen."""
-        return {axis: getattr(self, axis) for axis in AXES}
+        names = [field.name for field in dataclasses.fields(self)]
+        return {name: getattr(self, name) for name in names if name not in ("name", "devices", "sampling")}
 
 
 def connect(setting: PoolSetting) -> Pool:

@@ -12,7 +12,7 @@ import comfy.hooks
 HARMLESS = frozenset(
     (
         # The loop's own notes to whoever wants them.
-        *("cond_or_uncond", "uuids", "sigmas", "sample_sigmas", "prefetch_dynamic_vbars"),
+        *("cond_or_uncond", "uuids", "sigmas", "sample_sigmas", "context_window", "prefetch_dynamic_vbars"),
         # Around the transformer, on the host.
         *("wrappers", "callbacks"),
     )
@@ -31,11 +31,19 @@ def refuse_inside(patcher: Any, model_options: dict[str, Any], conds: Conds) -> 
 
     model_options, conds: those of the run.
     """
-    found = [
+    _refuse(
         *_in_options(model_options.get("transformer_options", {})),
         *_in_patcher(patcher),
         *_in_conds(conds),
-    ]
+    )
+
+
+def refuse_options(options: dict[str, Any]) -> None:
+    """As `refuse_inside`, for the transformer_options of one call: some nodes change them in mid-run."""
+    _refuse(*_in_options(options))
+
+
+def _refuse(*found: str) -> None:
     if found:
         raise ValueError(f"the pool can't run {'; nor '.join(dict.fromkeys(found))}{INSTEAD}")
 

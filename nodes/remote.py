@@ -21,12 +21,17 @@ from comfy_xdit import messages as m
 from comfy_xdit.parallel.spec import ParallelSpec
 
 if TYPE_CHECKING:
+    from comfy_xdit_nodes.trajectory import Job
+
     from comfy_xdit.pool.client import Pool
 
 log = logging.getLogger("comfy_xdit")
 
 UNLOAD_PATIENCE_S = 10.0
 """How long freeing waits for another client's job: ComfyUI runs nothing else meanwhile."""
+
+EVALUATION_PATIENCE_S = 600.0
+"""How long one evaluation may take before the workers are restarted; the pool's own limit is for one message."""
 
 RENAMED = {"timesteps": "timestep", "t": "timestep"}
 """ComfyUI's models name the same argument differently; messages use one name."""
@@ -174,7 +179,7 @@ class Run:
     """One sampling run: evaluates calls on the workers, sends what is constant once."""
 
     def __init__(self, pool: Pool, load: Load, choose: Callable[[int], ParallelSpec]) -> None:
-        self._pool = pool
+        self.pool = pool
         self._load = load
         self._choose = choose
         self._constants = Constants(hold=self._hold, drop=self._drop)
@@ -191,22 +196,44 @@ class Run:
         message = m.Denoise(
             model=self._load.model.model,
             patches_id=self._load.patches_id,
-            spec=self._choose(sum(chunks for _, chunks in calls)),
+            spec=self.spec(sum(chunks for _, chunks in calls)),
             calls=[self._refer(call) for call, _ in calls],
             chunks=[chunks for _, chunks in calls],
         )
-        return self._pool.call(message, poll=poll).value
+        return self.pool.call(message, poll=poll).value
 
-    def cfg_degree(self, num_chunks: int) -> int:
-        """How many chunks run side by side."""
-        return self._choose(num_chunks).cfg
+    def sample(self, job: Job, *, key: str, num_chunks: int, poll: Callable[[], None]) -> Tensor:
+        """The samples of a whole run, from one message to the workers.
+
+        key: by which `Peek` and `Cancel` know it. num_chunks: conditionings that may run side by side.
+        """
+        message = m.Sample(
+            job=key,
+            model=self._load.model.model,
+            patches_id=self._load.patches_id,
+            spec=self.spec(num_chunks),
+            program=job.program,
+            noise=job.noise,
+            latent=job.latent,
+            mask=job.mask,
+            noises=job.noises,
+            conds=[self._refer(cond) for cond in job.conds],
+        )
+        limit_s = EVALUATION_PATIENCE_S * len(job.program.calls)
+        samples = self.pool.call(message, poll=poll, timeout_s=limit_s).value
+        assert samples is not None, "only this client cancels its job, and then it does not wait"
+        return samples
+
+    def spec(self, num_chunks: int) -> ParallelSpec:
+        """The degrees for so many conditionings at once."""
+        return self._choose(num_chunks)
 
     def end(self) -> None:
         """Free what was held on the workers for this run."""
         self._constants.clear()
 
     def _refer(self, call: dict[str, Any]) -> dict[str, Any]:
-        moving = {name: call[name] for name in ("x", "timestep")}
+        moving = {name: call[name] for name in ("x", "timestep") if name in call}
         return {name: self._constant(name, value) for name, value in call.items() if name not in moving} | moving
 
     def _constant(self, name: str, value: Any) -> Any:
@@ -217,7 +244,7 @@ class Run:
         return value
 
     def _hold(self, name: str, value: Tensor) -> None:
-        self._pool.call(m.Hold(name=name, value=value), poll=poll)
+        self.pool.call(m.Hold(name=name, value=value), poll=poll)
 
     def _drop(self, names: list[str]) -> None:
-        self._pool.call(m.Drop(names=names), poll=poll)
+        self.pool.call(m.Drop(names=names), poll=poll)
