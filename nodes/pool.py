@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed.rpc
 
-
 if TYPE_CHECKING:
     from comfy_xdit.pool.client import Pool
 
