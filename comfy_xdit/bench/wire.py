@@ -1,0 +1,126 @@
+"""What each method sends: measured bytes beside our formula and beside the table of xDiT's documentation."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from comfy_xdit.cost.arithmetic import Network, read_network
+from comfy_xdit.cost.document import TABLE, bytes_sent
+from comfy_xdit.cost.formulas import sent
+from comfy_xdit.cost.work import Work
+from comfy_xdit.messages import Denoise, LoadModel, Result
+from comfy_xdit.parallel.spec import AXES, ParallelSpec, check
+from comfy_xdit.pool.client import Pool
+
+from .bench_pool import bench_pool
+from .checkpoint import FluxSize, random_call, write_flux
+from .show import json_argument, show
+
+MODEL = "wire"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Size:
+    """A Flux whose heads, tokens and text no degree divides evenly, so that a wrong rounding shows."""
+
+    flux: FluxSize = dataclasses.field(
+        default_factory=lambda: FluxSize(hidden=96, head_dim=16, double_blocks=2, single_blocks=3)
+    )
+    tokens: int = 35
+    text_tokens: int = 13
+
+
+def wire(*, num_ranks: int = 2, size: Size | None = None) -> dict[str, Any]:
+    """A row for each method on `num_ranks` ranks, and for products of two where there are four or more."""
+    size = size or Size()
+    with tempfile.TemporaryDirectory() as folder, bench_pool(num_ranks) as pool:
+        path = str(write_flux(Path(folder) / "wire.safetensors", size.flux))
+        network = read_network(path)
+        specs = [spec for spec in candidates(num_ranks) if not check(spec, num_ranks=num_ranks, shape=network.shape)]
+        rows = [_row(pool, path, network, size, spec) for spec in specs]
+    return {
+        "compared": (
+            f"bytes that the busiest of {num_ranks} ranks sends in one evaluation of a Flux of {size.flux.hidden} x "
+            f"{network.num_attentions}, {size.tokens} + {size.text_tokens} tokens in fp32: measured, our formula, "
+            "and the document's"
+        ),
+        "rows": rows,
+    }
+
+
+def candidates(num_ranks: int) -> list[ParallelSpec]:
+    """Every method alone, and products of two."""
+    alone = [ParallelSpec(**{axis: num_ranks}) for axis in AXES]
+    half, rest = divmod(num_ranks, 2)
+    if rest or half < 2:
+        return alone
+    pairs = [(one, two) for i, one in enumerate(AXES) for two in AXES[i + 1 :]]
+    return alone + [ParallelSpec(**{one: 2, two: half}) for one, two in pairs]
+
+
+def _row(pool: Pool, path: str, network: Network, size: Size, spec: ParallelSpec) -> dict[str, Any]:
+    chunks = spec.cfg
+    call = random_call(size.flux, tokens=size.tokens, text_tokens=size.text_tokens, batch=chunks * spec.dp)
+    height, width = call["x"].shape[-2:]
+    work = Work(
+        latent=(height, width), text_tokens=size.text_tokens, images=spec.dp, chunks=chunks, element_bytes=4
+    )
+    load = LoadModel(
+        model=MODEL,
+        path=path,
+        prefix="",
+        family="flux",
+        storage_dtype="float32",
+        compute_dtype="float32",
+        spec=spec,
+    )
+    with pool.turn():
+        pool.call(load)
+        results = pool.call_all(Denoise(model=MODEL, patches_id="", spec=spec, calls=[call], chunks=[chunks]))
+    return compare(results, network, work, spec)
+
+
+def compare(results: list[Result], network: Network, work: Work, spec: ParallelSpec) -> dict[str, Any]:
+    """Measured and predicted bytes of each rank; the row shows the busiest."""
+    measured = [Counter(result.report["bytes_sent"]) for result in results]
+    ours = [sent(network, work, spec, rank) for rank in range(spec.num_ranks)]
+    used = [axis for axis, degree in spec.degrees.items() if degree > 1]
+    document = None
+    if len(used) == 1 and used[0] in TABLE:
+        tokens = sum(work.tokens(network).values())
+        document = bytes_sent(
+            used[0],
+            tokens=tokens * work.rows,
+            hidden=network.hidden,
+            layers=network.num_attentions,
+            degree=spec.num_ranks,
+            element_bytes=work.element_bytes,
+        )
+    busiest = max(counter.total() for counter in measured)
+    return {
+        "method": str(spec).replace("\u00d7", "x"),
+        "measured_bytes": busiest,
+        "formula_bytes": max(counter.total() for counter in ours),
+        "every_rank_equal": measured == ours,
+        "document_bytes": document,
+        "measured_over_document": busiest / document if document else None,
+        "collectives": " ".join(sorted(measured[0])),
+    }
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's arguments."""
+    json_argument(parser)
+    parser.add_argument("--ranks", type=int, default=2, help="CPU ranks (default: 2)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print; 1 when a rank sent other bytes than the formula says."""
+    result = wire(num_ranks=args.ranks)
+    show(result, as_json=args.json)
+    return int(not all(row["every_rank_equal"] for row in result["rows"]))

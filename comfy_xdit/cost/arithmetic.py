@@ -1,0 +1,234 @@
+"""A transformer as numbers: its weights, its operations and its tokens, all read from a checkpoint's header."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from comfy_xdit.models import comfy_layout, detect
+from comfy_xdit.parallel.spec import ModelShape
+from comfy_xdit.weights.header import FLOATS, TensorInfo, read_header
+from comfy_xdit.weights.slices import fused
+
+ONCE, IMAGE, TEXT, BOTH = (), ("image",), ("text",), ("image", "text")
+
+Streams = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Anatomy:
+    """What a family's weights work on.
+
+    blocks: the lists of blocks in ComfyUI's layout, in the order in which they run.
+    streams: start of a weight's name ("*" for the block's number) → the streams whose every token it
+    multiplies; () is once for each row of the batch. The first that fits counts.
+    attention: part of a name → streams of one attention in the blocks that have a weight so named.
+    sums: part of a name → streams whose every token is added up over the ranks, once for each weight so named.
+    text_tokens: of a usual prompt. packing: latent pixels on a side that are packed into a token's channels
+    beside the model's own patches.
+    """
+
+    blocks: tuple[str, ...]
+    streams: Mapping[str, Streams]
+    attention: Mapping[str, Streams]
+    sums: Mapping[str, Streams]
+    text_tokens: int
+    packing: int = 1
+
+
+ANATOMIES: dict[str, Anatomy] = {
+    "flux": Anatomy(
+        blocks=("double_blocks", "single_blocks"),
+        streams={
+            "img_in.": IMAGE,
+            "txt_in.": TEXT,
+            "double_blocks.*.img_mod.": ONCE,
+            "double_blocks.*.img_": IMAGE,
+            "double_blocks.*.txt_mod.": ONCE,
+            "double_blocks.*.txt_": TEXT,
+            "single_blocks.*.modulation.": ONCE,
+            "single_blocks.*.linear": BOTH,
+            "final_layer.linear.": IMAGE,
+        },
+        attention={".img_attn.qkv.weight": BOTH, ".linear1.weight": BOTH},
+        sums={
+            ".img_attn.proj.weight": IMAGE,
+            ".txt_attn.proj.weight": TEXT,
+            ".img_mlp.2.weight": IMAGE,
+            ".txt_mlp.2.weight": TEXT,
+            ".linear2.weight": BOTH,
+        },
+        text_tokens=256,
+        packing=2,
+    ),
+    "sd3": Anatomy(
+        blocks=("joint_blocks",),
+        streams={
+            "x_embedder.": IMAGE,
+            "context_embedder.": TEXT,
+            "joint_blocks.*.x_block.adaLN_modulation.": ONCE,
+            "joint_blocks.*.x_block.": IMAGE,
+            "joint_blocks.*.context_block.adaLN_modulation.": ONCE,
+            "joint_blocks.*.context_block.": TEXT,
+            "final_layer.linear.": IMAGE,
+        },
+        attention={".x_block.attn.qkv.weight": BOTH, ".x_block.attn2.qkv.weight": IMAGE},
+        sums={
+            ".x_block.attn.proj.weight": IMAGE,
+            ".x_block.attn2.proj.weight": IMAGE,
+            ".context_block.attn.proj.weight": TEXT,
+            ".x_block.mlp.fc2.weight": IMAGE,
+            ".context_block.mlp.fc2.weight": TEXT,
+        },
+        text_tokens=154,
+    ),
+}
+"""By the family's name; a family without an entry runs, but cannot be planned."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """One block, or all that is outside of the blocks.
+
+    params: all of its weights. multiplied: streams → the elements of the matrices that multiply each of
+    their tokens. attention: the streams of each of its attentions. sums: those that tensor parallel adds up.
+    """
+
+    params: int
+    multiplied: Mapping[Streams, int]
+    attention: tuple[Streams, ...] = ()
+    sums: tuple[Streams, ...] = ()
+
+    def linear_flops(self, tokens: Mapping[str, int]) -> int:
+        """Operations of its matrices for one row of the batch with so many tokens of each stream."""
+        return sum(
+            2 * elements * (sum(tokens[stream] for stream in streams) if streams else 1)
+            for streams, elements in self.multiplied.items()
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Network:
+    """What the cost of a transformer depends on.
+
+    blocks: in the order in which they run; outside: embedders and final layer.
+    latent_patch: latent pixels on a side of one token; latent_pixel: image pixels on a side of one latent pixel.
+    token_outputs: numbers that come out for each image token; latent_outputs: for each latent pixel.
+    param_bytes: of one parameter as the file keeps it, on average.
+    guided: takes guidance as a number, so that one evaluation a step is usual.
+    """
+
+    title: str
+    shape: ModelShape
+    hidden: int
+    blocks: tuple[Part, ...]
+    outside: Part
+    latent_patch: int
+    token_outputs: int
+    param_bytes: float
+    text_tokens: int
+    guided: bool
+    latent_pixel: int = 8
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.shape.num_heads
+
+    @property
+    def params(self) -> int:
+        return self.outside.params + sum(block.params for block in self.blocks)
+
+    @property
+    def num_attentions(self) -> int:
+        return sum(len(block.attention) for block in self.blocks)
+
+    @property
+    def latent_outputs(self) -> int:
+        return self.token_outputs // self.latent_patch**2
+
+    def flops(self, tokens: Mapping[str, int]) -> int:
+        """Operations of one evaluation of one row: matrices and attention; what is elementwise isn't counted."""
+        return sum(
+            part.linear_flops(tokens) + sum(attention_flops(streams, tokens, self.hidden) for streams in part.attention)
+            for part in (self.outside, *self.blocks)
+        )
+
+
+def attention_flops(streams: Streams, tokens: Mapping[str, int], hidden: int) -> int:
+    """Queries with keys, and weights with values: two products of 2 · S · S · hidden operations."""
+    return 4 * sum(tokens[stream] for stream in streams) ** 2 * hidden
+
+
+def read_network(path: str) -> Network:
+    """The network in a checkpoint; only the file's header is read.
+
+    Raises ValueError for files that the project cannot run, and for families without an entry in `ANATOMIES`.
+    """
+    infos = read_header(path)
+    family, prefix = detect(infos)
+    own = {key.removeprefix(prefix): info for key, info in infos.items() if key.startswith(prefix)}
+    if family.name not in ANATOMIES:
+        raise ValueError(f"{family.title} has no cost model; choose degrees by measuring")
+    weights, is_comfy = comfy_layout(family, own)
+    if not is_comfy:
+        weights = fused(family.table(own), own)
+    config = family.config(weights)
+    return network(ANATOMIES[family.name], weights, config, family.shape(config), bytes_of(own.values()))
+
+
+def bytes_of(infos: Iterable[TensorInfo]) -> int:
+    """Of all the tensors that are numbers a model computes with."""
+    return sum(info.end - info.begin for info in infos if info.dtype in FLOATS)
+
+
+def network(
+    anatomy: Anatomy, weights: Mapping[str, Any], config: Mapping[str, Any], shape: ModelShape, num_bytes: int
+) -> Network:
+    """The network with these weights, by their names in ComfyUI's layout; values have a `shape`."""
+    by_place: dict[tuple[str, int], dict[str, tuple[int, ...]]] = {}
+    for key, info in weights.items():
+        parts = key.split(".", 2)
+        place = (parts[0], int(parts[1])) if parts[0] in anatomy.blocks else ("", 0)
+        by_place.setdefault(place, {})[key] = tuple(info.shape)
+    outside = _part(anatomy, by_place.pop(("", 0)))
+    order = sorted(by_place, key=lambda place: (anatomy.blocks.index(place[0]), place[1]))
+    blocks = tuple(_part(anatomy, by_place[place]) for place in order)
+    params = outside.params + sum(block.params for block in blocks)
+    patch = config["patch_size"]
+    return Network(
+        title=shape.title,
+        shape=shape,
+        hidden=config["num_attention_heads"] * config["attention_head_dim"],
+        blocks=blocks,
+        outside=outside,
+        latent_patch=patch * anatomy.packing,
+        token_outputs=config["out_channels"] * patch**2,
+        param_bytes=num_bytes / params,
+        text_tokens=anatomy.text_tokens,
+        guided=bool(config.get("guidance_embeds", False)),
+    )
+
+
+def _part(anatomy: Anatomy, shapes: Mapping[str, tuple[int, ...]]) -> Part:
+    multiplied: dict[Streams, int] = {}
+    attention: list[Streams] = []
+    sums: list[Streams] = []
+    for key, shape in shapes.items():
+        attention += [streams for name, streams in anatomy.attention.items() if name in key]
+        sums += [streams for name, streams in anatomy.sums.items() if name in key]
+        # Matrices, and the kernel of a convolution whose steps are as long as it is wide.
+        if key.endswith(".weight") and len(shape) in (2, 4):
+            streams = _streams(anatomy, key)
+            multiplied[streams] = multiplied.get(streams, 0) + math.prod(shape)
+    params = sum(math.prod(shape) for shape in shapes.values())
+    return Part(params=params, multiplied=multiplied, attention=tuple(attention), sums=tuple(sums))
+
+
+def _streams(anatomy: Anatomy, key: str) -> Streams:
+    parts = key.split(".")
+    if parts[0] in anatomy.blocks:
+        parts[1] = "*"
+    name = ".".join(parts)
+    return next((streams for start, streams in anatomy.streams.items() if name.startswith(start)), ONCE)
