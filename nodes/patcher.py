@@ -16,6 +16,7 @@ from comfy_xdit_nodes.remote import Load, RemoteModel
 from comfy_xdit_nodes.run import sample_on_pool
 from comfy_xdit_nodes.source import checkpoint_of
 from comfy_xdit_nodes.together import calc_cond_batch
+from comfy_xdit_nodes.whole_run import sample_whole
 
 from comfy_xdit.messages import Patch
 
@@ -23,6 +24,12 @@ KEY = "comfy_xdit"
 
 LOADED_BYTES = 1e29
 """More than ComfyUI ever asks to be freed for other models, less than "unload all models" asks for (1e30)."""
+
+WRAPPERS = {
+    WrappersMP.OUTER_SAMPLE: sample_on_pool,
+    WrappersMP.SAMPLER_SAMPLE: sample_whole,
+    WrappersMP.CALC_COND_BATCH: calc_cond_batch,
+}
 
 CARRIED = (
     *("patches", "patches_uuid", "object_patches", "weight_wrapper_patches", "model_options"),
@@ -141,7 +148,6 @@ def _patcher(config: Any, checkpoint: Checkpoint) -> RemotePatcher:
 
 
 def _wrap(patcher: RemotePatcher) -> None:
-    patcher.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
-    patcher.remove_wrappers_with_key(WrappersMP.CALC_COND_BATCH, KEY)
-    patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, sample_on_pool)
-    patcher.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, calc_cond_batch)
+    for kind, wrapper in WRAPPERS.items():
+        patcher.remove_wrappers_with_key(kind, KEY)
+        patcher.add_wrapper_with_key(kind, KEY, wrapper)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -16,9 +15,6 @@ from comfy_xdit.parallel.spec import ModelShape, ParallelSpec, auto
 if TYPE_CHECKING:
     from comfy_xdit.pool.client import Pool
 
-log = logging.getLogger("comfy_xdit")
-
-
 def sample_on_pool(executor: Any, *args: Any, **kwargs: Any) -> Any:
     """ComfyUI's OUTER_SAMPLE wrapper: refuse what can't run, take a turn, have the model loaded, sample."""
     guider = executor.class_obj
@@ -26,10 +22,8 @@ def sample_on_pool(executor: Any, *args: Any, **kwargs: Any) -> Any:
     refuse_inside(patcher, guider.model_options, guider.conds)
     load = patcher.load_message()
     pool = connect(patcher.setting)
-    shape = patcher.model.checkpoint.shape
-    choose = chooser(pool, patcher.setting.requested, shape)
+    choose = chooser(pool, patcher.setting.requested, patcher.model.checkpoint.shape)
     spec = choose(count_chunks(guider))
-    log.info("%s on pool %s: %s, %d ranks", shape.title, pool.name, spec, pool.num_ranks)
     with patcher.model.remote.running(pool, load.spread(spec), keeping_weights(choose, spec)):
         return executor(*args, **kwargs)
 

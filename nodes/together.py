@@ -84,7 +84,7 @@ def calc_cond_batch(executor: Any, *args: Any, **kwargs: Any) -> Any:
     filled = [i for i, cond in enumerate(conds) if cond]
     if run is None or run.meeting is not None or len(filled) < 2 or _watched(model_options):
         return executor(*args, **kwargs)
-    if run.cfg_degree(len(filled)) < 2 or _one_batch([conds[i] for i in filled], x_in, timestep):
+    if run.spec(len(filled)).cfg < 2 or _one_batch([conds[i] for i in filled], x_in, timestep):
         return executor(*args, **kwargs)
 
     def alone(i: int) -> Any:

@@ -37,13 +37,15 @@ def models():
 
 @pytest.fixture
 def fake(monkeypatch):
-    """A pool inside the process, in place of the one that would be started."""
+    """A pool inside the process, in place of the one that would be started; it knows single evaluations only."""
     import comfy.model_management
     import comfy_xdit_nodes.run
+    import comfy_xdit_nodes.whole_run
     from fake_pool import FakePool
 
     pool = FakePool()
     monkeypatch.setattr(comfy_xdit_nodes.run, "connect", lambda setting: pool)
+    monkeypatch.setattr(comfy_xdit_nodes.whole_run, "why_step_mode", lambda *run: "the pool is a fake")
     yield pool
     comfy.model_management.unload_all_models()
 

@@ -1,0 +1,142 @@
+"""A sampling run on the workers as a whole: ComfyUI's own loop rests, its callback is called as ever.
+
+Where a run can't leave ComfyUI's loop, the loop runs and each of its evaluations goes to the workers.
+The log says which it is, and why.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from comfy_xdit_nodes.remote import poll
+from comfy_xdit_nodes.run import count_chunks
+from comfy_xdit_nodes.trace import NotLinear
+from comfy_xdit_nodes.trajectory import Job, plan, why_step_mode
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from comfy_xdit import messages as m
+
+if TYPE_CHECKING:
+    from comfy_xdit.pool.client import Pool
+
+log = logging.getLogger("comfy_xdit")
+
+PEEK_EVERY_S = 0.1
+
+PEEK_TIMEOUT_S = 15.0
+"""Longer than a stopped worker lives: a report is asked for once, and an answer that nobody waits for is lost."""
+
+
+def sample_whole(
+    executor: Any,
+    guider: Any,
+    sigmas: Tensor,
+    extra_args: dict[str, Any],
+    callback: Callable[..., None] | None,
+    noise: Tensor,
+    latent_image: Tensor | None = None,
+    denoise_mask: Tensor | None = None,
+    disable_pbar: bool = False,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    """ComfyUI's SAMPLER_SAMPLE wrapper: the whole loop on the workers if it can be, else ComfyUI's."""
+    sampler, given = executor.class_obj, (noise, latent_image, denoise_mask)
+    reason = _why_not(guider, sampler, sigmas, *given)
+    if reason is None:
+        try:
+            job = plan(sampler, guider, sigmas, extra_args, *given)
+        except NotLinear as found:
+            reason = str(found)
+        else:
+            _say(guider, sampler, _num_chunks(job), f"as a whole on the workers, {len(job.program.calls)} evaluations")
+            return _run(guider, job, callback, disable_pbar).to(noise.device)
+    _say(guider, sampler, count_chunks(guider), f"step by step in ComfyUI, since {reason}")
+    return executor(guider, sigmas, extra_args, callback, *given, disable_pbar, *args, **kwargs)
+
+
+def _why_not(guider: Any, sampler: Any, sigmas: Tensor, *given: Tensor | None) -> str | None:
+    if guider.model_patcher.setting.sampling == "step":
+        return "the pool's `sampling` is set to 'step'"
+    return why_step_mode(guider, sampler, sigmas, *given)
+
+
+def _say(guider: Any, sampler: Any, num_chunks: int, how: str) -> None:
+    """The one line about a run."""
+    run, title = guider.inner_model.remote.run, guider.model_patcher.model.checkpoint.shape.title
+    spec = run.spec(num_chunks)
+    ranks = f"{spec.num_ranks} ranks" if spec.num_ranks > 1 else "alone"
+    log.info("%s on pool %s (%s, %s): %s runs %s", title, run.pool.name, ranks, spec, _name(sampler), how)
+
+
+def _name(sampler: Any) -> str:
+    """What ComfyUI's menus call a sampler, as far as it knows."""
+    function = getattr(sampler, "sampler_function", None)
+    name = getattr(function, "__name__", type(sampler).__name__)
+    return name.removeprefix("sample_").removesuffix("_function")
+
+
+def _num_chunks(job: Job) -> int:
+    """How many conditionings can be evaluated side by side."""
+    return max(len(call.conds) for call in job.program.calls)
+
+
+def _run(guider: Any, job: Job, callback: Callable[..., None] | None, disable_pbar: bool) -> Tensor:
+    run = guider.inner_model.remote.run
+    key = uuid.uuid4().hex
+    with tqdm(total=max((p.total for p in job.program.previews), default=0), disable=disable_pbar) as bar:
+
+        def show(step: int, total: int, denoised: Tensor) -> None:
+            bar.update(step + 1 - bar.n)
+            if callback is not None:
+                denoised = denoised.to(job.noise.device)
+                # The sampler's state stays on the workers; nothing of ComfyUI's looks at it.
+                callback(step, denoised, denoised, total)
+
+        follower = Follower(run.pool, key, show)
+        samples = run.sample(job, key=key, num_chunks=_num_chunks(job), poll=follower.poll)
+        follower.finish(len(job.program.previews))
+    return samples
+
+
+class Follower:
+    """While a job runs: brings its progress to `show`, in order, and the user's interruption to the workers."""
+
+    def __init__(self, pool: Pool, job: str, show: Callable[..., None]) -> None:
+        self._pool = pool
+        self._job = job
+        self._show = show
+        self._num_shown = 0
+        self._next = 0.0
+
+    def poll(self) -> None:
+        """To be called often. Raises ComfyUI's interruption, or what `show` raised; the job then ends early."""
+        try:
+            poll()
+            if time.monotonic() >= self._next:
+                self._peek()
+                self._next = time.monotonic() + PEEK_EVERY_S
+        except BaseException:
+            self._pool.aside(m.Cancel(job=self._job))
+            raise
+
+    def finish(self, num_reports: int) -> None:
+        """Show the rest, once the job is done. Raises RuntimeError when reports were lost on the way."""
+        self._peek()
+        if self._num_shown != num_reports:
+            raise RuntimeError(
+                f"{num_reports - self._num_shown} of {num_reports} progress reports did not come from the workers "
+                f"within {PEEK_TIMEOUT_S:g} s, and the denoised latent with them; queue the workflow again"
+            )
+
+    def _peek(self) -> None:
+        answer = self._pool.aside(m.Peek(job=self._job), timeout_s=PEEK_TIMEOUT_S)
+        for entry in [] if answer is None else answer.value:
+            self._show(entry["step"], entry["total"], entry["denoised"])
+            self._num_shown += 1
