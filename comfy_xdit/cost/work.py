@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 
@@ -81,7 +82,7 @@ def part_of(network: Network, work: Work, spec: ParallelSpec, rank: int) -> Part
     for axis in reversed(AXES):
         left, index[axis] = divmod(left, getattr(spec, axis))
     degree = spec.distri * spec.ring * spec.ulysses
-    costs = [block.params + 2 * TYPICAL_TOKENS * network.hidden for block in network.blocks]
+    costs = tuple(block.params + 2 * TYPICAL_TOKENS * network.hidden for block in network.blocks)
     return Part(
         spec=spec,
         index=index,
@@ -89,5 +90,10 @@ def part_of(network: Network, work: Work, spec: ParallelSpec, rank: int) -> Part
         shards={stream: shard_sizes(length, degree) for stream, length in work.tokens(network).items()},
         shard=(index["distri"] * spec.ring + index["ring"]) * spec.ulysses + index["ulysses"],
         heads=shard_sizes(network.shape.num_heads // spec.tensor, spec.ulysses),
-        blocks=stages(costs, spec.pipe)[index["pipe"]],
+        blocks=_stages(costs, spec.pipe)[index["pipe"]],
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _stages(costs: tuple[int, ...], num_stages: int) -> list[range]:
+    return stages(costs, num_stages)

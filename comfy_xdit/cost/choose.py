@@ -1,0 +1,182 @@
+"""Every spec of a number of devices with its predicted step time, bytes and memory, the best first."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+
+from comfy_xdit.parallel.spec import AXES, MAX_CFG, ParallelSpec, check
+
+from .arithmetic import Network, attention_flops
+from .formulas import distri, joined, ring, sent, shared, tensor, ulysses
+from .links import Device, Link
+from .memory import Memory, memory
+from .work import Part, Work, part_of
+
+APPROXIMATE = ("pipe", "distri")
+"""Methods that reuse activations of the step before."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What a spec costs, on its busiest rank.
+
+    step_s: one evaluation, on average over the job; compute_s: of which matrices; waiting_s: of which links, as far as
+    they aren't hidden behind compute. sent_bytes: in one evaluation. fits: memory is enough.
+    """
+
+    spec: ParallelSpec
+    step_s: float
+    compute_s: float
+    waiting_s: float
+    sent_bytes: int
+    memory: Memory
+    fits: bool
+
+    @property
+    def exact(self) -> bool:
+        return all(getattr(self.spec, axis) == 1 for axis in APPROXIMATE)
+
+
+def predictions(
+    network: Network, work: Work, num_ranks: int, link: Link, device: Device, *, approximate: bool = True
+) -> list[Prediction]:
+    """All specs that the engine runs on so many ranks: what fits before what doesn't, then by time.
+
+    Equal times: less memory first, then less to send.
+    """
+    found = [predict(network, work, spec, link, device) for spec in specs(network, work, num_ranks)]
+    kept = [prediction for prediction in found if prediction.exact or approximate]
+    return sorted(kept, key=lambda p: (not p.fits, round(p.step_s, 6), p.memory.total, p.sent_bytes, str(p.spec)))
+
+
+def specs(network: Network, work: Work, num_ranks: int) -> Iterator[ParallelSpec]:
+    """Every product of degrees that makes `num_ranks`, suits the model, and leaves no rank without rows."""
+    divisors = [degree for degree in range(1, num_ranks + 1) if num_ranks % degree == 0]
+    limits = {"cfg": MAX_CFG}
+    choices = [[d for d in divisors if d <= limits.get(axis, num_ranks)] for axis in AXES]
+    for degrees in itertools.product(*choices):
+        spec = ParallelSpec(**dict(zip(AXES, degrees, strict=True)))
+        if spec.cfg > work.chunks or spec.cfg * spec.dp > work.rows:
+            continue
+        if not check(spec, num_ranks=num_ranks, shape=network.shape):
+            yield spec
+
+
+def predict(network: Network, work: Work, spec: ParallelSpec, link: Link, device: Device) -> Prediction:
+    """The prediction for one spec: of its slowest rank, as the others wait for it."""
+    times = [_times(network, work, spec, rank, link, device) for rank in range(spec.num_ranks)]
+    compute_s, waiting_s = max(times, key=sum)
+    step_s = compute_s + waiting_s
+    if spec.pipe > 1:
+        step_s = _pipelined(network, work, spec, link, compute_s, waiting_s)
+    worst = max((memory(network, work, spec, rank) for rank in range(spec.num_ranks)), key=lambda m: m.total)
+    return Prediction(
+        spec=spec,
+        step_s=step_s,
+        compute_s=compute_s,
+        waiting_s=step_s - compute_s,
+        sent_bytes=max(sent(network, work, spec, rank).total() for rank in range(spec.num_ranks)),
+        memory=worst,
+        fits=worst.total <= device.memory_bytes,
+    )
+
+
+def _times(
+    network: Network, work: Work, spec: ParallelSpec, rank: int, link: Link, device: Device
+) -> tuple[float, float]:
+    """Seconds of arithmetic, and seconds for which links hold it up, in one evaluation on `rank`.
+
+    With pipe: of its stage alone, as when the pipeline is full.
+    """
+    part = part_of(network, work, spec, rank)
+    waiting = _seconds(shared(network, work, part).total(), link, 1)
+    if not part.rows:
+        return 0.0, waiting
+    flops = _flops(network, part)
+    for block in part.blocks:
+        for streams in network.blocks[block].attention:
+            attention_s = _attention_flops(network, part, streams) / device.flops_per_s
+            flops += _attention_flops(network, part, streams)
+            waiting += _seconds(ulysses(network, work, part, streams).total(), link, 2)
+            waiting += _ring_waits(network, work, part, streams, link, attention_s)
+            waiting += _distri_waits(network, work, part, streams, link)
+        waiting += _seconds(
+            tensor(network, work, part, block).total(), link, len(network.blocks[block].sums)
+        )
+    waiting += _seconds(joined(network, work, part).total(), link, 1)
+    compute_s = flops / device.flops_per_s
+    if spec.distri > 1:
+        waiting += max(0.0, _distri_seconds(network, work, part, link) - compute_s)
+    return compute_s, waiting
+
+
+def _flops(network: Network, part: Part) -> float:
+    """Operations of the matrices in this rank's rows, tokens and stage; embedders run on the first stage."""
+    tokens = {stream: sizes[part.shard] for stream, sizes in part.shards.items()}
+    per_row = 0.0
+    for block in part.blocks:
+        for streams, elements in network.blocks[block].multiplied.items():
+            number = sum(tokens[stream] for stream in streams) if streams else 1
+            # What runs once a row is on every rank of the tensor axis.
+            per_row += 2 * elements * number / (part.spec.tensor if streams else 1)
+    if part.index["pipe"] == 0:
+        per_row += network.outside.linear_flops(tokens)
+    return part.rows * per_row
+
+
+def _attention_flops(network: Network, part: Part, streams: tuple[str, ...]) -> float:
+    """Its queries (of its group, for its heads) to all keys."""
+    whole = {stream: sum(sizes) for stream, sizes in part.shards.items()}
+    all_tokens = sum(whole[stream] for stream in streams)
+    queries = part.group_tokens(streams) / max(all_tokens, 1)
+    heads = part.own_heads / network.shape.num_heads
+    return part.rows * queries * heads * attention_flops(streams, whole, network.hidden)
+
+
+def _ring_waits(
+    network: Network, work: Work, part: Part, streams: tuple[str, ...], link: Link, attention_s: float
+) -> float:
+    """What of each hop outlasts the attention to the block that is there meanwhile."""
+    hops = part.spec.ring - 1
+    if not hops:
+        return 0.0
+    hop_s = _seconds(ring(network, work, part, streams).total() / hops, link, 1)
+    return hops * max(0.0, hop_s - attention_s / part.spec.ring)
+
+
+def _distri_waits(network: Network, work: Work, part: Part, streams: tuple[str, ...], link: Link) -> float:
+    """Exact evaluations wait for each gather; spread over the job."""
+    if part.spec.distri == 1:
+        return 0.0
+    return _seconds(distri(network, work, part, streams).total(), link, 1) * _warm(work)
+
+
+def _distri_seconds(network: Network, work: Work, part: Part, link: Link) -> float:
+    """The links' time for one evaluation's gathers, which run beside it."""
+    layers = [streams for block in part.blocks for streams in network.blocks[block].attention]
+    return sum(_seconds(distri(network, work, part, streams).total(), link, 1) for streams in layers)
+
+
+def _pipelined(
+    network: Network, work: Work, spec: ParallelSpec, link: Link, stage_s: float, stage_waiting_s: float
+) -> float:
+    """An evaluation through the stages: a full pipeline, but for warming up and for filling it once."""
+    stages, patches = spec.pipe, work.num_patches or spec.pipe + 1
+    part = part_of(network, work, spec, 0)
+    hop_bytes = part.rows * part.shard_tokens(("image", "text")) * network.hidden * work.element_bytes
+    serial = stages * (stage_s + stage_waiting_s) + (stages - 1) * _seconds(hop_bytes, link, 1)
+    full = max(stage_s + stage_waiting_s, _seconds(hop_bytes, link, patches + 1))
+    fill = (stages - 1) * (full / patches + _seconds(hop_bytes / patches, link, 1))
+    warm = _warm(work)
+    return warm * serial + (1 - warm) * full + fill / work.num_evaluations
+
+
+def _warm(work: Work) -> float:
+    """The share of evaluations that are exact with methods that reuse activations."""
+    return min(1.0, work.warmup / work.num_evaluations)
+
+
+def _seconds(num_bytes: float, link: Link, num_messages: int) -> float:
+    return num_bytes / link.bytes_per_s + num_messages * link.latency_s if num_bytes else 0.0

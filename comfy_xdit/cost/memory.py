@@ -1,0 +1,77 @@
+"""Bytes that a rank holds: weights to the byte where the file's dtype is kept, activations and buffers estimated."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from comfy_xdit.parallel.spec import ParallelSpec
+
+from .arithmetic import Network
+from .arithmetic import Part as Block
+from .work import Part, Work, part_of
+
+LIVE_WIDTHS = 16
+"""Hidden sizes that a token takes at a block's widest moment: the residual, its norm, queries, keys and values and
+the rotated first two, attention's output, and an MLP of four widths before and after its activation."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes at the worst moment. parameters: weights; activations: of the forward; buffers: the method's own."""
+
+    parameters: int
+    activations: int
+    buffers: int
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.activations + self.buffers
+
+
+def memory(network: Network, work: Work, spec: ParallelSpec, rank: int) -> Memory:
+    """What `rank` holds while it works."""
+    part = part_of(network, work, spec, rank)
+    return Memory(
+        parameters=round(parameters(network, part) * network.param_bytes),
+        activations=activations(network, work, part),
+        buffers=buffers(network, work, part),
+    )
+
+
+def parameters(network: Network, part: Part) -> int:
+    """Its stage's blocks, their matrices over the tokens cut by the tensor axis; embedders are on every rank."""
+    return network.outside.params + sum(_share(network.blocks[block], part.spec.tensor) for block in part.blocks)
+
+
+def activations(network: Network, work: Work, part: Part) -> int:
+    """Of the tokens it runs at a time: its shard, and with pipe one patch of it (a whole step while warming up)."""
+    tokens = part.shard_tokens(("image", "text"))
+    return part.rows * tokens * network.hidden * work.element_bytes * LIVE_WIDTHS
+
+
+def buffers(network: Network, work: Work, part: Part) -> int:
+    """Keys and values beside those of the rank's own tokens."""
+    spec = part.spec
+    per_token = 2 * part.rows * part.own_heads * network.head_dim * work.element_bytes
+    both = ("image", "text")
+    group = part.group_tokens(both)
+    total = 0
+    if spec.ulysses > 1:
+        # Sent and received at once: queries, keys and values, twice.
+        total += 3 * per_token * group
+    if spec.ring > 1:
+        # One block is attended to while the next one comes.
+        total += 2 * per_token * group * spec.distri
+    if spec.distri > 1:
+        longest = max(part.group_tokens(both, distri=place) for place in range(spec.distri))
+        total += per_token * longest * (spec.distri + 1) * network.num_attentions
+    if spec.pipe > 1:
+        layers = sum(len(network.blocks[block].attention) for block in part.blocks)
+        total += per_token * group * layers
+    return total
+
+
+def _share(block: Block, degree: int) -> int:
+    """The block's parameters on one rank of the tensor axis: modulations and norms are whole on each."""
+    cut = sum(elements for streams, elements in block.multiplied.items() if streams)
+    return block.params - cut + cut // degree
