@@ -6,6 +6,7 @@ every rank's answer. Ranks stay for many jobs, since starting one takes seconds.
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import runpy
@@ -14,9 +15,11 @@ import subprocess
 import sys
 import tempfile
 import traceback
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -132,6 +135,34 @@ def run_denoise(model: dict[str, Any], calls: list[dict], chunks: list[int], deg
         return denoise(tiny_model(**model), calls, chunks, context)
 
 
+def run_resident(
+    load: Any, patches: list[Any], calls: list[dict], chunks: list[int], degrees: dict[str, int]
+) -> dict[str, Any]:
+    """Job: load this rank's part of a file, evaluate it bare, with the patches on, and after they came off.
+
+    load: a LoadModel without a spec.
+    """
+    import dataclasses
+
+    from comfy_xdit.messages import SetPatches
+    from comfy_xdit.parallel.context import ParallelContext
+    from comfy_xdit.parallel.denoise import denoise
+    from comfy_xdit.parallel.spec import ParallelSpec
+    from comfy_xdit.weights.resident import load as load_model
+
+    spec = ParallelSpec(**degrees)
+    model = load_model(dataclasses.replace(load, spec=spec), "cpu", rank=groups().rank)
+    answer: dict[str, Any] = {"bytes": model.bytes_held(), "outputs": []}
+    for patches_id, wanted in (("", []), ("on", patches), ("", [])):
+        model.set_patches(SetPatches(model=load.model, patches_id=patches_id, patches=wanted))
+        answer[f"bytes {patches_id or 'off'}"] = model.bytes_held()
+        with ParallelContext(spec, groups()) as context, torch.inference_mode():
+            outputs, report = denoise(model, calls, chunks, context)
+        answer["outputs"].append(outputs)
+        answer["sent"] = report["bytes_sent"]
+    return answer
+
+
 def refusal_of(**arguments: Any) -> str:
     """Job: the sentence with which `run_denoise` refuses."""
     try:
@@ -139,6 +170,48 @@ def refusal_of(**arguments: Any) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def run_sample(model: dict[str, Any], degrees: dict[str, int], stop_at: int | None = None, **fields: Any) -> Any:
+    """Job: a whole `sample` of a tiny model; (samples or None, report, progress posted).
+
+    fields: of the `Sample` message. stop_at: the number of evaluations after which this rank wishes to stop.
+    """
+    from comfy_xdit.messages import Sample
+    from comfy_xdit.parallel.context import ParallelContext
+    from comfy_xdit.parallel.sample import sample
+    from comfy_xdit.parallel.spec import ParallelSpec
+
+    spec = ParallelSpec(**degrees)
+    message = Sample(job="job", model="m", patches_id="", spec=spec, **{"mask": None, **fields})
+    posted: list[dict[str, Any]] = []
+    with ParallelContext(spec, groups()) as context, torch.inference_mode():
+        samples, report = sample(
+            tiny_model(**model),
+            message,
+            message.conds,
+            context,
+            post=posted.append,
+            wish_to_stop=lambda: stop_at is not None and len(posted) >= stop_at,
+        )
+    return samples, report, posted
+
+
+def buffers_left_by(**arguments: Any) -> tuple[int, int]:
+    """Job: how many buffers of old keys `run_sample` made, and how many are there after it."""
+    from comfy_xdit.parallel import distri
+
+    made = []
+
+    class Watched(distri._Gather):
+        def __init__(self, **fields: Any) -> None:
+            super().__init__(**fields)
+            made.append(weakref.ref(self.received))
+
+    with mock.patch.object(distri, "_Gather", Watched):
+        run_sample(**arguments)
+    gc.collect()
+    return len(made), sum(buffer() is not None for buffer in made)
 
 
 def plain_denoise(model: dict[str, Any], calls: list[dict]) -> list[torch.Tensor]:

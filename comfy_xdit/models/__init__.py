@@ -8,7 +8,7 @@ from comfy_xdit.models.base import Family
 from comfy_xdit.models.flux import FLUX
 from comfy_xdit.models.sd3 import SD3
 from comfy_xdit.weights.header import FLOATS, TensorInfo
-from comfy_xdit.weights.slices import fused
+from comfy_xdit.weights.slices import Infos, fused
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (FLUX, SD3)}
 
@@ -58,7 +58,7 @@ def detect(infos: Mapping[str, TensorInfo]) -> tuple[Family, str]:
     raise ValueError(f"this checkpoint holds {found}; supported are {SUPPORTED}")
 
 
-def comfy_layout(family: Family, infos: Mapping[str, TensorInfo]) -> tuple[Mapping[str, object], bool]:
+def comfy_layout(family: Family, infos: Mapping[str, TensorInfo]) -> tuple[Infos, bool]:
     """The weights as ComfyUI names them, and whether the file itself has that layout (or diffusers').
 
     infos: keys without the prefix. Raises ValueError when they are not the family's.

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from .attention import Attend, Layer, SequenceAttention
 from .context import ParallelContext
 from .plan import Cut, Exact, ModelPlan
-from .sequence import cut, join
+from .sequence import cut, join, total
 
 
 @contextlib.contextmanager
@@ -28,6 +28,8 @@ def applied(
     module: nn.Module, plan: ModelPlan, context: ParallelContext, attend: Attend | None = None
 ) -> Iterator[None]:
     """`module` computes with its tokens spread over `context`'s sequence axis inside the `with`.
+
+    On the tensor axis it must hold this rank's shards of its weights; what they give is added up.
 
     Every rank of the axis calls the module with the same whole arguments, by keyword, and gets the
     whole output.
@@ -61,6 +63,7 @@ class _Application:
         self.module = module
         self.plan = plan
         self.whole_axis = self.axis = context.axis("sequence")
+        self.tensor_axis = context.axis("tensor")
         self.attend = attend
         self.lengths: dict[str, int] = {}
         self.given: dict[str, Any] = {}
@@ -79,6 +82,9 @@ class _Application:
         for path, exact in self.plan.exact.items():
             for _, child in _required(self.module, path):
                 add(child.register_forward_pre_hook(lambda m, a, exact=exact: self._exact(a, exact)))
+        for path in self.plan.tensor.rows if self.tensor_axis.degree > 1 else ():
+            for _, child in find(self.module, path):
+                add(child.register_forward_hook(lambda m, a, out: total(out, self.tensor_axis)))
         for pattern, layer in self.plan.attention.items():
             for path, child in find(self.module, pattern):
                 seam = _Seam(self, path, layer.streams)

@@ -8,7 +8,7 @@ import math
 AXES = ("dp", "cfg", "pipe", "ring", "ulysses", "tensor")
 """Names of the mesh axes, outermost first: ulysses and tensor talk most, so their ranks are neighbours."""
 
-SERVED = ("dp", "cfg", "ring", "ulysses")
+SERVED = ("dp", "cfg", "ring", "ulysses", "tensor")
 """The axes that the engine runs; `check` refuses a degree above 1 on the others."""
 
 MAX_CFG = 2

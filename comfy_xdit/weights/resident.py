@@ -13,10 +13,12 @@ from comfy_xdit.models import FAMILIES, comfy_layout
 from comfy_xdit.models.base import Family
 from comfy_xdit.parallel.spec import ModelShape, WeightShare
 from comfy_xdit.parallel.stages import Absent, block_costs, block_paths, stages
+from comfy_xdit.parallel.tensor import Region, keep_own_heads, regions
 from comfy_xdit.weights.header import FLOATS
 from comfy_xdit.weights.mapped import MappedFile
+from comfy_xdit.weights.parts import divisible, part_of
 from comfy_xdit.weights.patches import apply_patches, check_words
-from comfy_xdit.weights.slices import Infos, SliceMap, by_source, respelled, slice_map
+from comfy_xdit.weights.slices import Infos, SliceMap, by_source, narrowed, respelled, slice_map
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS.values()}
@@ -75,6 +77,7 @@ class ResidentModel:
         self.config = family.config(comfy_infos)
         self._slices: SliceMap = slice_map(family.table(comfy_infos), comfy_infos)
         self._sources = by_source(self._slices)
+        self._shapes = {key: tuple(info.shape) for key, info in comfy_infos.items()}
         self._patched: set[str] = set()
         with torch.device("meta"):
             self.module: nn.Module = family.model_class()(**self.config).eval().requires_grad_(False)
@@ -85,9 +88,8 @@ class ResidentModel:
         self.block_paths = block_paths(self.module, family.plan)
         hidden = self.config["num_attention_heads"] * self.config["attention_head_dim"]
         self.stages = stages(block_costs(self.module, family.plan, hidden=hidden), share.num_stages)
-        elsewhere = self._leave_out_other_stages()
-        self._targets = {target for target in self._slices if not target.startswith(elsewhere)}
-        for target in sorted(self._targets):
+        self._regions = self._own_regions(self._leave_out_other_stages())
+        for target in self._regions:
             self._put(target, self._base(target))
 
     def set_patches(self, message: SetPatches) -> int:
@@ -155,9 +157,23 @@ class ResidentModel:
             others += self.family.plan.after_blocks
         return tuple(f"{path}." for path in others)
 
+    def _own_regions(self, elsewhere: tuple[str, ...]) -> dict[str, Region]:
+        """Weight of the module → the part of it that is here. elsewhere: how the others' names begin."""
+        whole = {
+            target: Region(row=0, rows=sum(piece.rows for piece in pieces))
+            for target, pieces in self._slices.items()
+            if not target.startswith(elsewhere)
+        }
+        if self.share.num_shards == 1:
+            return whole
+        cut = regions(self.module, self.family.plan.tensor, self.share)
+        keep_own_heads(self.module, self.family.plan.tensor, self.share)
+        own = {target: cut.get(target, region) for target, region in whole.items()}
+        return {target: region for target, region in own.items() if region is not None}
+
     def _held(self, source: str) -> list[str]:
         """The targets here that the weight makes, wholly or in part."""
-        return [name for name in dict.fromkeys(name for name, _ in self._sources[source]) if name in self._targets]
+        return [name for name in dict.fromkeys(name for name, _ in self._sources[source]) if name in self._regions]
 
     def _wanted(self, patches: list[Patch]) -> dict[str, list[Patch]]:
         """What concerns the weights here, by weight of ComfyUI's layout."""
@@ -179,20 +195,47 @@ class ResidentModel:
         raise ValueError(f"there is a patch for {key}, a weight that {self.family.title} hasn't got")
 
     def _patch(self, source: str, patches: list[Patch]) -> None:
-        base = self._comfy_weight(source)
-        rows = base.shape[0]
-        weight = apply_patches(base, patches)
-        if weight.shape[0] != rows:
-            raise ValueError(f"a patch makes {source} {weight.shape[0]} rows high instead of {rows}")
+        shape = self._shapes[source]
+        # Where each rank holds a part of a weight, it computes no more than that part if it can.
+        by_parts = self.share.num_shards > 1 and all(divisible(patch, shape) for patch in patches)
+        whole = None if by_parts else self._patched_whole(source, patches)
         # ComfyUI rounds to the storage dtype too, but to fp8 at random; we keep what was computed, since a
         # second quantisation of the whole weight costs more accuracy than the few patched layers save memory.
         is_fp8 = self.storage_dtype in FP8
-        weight = weight.to(self.compute_dtype if is_fp8 else self.storage_dtype)
+        dtype = self.compute_dtype if is_fp8 else self.storage_dtype
         self._patched.add(source)
         for target in self._held(source):
-            pieces = self._slices[target]
-            part = _join([weight.narrow(0, piece.source_row, piece.rows) for piece in pieces])
+            part = self._patched_part(target, patches) if whole is None else self._cut(whole, target)
+            part = part.to(dtype)
             self._put(target, part if is_fp8 else part.to(self._kept_dtype(target)))
+
+    def _patched_whole(self, source: str, patches: list[Patch]) -> Tensor:
+        """The patched weight in ComfyUI's layout, in fp32."""
+        weight = apply_patches(self._comfy_weight(source), patches)
+        rows, *_ = self._shapes[source]
+        if weight.shape[0] != rows:
+            raise ValueError(f"a patch makes {source} {weight.shape[0]} rows high instead of {rows}")
+        return weight
+
+    def _cut(self, weight: Tensor, target: str) -> Tensor:
+        """What is here of `target`, from the whole weight in ComfyUI's layout."""
+        region = self._regions[target]
+        pieces = narrowed(self._slices[target], region.row, region.rows)
+        if region.columns is not None and weight.shape[1:] != self._shapes[pieces[0].source][1:]:
+            raise ValueError(f"a patch widens {pieces[0].source}, which tensor parallel cuts; use tensor=1")
+        part = region.columns_of(_join([weight.narrow(0, piece.source_row, piece.rows) for piece in pieces]))
+        # A view would keep the other ranks' parts in memory.
+        return part if self.share.num_shards == 1 else part.clone()
+
+    def _patched_part(self, target: str, patches: list[Patch]) -> Tensor:
+        """What is here of `target` with divisible patches on it, in fp32."""
+        region = self._regions[target]
+        weight = self._pristine(target).to(torch.float32, copy=True)
+        for piece in narrowed(self._slices[target], region.row, region.rows):
+            place = Region(row=piece.source_row, rows=piece.rows, columns=region.columns)
+            parts = [part_of(patch, self._shapes[piece.source], place) for patch in patches]
+            apply_patches(weight.narrow(0, piece.target_row, piece.rows), [part for part in parts if part])
+        return weight
 
     def _restore(self, source: str) -> None:
         for target in self._held(source):
@@ -210,13 +253,19 @@ class ResidentModel:
         return weight.to(self.device).to(self.storage_dtype).to(torch.float32, copy=True)
 
     def _base(self, target: str) -> Tensor:
-        """The unpatched target on the device: a view of the map where place, dtype and layout allow it."""
+        """What is here of the unpatched target: a view of the map where place, dtype and layout allow it."""
+        return self._pristine(target).to(self._kept_dtype(target))
+
+    def _pristine(self, target: str) -> Tensor:
+        """As `_base`, in the storage dtype."""
+        region = self._regions[target]
         if self._is_comfy_layout:
-            pieces = self._slices[target]
-            weight = _join([self._rows(piece.source, piece.source_row, piece.rows) for piece in pieces])
+            pieces = narrowed(self._slices[target], region.row, region.rows)
+            rows = [self._rows(piece.source, piece.source_row, piece.rows) for piece in pieces]
         else:
-            weight = self._file.tensor(self._prefix + target)
-        return weight.to(self.device).to(self.storage_dtype).to(self._kept_dtype(target))
+            rows = [self._rows(target, region.row, region.rows)]
+        weight = _join([region.columns_of(part) for part in rows])
+        return weight.to(self.device).to(self.storage_dtype)
 
     def _rows(self, key: str, row: int, rows: int) -> Tensor:
         return self._file.tensor(self._prefix + key).narrow(0, row, rows)

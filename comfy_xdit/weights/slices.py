@@ -93,6 +93,18 @@ def slice_map(table: Table, infos: Infos) -> SliceMap:
     return targets
 
 
+def narrowed(pieces: list[Slice], row: int, rows: int) -> list[Slice]:
+    """The slices of `rows` rows of a target from `row` on, numbered from there."""
+    found = []
+    for piece in pieces:
+        begin = max(row, piece.target_row)
+        end = min(row + rows, piece.target_row + piece.rows)
+        if begin < end:
+            skipped = begin - piece.target_row
+            found.append(Slice(piece.source, piece.source_row + skipped, end - begin, begin - row))
+    return found
+
+
 def by_source(targets: SliceMap) -> dict[str, list[tuple[str, Slice]]]:
     """The same slices by source: source key → (target key, slice), in the order of the source's rows."""
     sources: dict[str, list[tuple[str, Slice]]] = {}
