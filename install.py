@@ -24,7 +24,6 @@ ROOT = Path(__file__).resolve().parent
 OLDEST_PYTHON = (3, 10)
 TORCH = "2.13.0"
 """For our own environments only; inside ComfyUI its torch is left as it is."""
-CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
 LEAST_SHM_BYTES = 256 << 20
 KERNELS = {"flash_attn_interface": "flash-attn 3", "flash_attn": "flash-attn 2"}
 """Module → what people call it; those that comfy_xdit/parallel/kernels.py uses."""
@@ -95,19 +94,15 @@ def fingerprint() -> str:
 
 
 def install_torch(python: Path) -> None:
-    """torch for this machine: without an NVIDIA GPU the CPU build, which is a tenth of the size.
-
-    Raises InstallError rather than fetch gigabytes that nothing here can use.
-    """
-    if has_nvidia_gpu() or sys.platform != "linux":
-        pip(python, [f"torch=={TORCH}"], f"torch {TORCH}")
-        return
-    # "+cpu" exists on torch's own index and in local wheel folders; the general index has the CUDA build only.
-    build = f"torch=={TORCH}+cpu"
-    try:
-        pip(python, [build], f"torch {TORCH} for CPUs")
-    except InstallError:
-        pip(python, [build, "--extra-index-url", CPU_WHEELS], f"torch {TORCH} for CPUs, from {CPU_WHEELS}")
+    """torch for this machine: without an NVIDIA GPU the CPU build where pip finds one, a tenth of the size."""
+    if sys.platform == "linux" and not has_nvidia_gpu():
+        # pip's general index has no "+cpu" build; torch's own index and local wheel folders do.
+        try:
+            pip(python, [f"torch=={TORCH}+cpu"], f"torch {TORCH} for CPUs")
+            return
+        except InstallError:
+            say("pip's index has no CPU build; the general one is a download of some gigabytes")
+    pip(python, [f"torch=={TORCH}"], f"torch {TORCH}")
 
 
 def has_nvidia_gpu() -> bool:
