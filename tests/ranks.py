@@ -163,6 +163,22 @@ def run_resident(
     return answer
 
 
+def run_checkpoint(path: str, family: str, call: dict[str, Any], chunks: int, degrees: dict[str, int]) -> dict:
+    """Job: the report of `denoise` of a model from a file."""
+    from comfy_xdit.messages import LoadModel
+    from comfy_xdit.parallel.context import ParallelContext
+    from comfy_xdit.parallel.denoise import denoise
+    from comfy_xdit.parallel.spec import ParallelSpec
+    from comfy_xdit.weights.resident import load
+
+    spec = ParallelSpec(**degrees)
+    names = {"storage_dtype": "float32", "compute_dtype": "float32"}
+    message = LoadModel(model="m", path=path, prefix="", family=family, spec=spec, **names)
+    model = load(message, torch.device("cpu"), rank=groups().rank)
+    with ParallelContext(spec, groups()) as context, torch.inference_mode():
+        return denoise(model, [call], [chunks], context)[1]
+
+
 def refusal_of(**arguments: Any) -> str:
     """Job: the sentence with which `run_denoise` refuses."""
     try:

@@ -132,8 +132,8 @@ def reasons(
     slowest = max(found, key=lambda prediction: prediction.step_s)
     if slowest.step_s > 1.5 * best.step_s:
         said.append(
-            f"{slowest.spec} takes {slowest.step_s / best.step_s:.1f} times as long: {_size(slowest.sent_bytes)} a step "
-            f"over {link.name} ({_size(link.bytes_per_s)}/s)"
+            f"{slowest.spec} takes {slowest.step_s / best.step_s:.1f} times as long: "
+            f"{_size(slowest.sent_bytes)} a step over {link.name} ({_size(link.bytes_per_s)}/s)"
         )
     short = [prediction for prediction in found if not prediction.fits]
     if short:

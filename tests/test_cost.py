@@ -1,0 +1,221 @@
+"""The cost model: arithmetic against torch's own count, formulas against the document's, and the order of specs."""
+
+import json
+import struct
+
+import pytest
+import tiny
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from comfy_xdit import cli
+from comfy_xdit.bench.checkpoint import FluxSize
+from comfy_xdit.cost import document
+from comfy_xdit.cost.arithmetic import ANATOMIES, network, read_network
+from comfy_xdit.cost.choose import predict, predictions
+from comfy_xdit.cost.formulas import sent
+from comfy_xdit.cost.links import Device, Link, device_named, link_named
+from comfy_xdit.cost.memory import memory
+from comfy_xdit.cost.work import Work, part_of
+from comfy_xdit.messages import LoadModel
+from comfy_xdit.models import FAMILIES
+from comfy_xdit.parallel.sequence import shard_sizes
+from comfy_xdit.parallel.spec import ParallelSpec
+from comfy_xdit.weights.resident import load
+
+SHAPES = {"flux": tiny.flux_shapes(), "sd3": tiny.sd3_shapes()}
+GPU = Device(name="gpu", flops_per_s=200e12, memory_bytes=80e9)
+
+
+def call(batch):
+    x, context = torch.randn(batch, 4, 10, 14), torch.randn(batch, 9, 24)
+    numbers = {"timestep": torch.rand(batch), "guidance": torch.rand(batch)}
+    return {"x": x, "context": context, "y": torch.randn(batch, 20), **numbers}
+
+
+@pytest.fixture(params=["flux", "sd3"])
+def checkpoint(request, tmp_path):
+    return request.param, tiny.write(tmp_path / "model.safetensors", tiny.random_weights(SHAPES[request.param]))
+
+
+class Shape:
+    def __init__(self, shape):
+        self.shape = shape
+
+
+@pytest.fixture(scope="module")
+def flux_dev():
+    """Flux.1 dev by its shapes alone."""
+    size = FluxSize(hidden=3072, double_blocks=19, single_blocks=38, context_dim=4096, pooled_dim=768)
+    infos = {key: Shape(shape) for key, shape in size.shapes().items()}
+    config = FAMILIES["flux"].config(infos)
+    params = sum(torch.Size(shape).numel() for shape in size.shapes().values())
+    return network(ANATOMIES["flux"], infos, config, FAMILIES["flux"].shape(config), 2 * params)
+
+
+def test_flops_are_torchs(checkpoint):
+    family, path = checkpoint
+    model = load(
+        LoadModel(model="m", path=path, prefix="", family=family, storage_dtype="float32", compute_dtype="float32"),
+        torch.device("cpu"),
+    )
+    arguments = model.family.inputs(dict(model.module.config), call(2))
+
+    def attention(q, k, v, *args, out_val=None, **kwargs):
+        # Shapes, as the counter hands them over.
+        return 4 * q[0] * q[1] * q[2] * k[2] * q[3]
+
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    with FlopCounterMode(display=False, custom_mapping={kernel: attention}) as counter, torch.inference_mode():
+        model.module(**arguments, return_dict=False)
+    assert counter.get_total_flops() == 2 * read_network(path).flops({"image": 35, "text": 9})
+
+
+def test_a_header_says_what_the_file_holds(checkpoint):
+    family, path = checkpoint
+    found = read_network(path)
+    params = sum(torch.Size(shape).numel() for shape in SHAPES[family].values())
+    assert found.params == params and found.param_bytes == 4
+    assert (found.latent_patch, found.token_outputs) == (2, 16)
+    assert found.guided == (family == "flux")
+    assert len(found.blocks) == found.shape.num_blocks == {"flux": 4, "sd3": 3}[family]
+
+
+def test_flux_dev_has_the_size_that_is_known(flux_dev):
+    assert 11.8e9 < flux_dev.params < 12.0e9
+    assert flux_dev.num_attentions == 57
+
+
+@given(degree=st.sampled_from([2, 3, 4, 6]), shards=st.integers(1, 40), text=st.integers(1, 9), rows=st.integers(1, 3))
+def test_the_documents_formulas_hold_but_for_what_a_rank_keeps(degree, shards, text, rows):
+    """Even shards: ours is the document's times (N - 1) / N, and the join of the output beside it."""
+    infos = {key: Shape(shape) for key, shape in tiny.flux_shapes(heads=12).items()}
+    config = FAMILIES["flux"].config(infos)
+    tiny_flux = network(ANATOMIES["flux"], infos, config, FAMILIES["flux"].shape(config), 0)
+    work = Work(latent=(2, 2 * degree * shards), text_tokens=degree * text, images=rows, element_bytes=2)
+    tokens = sum(work.tokens(tiny_flux).values())
+    join = {"ulysses": "all_gather", "ring": "all_gather", "distri": "all_gather"}
+    for method in join:
+        spec = ParallelSpec(**{method: degree})
+        ours = sent(tiny_flux, work, spec, degree - 1).total()
+        ours -= rows * shards * tiny_flux.token_outputs * 2 * (degree - 1)
+        theirs = document.bytes_sent(
+            method, tokens=rows * tokens, hidden=tiny_flux.hidden, layers=4, degree=degree, element_bytes=2
+        )
+        assert ours * degree == theirs * (degree - 1)
+
+
+def test_a_rank_alone_sends_nothing(flux_dev):
+    assert not sent(flux_dev, Work(latent=(128, 128), text_tokens=256), ParallelSpec(), 0)
+
+
+def test_memory_falls_as_the_table_says(flux_dev):
+    work = Work(latent=(128, 128), text_tokens=256)
+    alone = memory(flux_dev, work, ParallelSpec(), 0)
+    assert alone.parameters == 2 * flux_dev.params and alone.buffers == 0
+    sequence = memory(flux_dev, work, ParallelSpec(ulysses=4), 0)
+    assert sequence.parameters == alone.parameters
+    assert sequence.activations * 4 == alone.activations
+    halves = memory(flux_dev, work, ParallelSpec(tensor=4), 0)
+    modulations = sum(block.multiplied.get((), 0) for block in flux_dev.blocks)
+    assert alone.parameters / 4 < halves.parameters < alone.parameters / 4 + 2 * (modulations + flux_dev.outside.params)
+
+
+@given(num_ranks=st.integers(1, 8), images=st.integers(1, 3))
+def test_parts_make_the_whole(num_ranks, images):
+    infos = {key: Shape(shape) for key, shape in tiny.flux_shapes(heads=8).items()}
+    config = FAMILIES["flux"].config(infos)
+    tiny_flux = network(ANATOMIES["flux"], infos, config, FAMILIES["flux"].shape(config), 0)
+    work = Work(latent=(10, 14), text_tokens=9, images=images, chunks=2)
+    for spec in ({"dp": num_ranks}, {"ulysses": num_ranks}, {"ring": num_ranks}):
+        parts = [part_of(tiny_flux, work, ParallelSpec(**spec), rank) for rank in range(num_ranks)]
+        if "dp" in spec:
+            assert [part.rows for part in parts] == shard_sizes(2 * images, num_ranks)
+        else:
+            assert sum(part.shard_tokens(("image", "text")) for part in parts) == 35 + 9
+
+
+def test_the_order_follows_the_link(flux_dev):
+    """A fast link leaves compute; over a slow one, who sends least is first."""
+    work = Work(latent=(128, 128), text_tokens=256, chunks=2)
+    fast, slow = (
+        predictions(flux_dev, work, 8, Link(name="", bytes_per_s=rate, latency_s=1e-6), GPU, approximate=False)
+        for rate in (1e12, 1e9)
+    )
+    assert {str(p.spec) for p in fast} == {str(p.spec) for p in slow}
+    assert slow[0].sent_bytes == min(prediction.sent_bytes for prediction in slow)
+    assert slow[0].spec.cfg == 2
+    assert slow[0].waiting_s > fast[0].waiting_s
+    times = [prediction.step_s for prediction in fast]
+    assert times == pytest.approx(sorted(times), abs=1e-6)
+
+
+def test_what_does_not_fit_comes_last(flux_dev):
+    work = Work(latent=(128, 128), text_tokens=256)
+    small = Device(name="small", flops_per_s=100e12, memory_bytes=20e9)
+    found = predictions(flux_dev, work, 4, link_named("nvlink"), small)
+    fitting = [prediction.fits for prediction in found]
+    assert True in fitting and False in fitting and fitting == sorted(fitting, reverse=True)
+
+
+def test_approximate_specs_are_marked_and_can_be_left_out(flux_dev):
+    work = Work(latent=(128, 128), text_tokens=256)
+    link = link_named("pcie4")
+    assert not predict(flux_dev, work, ParallelSpec(distri=2), link, GPU).exact
+    assert all(p.exact for p in predictions(flux_dev, work, 4, link, GPU, approximate=False))
+    assert not all(p.exact for p in predictions(flux_dev, work, 4, link, GPU))
+
+
+def test_links_and_devices_by_name():
+    assert link_named("ethernet-25").bytes_per_s == pytest.approx(25e9 / 8 * 0.92)
+    assert link_named("ethernet-0.5").bytes_per_s < link_named("pcie4").bytes_per_s < link_named("nvlink").bytes_per_s
+    with pytest.raises(ValueError, match="'token-ring' is no known link; use nvlink"):
+        link_named("token-ring")
+    with pytest.raises(ValueError, match="no known link"):
+        link_named("ethernet-0")
+    with pytest.raises(ValueError, match="'abacus' is no known device"):
+        device_named("abacus")
+
+
+def header_only(path, shapes):
+    """A file with a true header, and a hole where the weights would be."""
+    entries, end = {}, 0
+    for key, shape in shapes.items():
+        begin, end = end, end + 2 * torch.Size(shape).numel()
+        entries[key] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(entries).encode()
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+    return str(path)
+
+
+def test_plan_prints_the_best_first(tmp_path, capsys):
+    size = FluxSize(hidden=3072, double_blocks=19, single_blocks=38, context_dim=4096, pooled_dim=768)
+    path = header_only(tmp_path / "flux.safetensors", size.shapes())
+    words = ["plan", "--model", path, "--size", "1024x768", "--devices", "4", "--link", "ethernet-25"]
+    assert cli.main([*words, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    steps = [entry["step_s"] for entry in result["specs"]]
+    assert steps == sorted(steps) and all(entry["fits"] for entry in result["specs"])
+    assert result["why"][0].startswith(result["specs"][0]["spec"])
+    assert cli.main(words) == 0
+    assert "11.90 billion parameters" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--size", "big"], "--size 'big' is no size"),
+        (["--size", "0x64"], "is no size"),
+        (["--devices", "0"], "--devices 0 makes no job"),
+        (["--chunks", "3"], "neither 1 nor 2"),
+        (["--link", "string"], "no known link"),
+    ],
+)
+def test_plan_refuses_in_a_sentence(tmp_path, capsys, words, sentence):
+    path = tiny.write(tmp_path / "m.safetensors", tiny.random_weights(SHAPES["flux"]))
+    assert cli.main(["plan", "--model", path, *words]) == 1
+    assert sentence in capsys.readouterr().err
