@@ -12,7 +12,6 @@ import uuid
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from comfy_xdit_nodes.remote import poll
 from comfy_xdit_nodes.run import count_chunks
 from comfy_xdit_nodes.trace import NotLinear
