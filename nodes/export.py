@@ -29,13 +29,13 @@ MARGIN_BYTES = 64 * 2**20
 """Left free: others keep their own things in shared memory, and a full one kills them."""
 
 
-def export(model: Any, weights: dict[str, Tensor], root: Path = SHARED_MEMORY) -> Checkpoint:
-    """The checkpoint of `weights` in shared memory; removed when `model` is collected, or at exit.
+def export(owner: Any, weights: dict[str, Tensor], root: Path = SHARED_MEMORY) -> Checkpoint:
+    """The checkpoint of `weights` in shared memory; removed when `owner` is collected, or at exit.
 
     Raises ValueError, in one sentence, when there is no room or the weights' type is not known.
     """
     way_out = "load it with Load Diffusion Model (xDiT), which needs no copy"
-    return open_checkpoint(str(export_file(model, weights, what="MODEL", way_out=way_out, root=root)))
+    return open_checkpoint(str(export_file(owner, weights, what="MODEL", way_out=way_out, root=root)))
 
 
 def export_file(

@@ -110,7 +110,7 @@ def from_checkpoint(checkpoint: Checkpoint, *, dtype: torch.dtype | None = None)
 
     dtype: what the workers keep the weights in; None chooses as the stock loader does.
     """
-    return _patcher(skeleton.config_from_header(checkpoint, dtype=dtype), checkpoint)
+    return _patcher(skeleton.config_from_header(checkpoint, dtype=dtype), checkpoint, RemoteModel())
 
 
 def parallelize(patcher: Any, setting: PoolSetting | None = None) -> RemotePatcher:
@@ -124,8 +124,9 @@ def parallelize(patcher: Any, setting: PoolSetting | None = None) -> RemotePatch
     # On the loaded model itself: clones with other LoRA share it, and it goes when the model goes.
     root = getattr(patcher.model, KEY, None)
     if root is None:
-        checkpoint = checkpoint_of(patcher)
-        root = _patcher(skeleton.config_of(patcher.model), checkpoint)
+        remote = RemoteModel()
+        checkpoint = checkpoint_of(patcher, remote)
+        root = _patcher(skeleton.config_of(patcher.model), checkpoint, remote)
         setattr(patcher.model, KEY, root)
     ours = root.clone()
     theirs = patcher.clone()
@@ -135,8 +136,8 @@ def parallelize(patcher: Any, setting: PoolSetting | None = None) -> RemotePatch
     return ours.on_pool(setting or PoolSetting())
 
 
-def _patcher(config: Any, checkpoint: Checkpoint) -> RemotePatcher:
-    model = skeleton.build(config, checkpoint.meta, RemoteModel())
+def _patcher(config: Any, checkpoint: Checkpoint, remote: RemoteModel) -> RemotePatcher:
+    model = skeleton.build(config, checkpoint.meta, remote)
     model.checkpoint = checkpoint
     patcher = RemotePatcher(
         model,

@@ -21,13 +21,13 @@ NUM_PROBES = 8
 """Small weights compared with the file before it is taken for the MODEL's."""
 
 
-def checkpoint_of(patcher: Any) -> Checkpoint:
+def checkpoint_of(patcher: Any, owner: Any) -> Checkpoint:
     """The checkpoint with the unpatched weights of a loaded MODEL.
 
     Its own file where the MODEL says which and nothing contradicts it, else a copy in shared memory
-    that lives as long as the MODEL. Raises ValueError when the model can't run on a pool.
+    that lives as long as `owner`. Raises ValueError when the model can't run on a pool.
     """
-    return _own_file(patcher) or export(patcher.model, pristine(patcher))
+    return _own_file(patcher) or export(owner, pristine(patcher))
 
 
 def pristine(patcher: Any) -> dict[str, Tensor]:

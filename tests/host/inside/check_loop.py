@@ -4,12 +4,13 @@ import comfy_extras.nodes_differential_diffusion as differential
 import comfy_extras.nodes_easycache as easycache
 import comfy_extras.nodes_model_advanced as advanced
 import comfy_extras.nodes_slg as slg
-import nodes
 import pytest
 import torch
 from comfy_xdit_nodes.checkpoint import open_checkpoint
 from comfy_xdit_nodes.parity import models as tiny
 from comfy_xdit_nodes.patcher import from_checkpoint, parallelize
+
+import nodes
 
 
 def apply(node, method, *args, **kwargs):
