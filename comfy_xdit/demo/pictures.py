@@ -62,14 +62,14 @@ def _article(noun: str) -> str:
 def random_scene(chance: random.Random, *, anywhere: bool = False, prompt: str = "") -> Scene:
     """A scene with every choice made by `chance`; shape and ground never share their colour.
 
-    anywhere: the shape may be wherever it fits, not only near the middle. prompt: a scene's, to be kept to.
+    anywhere: the shape may be wherever it fits, not only in the middle. prompt: a scene's, to be kept to.
     """
     colour, ground = chance.sample(list(COLOURS), 2)
     size, shape = chance.choice(list(SIZES)), chance.choice(SHAPES)
     if prompt:
         *words, shape, _, _, ground, _ = prompt.split()
         size, colour = "".join(words[1:-1]), words[-1]
-    room = 0.5 - SIZES[size] - 0.04 if anywhere else 0.06
+    room = 0.5 - SIZES[size] - 0.04 if anywhere else 0.0
     return Scene(
         shape=shape,
         colour=colour,
