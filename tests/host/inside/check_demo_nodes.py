@@ -44,5 +44,5 @@ def test_conditioning_is_that_of_the_file():
     with pytest.raises(ValueError, match="'a green dog' is not in"):
         node.load(name, "a green dog")
     for outside in ("../" + name, file + ".missing", "/etc/hostname"):
-        with pytest.raises(ValueError, match="there is no|Invalid file path"):
+        with pytest.raises(ValueError, match=r"there is no|Invalid file path"):
             node.load(outside, words.PROMPTS[0])
