@@ -129,7 +129,8 @@ def test_few_tokens(ranks, tmp_path) -> None:
 
 
 def test_bytes_sent(ranks, tmp_path) -> None:
-    """A ring's all-reduce sends 2 · (N - 1) / N of each sum: text and image, after attention and after the MLP."""
+    """2 · (N - 1) / N of each sum (text and image, after attention and after the MLP), as in a ring's
+    all-reduce; each modulation's shard to every other rank."""
     message, _ = checkpoint(tmp_path, "flux")
     call = call_of("flux", batch=1, size=(8, 8), text=8)
     num_ranks = ranks.num_ranks
@@ -138,9 +139,11 @@ def test_bytes_sent(ranks, tmp_path) -> None:
     )
     tokens, hidden = 16 + 8, HEADS * 16
     num_sums = 2 * 2 + 2 * 1  # two double blocks, two single ones
+    num_modulations = 2 * 12 + 2 * 3
     for answer in answers:
         assert answer["sent"] == {
-            "all_reduce": num_sums * tokens * hidden * 4 * 2 * (num_ranks - 1) // num_ranks
+            "all_reduce": num_sums * tokens * hidden * 4 * 2 * (num_ranks - 1) // num_ranks,
+            "all_gather": num_modulations * hidden * 4 * (num_ranks - 1) // num_ranks,
         }
 
 
@@ -152,12 +155,12 @@ def test_each_rank_holds_its_shards(tmp_path, kind, dtype) -> None:
     plan = whole.family.plan.tensor
     cut = {
         f"{path}.weight"
-        for pattern in (*plan.columns, *plan.rows)
+        for pattern in (*plan.columns, *plan.joined, *plan.rows)
         for path, _ in find(whole.module, pattern)
     }
     state = whole.module.state_dict()
     num_cut = sum(state[name].nbytes for name in cut)
-    assert num_cut > 0.5 * sum(value.nbytes for value in state.values())
+    assert num_cut > 0.8 * sum(value.nbytes for value in state.values())
     for degree in (2, 4):
         spec = ParallelSpec(tensor=degree)
         models = [load(dataclasses.replace(message, spec=spec), "cpu", rank=rank) for rank in range(degree)]
@@ -197,6 +200,24 @@ def test_patched_shards_keep_no_whole_weight(tmp_path, kind) -> None:
         private = {t.untyped_storage().data_ptr(): t.nbytes for t in model.module.parameters()}
         in_map = model._file._storage.data_ptr()
         assert all(held[place] == private[place] for place in held if place != in_map)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shards_of_stages(tmp_path, kind) -> None:
+    """pipe × tensor: the shards of a stage are shards of its blocks, and patches find them."""  # noqa: RUF002
+    message, weights = checkpoint(tmp_path, kind)
+    patches = SetPatches(model="m", patches_id="p", patches=patches_of(kind, weights))
+    spec = ParallelSpec(pipe=2, tensor=2)
+    for rank in range(4):
+        both = load(dataclasses.replace(message, spec=spec), "cpu", rank=rank)
+        shard = load(dataclasses.replace(message, spec=ParallelSpec(tensor=2)), "cpu", rank=rank % 2)
+        for model in (both, shard):
+            model.set_patches(patches)
+        everything, own = resident.everything(shard), resident.everything(both)
+        assert both.stage == both.stages[rank // 2] and len(own) < len(everything)
+        assert all(value.is_meta or torch.equal(value, everything[name]) for name, value in own.items())
+        outside = sum(load(message, "cpu").bytes_held().values())
+        assert sum(both.bytes_held().values()) < 0.45 * outside
 
 
 def test_both_layouts_give_the_same_shards(tmp_path) -> None:
@@ -267,7 +288,7 @@ def test_plans_name_linears(family) -> None:
 
     model = tiny_model(family.name, heads=4, dual=True)
     plan = family.plan.tensor
-    for pattern in (*plan.columns, *plan.rows):
+    for pattern in (*plan.columns, *plan.joined, *plan.rows):
         assert all(isinstance(part, torch.nn.Linear) for _, part in find(model.module, pattern)), pattern
         assert find(model.module, pattern), pattern
     assert all(part.heads == 4 for pattern in plan.heads for _, part in find(model.module, pattern))

@@ -43,6 +43,7 @@ PLAN = ModelPlan(
             *(f"{SINGLE}attn.to_{x}" for x in "qkv"),
             SINGLE + "proj_mlp",
         ),
+        joined=(DOUBLE + "norm1.linear", DOUBLE + "norm1_context.linear", SINGLE + "norm.linear"),
         rows={
             DOUBLE + "attn.to_out.0": (1,),
             DOUBLE + "attn.to_add_out": (1,),

@@ -33,6 +33,7 @@ PLAN = ModelPlan(
             BLOCK + "ff.net.0.proj",
             BLOCK + "ff_context.net.0.proj",
         ),
+        joined=(BLOCK + "norm1.linear", BLOCK + "norm1_context.linear"),
         rows={
             BLOCK + "attn.to_out.0": (1,),
             BLOCK + "attn.to_add_out": (1,),

@@ -82,15 +82,28 @@ class _Application:
         for path, exact in self.plan.exact.items():
             for _, child in _required(self.module, path):
                 add(child.register_forward_pre_hook(lambda m, a, exact=exact: self._exact(a, exact)))
-        for path in self.plan.tensor.rows if self.tensor_axis.degree > 1 else ():
-            for _, child in find(self.module, path):
-                add(child.register_forward_hook(lambda m, a, out: total(out, self.tensor_axis)))
+        self._hook_shards()
         for pattern, layer in self.plan.attention.items():
             for path, child in find(self.module, pattern):
                 seam = _Seam(self, path, layer.streams)
                 self.seams.append(seam)
                 add(child.register_forward_pre_hook(seam.enter))
                 add(child.register_forward_hook(seam.leave, always_call=True))
+
+    def _hook_shards(self) -> None:
+        """What comes out of sharded weights is added up, or joined along its channels."""
+        axis, plan = self.tensor_axis, self.plan.tensor
+        if axis.degree == 1:
+            return
+        for path in plan.rows:
+            for _, child in find(self.module, path):
+                self.handles.append(child.register_forward_hook(lambda m, a, out: total(out, axis)))
+        for path in plan.joined:
+            for _, child in find(self.module, path):
+                hook = child.register_forward_hook(
+                    lambda m, a, out: join(out, out.dim() - 1, out.shape[-1] * axis.degree, axis)
+                )
+                self.handles.append(hook)
 
     def unhook(self) -> None:
         for handle in self.handles:

@@ -1,7 +1,9 @@
 """Tensor parallel: which part of each weight a rank holds, from the family's plan.
 
 A Linear cut by columns gives each rank a part of its outputs (some heads, some hidden units of an MLP);
-the Linear after it, cut by rows, takes those as inputs, and the ranks' results are added up.
+the Linear after it, cut by rows, takes those as inputs, and the ranks' results are added up. Modulations
+are cut by columns too, or more than a quarter of a Flux would be whole on every rank; their few outputs are
+joined at once.
 Source: Megatron-LM, arXiv 1909.08053, whose names are for weights as [input, output].
 """
 
@@ -40,7 +42,7 @@ def regions(module: nn.Module, plan: TensorPlan, share: WeightShare) -> dict[str
     Raises ValueError for sizes that the degree does not divide.
     """
     found: dict[str, Region | None] = {}
-    for pattern in plan.columns:
+    for pattern in (*plan.columns, *plan.joined):
         for path, linear in _linears(module, pattern):
             rows = _per_rank(linear.out_features, share, path)
             region = Region(row=rows * share.shard, rows=rows)
