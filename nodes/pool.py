@@ -38,6 +38,7 @@ METHODS = {
 class PoolSetting:
     """The value of an XDIT_POOL link: a pool's name, its devices, and degrees (0 = chosen for the model).
 
+    num_patches: of PipeFusion, 0 = chosen; warmup_steps: evaluations before activations are used again.
     sampling: "auto" runs the whole sampling loop on the workers where it can, "step" never does.
     """
 
@@ -49,13 +50,19 @@ class PoolSetting:
     ring: int = 0
     ulysses: int = 0
     tensor: int = 0
+    num_patches: int = 0
+    warmup_steps: int = 1
     sampling: str = "auto"
 
     @property
     def requested(self) -> dict[str, int]:
         """Axis → degree, 0 where it is to be chosen."""
-        names = [field.name for field in dataclasses.fields(self)]
-        return {name: getattr(self, name) for name in names if name not in ("name", "devices", "sampling")}
+        return {axis: getattr(self, axis) for axis in METHODS}
+
+    @property
+    def reuse(self) -> dict[str, int]:
+        """What a `Sample` message says on methods that use activations again."""
+        return {"num_patches": self.num_patches, "warmup_steps": self.warmup_steps}
 
 
 def connect(setting: PoolSetting) -> Pool:
@@ -107,7 +114,15 @@ class XDiTWorkerPool:
             axis: ("INT", {"default": 0, "min": 0, "max": 64, "tooltip": f"{METHODS[axis]} 0 = automatic."})
             for axis in ("dp", "cfg", "pipe", "ring", "ulysses", "tensor")
         }
-        return {"required": {"devices": ("STRING", devices), **degrees, "name": ("STRING", name)}}
+        sampling = {
+            "default": "auto",
+            "tooltip": "'auto': the whole sampling loop runs on the workers, where no other node needs to act between "
+            "its steps; the log says why not. 'step': always ComfyUI's own loop, each step sent by itself.",
+        }
+        return {
+            "required": {"devices": ("STRING", devices), **degrees, "name": ("STRING", name)},
+            "optional": {"sampling": (["auto", "step"], sampling)},
+        }
 
-    def make(self, devices: str, name: str, **degrees: int) -> tuple[PoolSetting]:
-        return (PoolSetting(name=name.strip() or "default", devices=devices.strip() or "auto", **degrees),)
+    def make(self, devices: str, name: str, **choices: Any) -> tuple[PoolSetting]:
+        return (PoolSetting(name=name.strip() or "default", devices=devices.strip() or "auto", **choices),)

@@ -202,10 +202,13 @@ class Run:
         )
         return self.pool.call(message, poll=poll).value
 
-    def sample(self, job: Job, *, key: str, num_chunks: int, poll: Callable[[], None]) -> Tensor:
+    def sample(
+        self, job: Job, *, key: str, num_chunks: int, reuse: dict[str, int], poll: Callable[[], None]
+    ) -> Tensor:
         """The samples of a whole run, from one message to the workers.
 
         key: by which `Peek` and `Cancel` know it. num_chunks: conditionings that may run side by side.
+        reuse: fields of `Sample` for methods that use activations again.
         """
         message = m.Sample(
             job=key,
@@ -218,6 +221,7 @@ class Run:
             mask=job.mask,
             noises=job.noises,
             conds=[self._refer(cond) for cond in job.conds],
+            **reuse,  # type: ignore[arg-type]
         )
         limit_s = EVALUATION_PATIENCE_S * len(job.program.calls)
         samples = self.pool.call(message, poll=poll, timeout_s=limit_s).value

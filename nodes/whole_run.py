@@ -99,7 +99,13 @@ def _run(guider: Any, job: Job, callback: Callable[..., None] | None, disable_pb
                 callback(step, denoised, denoised, total)
 
         follower = Follower(run.pool, key, show)
-        samples = run.sample(job, key=key, num_chunks=_num_chunks(job), poll=follower.poll)
+        samples = run.sample(
+            job,
+            key=key,
+            num_chunks=_num_chunks(job),
+            reuse=guider.model_patcher.setting.reuse,
+            poll=follower.poll,
+        )
         follower.finish(len(job.program.previews))
     return samples
 

@@ -174,6 +174,7 @@ def test_a_prompt_names_widgets_and_links():
         "ulysses": 0,
         "tensor": 0,
         "name": "default",
+        "sampling": "auto",
     }
     assert sampler[1]["pool"] == [pool[0], 0]
     assert (sampler[1]["steps"], sampler[1]["sampler_name"], sampler[1]["denoise"]) == (28, "dpmpp_2m", 1.0)

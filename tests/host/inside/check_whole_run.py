@@ -110,7 +110,8 @@ def test_jobs(kind, name, loaded, pools, log):
     degrees, inputs = JOBS[name]
     stock, ours = loaded(kind)
     outputs, states = [], []
-    for model in (stock, parallelize(ours, pools(2, sampling="step", **degrees)), parallelize(ours, pools(2, **degrees))):
+    settings = pools(2, sampling="step", **degrees), pools(2, **degrees)
+    for model in (stock, *(parallelize(ours, setting) for setting in settings)):
         log()
         outputs.append(tiny.sample(model, **inputs))
         states.append(torch.get_rng_state())
