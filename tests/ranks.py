@@ -103,7 +103,7 @@ def tiny_model(family: str, *, heads: int, dtype: torch.dtype = torch.float32, *
         config |= {"dual_attention_layers": (0,), "qk_norm": "rms_norm"} if options.get("dual") else {}
     torch.manual_seed(0)
     kind = FLUX if family == "flux" else SD3
-    module = kind.model_class()(**config).to(dtype).eval()
+    module = kind.model_class()(**config).to(dtype).eval().requires_grad_(False)
     shape = ModelShape(title=kind.title, num_heads=heads, num_blocks=2)
     return SimpleNamespace(family=kind, module=module, shape=shape, compute_dtype=dtype)
 

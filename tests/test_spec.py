@@ -67,7 +67,7 @@ def test_auto(num_ranks: int, requested: dict, num_chunks: int, heads: int, chos
     [
         ({"ring": 3}, "ring=3 makes 3 ranks, which do not divide the pool's 4"),
         ({"ring": 1, "ulysses": 2, "cfg": 1, "dp": 1}, "ulysses=2 makes 2 ranks, but the pool has 4"),
-        ({"ulises": 2}, "'ulises' is no parallel method; use dp, cfg, pipe, ring, ulysses and tensor"),
+        ({"ulises": 2}, "'ulises' is no parallel method; use dp, cfg, pipe, distri, ring, ulysses and tensor"),
         ({"ulysses": -1}, "ulysses=-1 is not a degree"),
     ],
 )

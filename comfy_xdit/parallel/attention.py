@@ -1,8 +1,9 @@
 """Exact attention over tokens that are spread over ranks: Ulysses, ring, and both at once.
 
 Shape suffixes: B batch, H heads, h this rank's share of them, S sequence, L its share of it, D head dim.
-Tokens are cut over ring times ulysses ranks, the ring outermost: Ulysses (all-to-all) makes a ring rank's
-tokens whole and cuts heads instead, then keys and values go round the ring.
+Tokens are cut over distri times ring times ulysses ranks, the first outermost: Ulysses (all-to-all) makes a
+ring rank's tokens whole and cuts heads instead, keys and values of the distri axis' ranks join, and then go
+round the ring.
 Sources: DeepSpeed-Ulysses, arXiv 2309.14509; Ring Attention, arXiv 2310.01889; both, arXiv 2405.07719.
 """
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from . import kernels
 from .context import Axis, ParallelContext
+from .distri import DistriKeys
 from .sequence import exchange, shard_sizes, shard_starts
 
 
@@ -25,11 +27,13 @@ class Layer:
     """An attention module in a forward: its path, and the whole lengths of its streams in order.
 
     num_shards: over how many ranks the tokens are cut; 1 where there are too few, and every rank holds all.
+    spans: the tokens of each stream that the forward computes, (first, number); None for all.
     """
 
     path: str
     lengths: tuple[int, ...]
     num_shards: int
+    spans: tuple[tuple[int, int], ...] | None = None
 
 
 class Attend(Protocol):
@@ -46,9 +50,14 @@ class Attend(Protocol):
 
 
 class SequenceAttention:
-    """`Attend` for the ring and ulysses axes of `context`, alone or together; local where both are 1."""
+    """`Attend` for the distri, ring and ulysses axes of `context`, alone or together; local where all are 1.
 
-    def __init__(self, context: ParallelContext) -> None:
+    keys: those of the distri axis; by default fresh ones, which is exact.
+    """
+
+    def __init__(self, context: ParallelContext, keys: DistriKeys | None = None) -> None:
+        self._distri = context.axis("distri")
+        self._keys = keys or DistriKeys(self._distri)
         self._ring = context.axis("ring")
         self._ulysses = context.axis("ulysses")
 
@@ -57,10 +66,9 @@ class SequenceAttention:
     ) -> Tensor:
         if layer.num_shards == 1:
             return kernels.attention(q, k, v, mask=mask, scale=scale)
-        assert layer.num_shards == self._ring.degree * self._ulysses.degree
+        assert layer.num_shards == self._distri.degree * self._ring.degree * self._ulysses.degree
         places = Places.of(layer.lengths, layer.num_shards)
-        first = self._ring.index * self._ulysses.degree
-        own = places.sizes[first : first + self._ulysses.degree]
+        own = [places.sizes[rank] for rank in self._group(self._distri.index, self._ring.index)]
         assert q.shape[2] == k.shape[2] == own[self._ulysses.index], (
             f"{layer.path}: {q.shape[2]} queries and {k.shape[2]} keys on a rank that holds {own}"
         )
@@ -68,24 +76,35 @@ class SequenceAttention:
         if self._ulysses.degree > 1:
             q, k, v = heads_for_sequence([q, k, v], own, self._ulysses)
         if mask is not None:
-            mask = _heads_of_mask(mask, num_heads, self._ulysses)
+            mask = heads_of_mask(mask, num_heads, self._ulysses)
+        groups = [self._group(distri, self._ring.index) for distri in range(self._distri.degree)]
+        lengths = [sum(places.sizes[rank] for rank in group) for group in groups]
+        k, v = self._keys(k, v, layer.path, lengths)
         out = self._over_ring(q, k, v, places, mask, scale)
         return sequence_for_heads(out, own, num_heads, self._ulysses) if self._ulysses.degree > 1 else out
 
     def _over_ring(
         self, q: Tensor, k: Tensor, v: Tensor, places: Places, mask: Tensor | None, scale: float | None
     ) -> Tensor:
-        degree = self._ulysses.degree
-        blocks = [range(first, first + degree) for first in range(0, len(places.sizes), degree)]
-        rows = places.tokens(blocks[self._ring.index], q.device) if mask is not None else None
+        distris = range(self._distri.degree)
+        blocks = [
+            [rank for distri in distris for rank in self._group(distri, ring)]
+            for ring in range(self._ring.degree)
+        ]
         masks: list[Tensor | None] = [None] * len(blocks)
-        if mask is not None and rows is not None:
+        if mask is not None:
+            rows = places.tokens(self._group(self._distri.index, self._ring.index), q.device)
             seen = mask if mask.shape[2] == 1 else mask.index_select(2, rows)
             masks = [seen.index_select(3, places.tokens(block, q.device)) for block in blocks]
         if self._ring.degree == 1:
             return kernels.attention(q, k, v, mask=masks[0], scale=scale)
         lengths = [sum(places.sizes[rank] for rank in block) for block in blocks]
         return ring_attention(q, k, v, lengths, self._ring, masks=masks, scale=scale)
+
+    def _group(self, distri: int, ring: int) -> range:
+        """Places on the sequence axis of the ranks that differ on the ulysses axis only."""
+        first = (distri * self._ring.degree + ring) * self._ulysses.degree
+        return range(first, first + self._ulysses.degree)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -212,7 +231,7 @@ def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[T
     return out.to(lse.dtype) * weight + other.to(lse.dtype) * other_weight, total
 
 
-def _heads_of_mask(mask: Tensor, num_heads: int, axis: Axis) -> Tensor:
+def heads_of_mask(mask: Tensor, num_heads: int, axis: Axis) -> Tensor:
     if mask.shape[1] == 1:
         return mask
     sizes = shard_sizes(num_heads, axis.degree)

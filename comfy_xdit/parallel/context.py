@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -19,8 +20,8 @@ import torch.distributed as dist
 from .spec import AXES, ParallelSpec
 
 
-JOINED = {"lanes": ("dp", "cfg"), "sequence": ("ring", "ulysses")}
-"""Axes made of two: rows are dealt over "lanes", tokens are cut over "sequence"."""
+JOINED = {"lanes": ("dp", "cfg"), "sequence": ("distri", "ring", "ulysses")}
+"""Axes made of others, outermost first: rows are dealt over "lanes", tokens are cut over "sequence"."""
 
 
 class Traffic:
@@ -129,18 +130,19 @@ class GroupCache:
         for axis in used:
             group = mesh.get_group(axis)
             lines[axis] = (tuple(dist.get_process_group_ranks(group)), mesh.get_local_rank(axis), group)
-        for name, (outer, inner) in JOINED.items():
-            lines[name] = self._joined(spec, lines, outer, inner)
+        for name, axes in JOINED.items():
+            lines[name] = self._joined(spec, lines, [axis for axis in axes if axis in used])
         return _Lines(lines=lines)
 
-    def _joined(self, spec: ParallelSpec, lines: dict[str, Any], outer: str, inner: str) -> Any:
-        """Two axes as one, in the order of `outer`, then `inner`."""
+    def _joined(self, spec: ParallelSpec, lines: dict[str, Any], axes: list[str]) -> Any:
+        """Several axes, outermost first, as one."""
+        if len(axes) < 2:
+            return lines[axes[0]] if axes else ((self.rank,), 0, None)
         degrees = spec.degrees
-        if degrees[outer] == 1 or degrees[inner] == 1:
-            return lines[outer] if degrees[outer] > 1 else lines[inner]
         grid = torch.arange(spec.num_ranks).view(tuple(degrees.values()))
-        dims = (AXES.index(outer), AXES.index(inner))
-        rows = grid.movedim(dims, (-2, -1)).reshape(-1, degrees[outer] * degrees[inner]).tolist()
+        places = [AXES.index(axis) for axis in axes]
+        degree = math.prod(degrees[axis] for axis in axes)
+        rows = grid.movedim(places, list(range(-len(axes), 0))).reshape(-1, degree).tolist()
         mine: Any = None
         for ranks in rows:
             # new_group is collective over the world: every rank makes the groups of all, in one order.

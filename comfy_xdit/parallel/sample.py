@@ -15,8 +15,10 @@ from comfy_xdit.trajectory import Replay, SamplerCall, SamplerProgram
 
 from .agreement import Agreement
 from .apply import applied
+from .attention import SequenceAttention
 from .context import ParallelContext
 from .denoise import Model, evaluate
+from .distri import DistriKeys
 
 Post = Callable[[dict[str, Any]], None]
 
@@ -43,15 +45,27 @@ def sample(
     if len(conds) != len(program.conds):
         raise ValueError(f"{len(conds)} conditionings came with a program for {len(program.conds)}; send one for each")
     replay = Replay(
-        program, noise=message.noise, latent=message.latent, noises=message.noises, mask=message.mask
+        program,
+        noise=message.noise,
+        latent=message.latent,
+        noises=message.noises,
+        mask=message.mask,
+        dtype=loop_dtype(model),
+    )
+    keys = DistriKeys(
+        context.axis("distri"),
+        [tuple(call.conds) for call in program.calls],
+        warmup_steps=message.warmup_steps,
+        stale=message.stale,
     )
     agreement = Agreement(wish_to_stop, context.world)
     stopped = False
-    with applied(model.module, model.family.plan, context):
+    with keys, applied(model.module, model.family.plan, context, SequenceAttention(context, keys)):
         for number, call in enumerate(program.calls):
             stopped = not agreement.go_on()
             if stopped:
                 break
+            keys.begin(number)
             x = replay.model_input(number)
             outputs = _outputs(model, call, x, conds, context)
             replay.answer(number, replay.denoised(number, outputs))
@@ -62,19 +76,25 @@ def sample(
         "seconds": time.perf_counter() - begin,
         "communication_seconds": context.traffic.seconds,
         "bytes_sent": dict(context.traffic.bytes),
+        "buffer_bytes": keys.most_bytes_held,
     }
     return (None if stopped or context.rank != 0 else replay.output()), report
 
 
 def _outputs(model: Model, call: SamplerCall, x: Tensor, conds: list[Call], context: ParallelContext) -> list[Tensor]:
-    """The model's output for each of the call's conditionings, on every rank, in fp32."""
+    """The model's output for each of the call's conditionings, on every rank, in the loop's dtype."""
     calls = [calls_argument(x, call.timestep, conds[index], model) for index in call.conds]
     together = batched(calls)
     if together is None:
         outputs = evaluate(model, calls, [1] * len(calls), context)
     else:
         outputs = list(evaluate(model, [together], [len(calls)], context)[0].chunk(len(calls)))
-    return [output.float() for output in outputs]
+    return [output.to(loop_dtype(model)) for output in outputs]
+
+
+def loop_dtype(model: Model) -> torch.dtype:
+    """What the sampler's state is kept in: fp32 as on the host; fp64 for a model that computes in it."""
+    return torch.promote_types(model.compute_dtype, torch.float32)
 
 
 def calls_argument(x: Tensor, timestep: float, cond: Call, model: Model) -> Call:

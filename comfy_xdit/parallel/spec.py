@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 
-AXES = ("dp", "cfg", "pipe", "ring", "ulysses", "tensor")
+AXES = ("dp", "cfg", "pipe", "distri", "ring", "ulysses", "tensor")
 """Names of the mesh axes, outermost first: ulysses and tensor talk most, so their ranks are neighbours."""
 
-SERVED = ("dp", "cfg", "ring", "ulysses", "tensor")
+SERVED = ("dp", "cfg", "pipe", "distri", "ring", "ulysses", "tensor")
 """The axes that the engine runs; `check` refuses a degree above 1 on the others."""
 
 MAX_CFG = 2
@@ -25,6 +25,7 @@ class ParallelSpec:
     dp: int = 1
     cfg: int = 1
     pipe: int = 1
+    distri: int = 1
     ring: int = 1
     ulysses: int = 1
     tensor: int = 1
@@ -92,6 +93,11 @@ def check(spec: ParallelSpec, *, num_ranks: int, shape: ModelShape | None = None
     for axis in ("pipe", "tensor"):
         if axis not in SERVED and getattr(spec, axis) > 1:
             faults.append(f"{axis}={getattr(spec, axis)} is not available yet; use 1, with {_names(SERVED)}")
+    if spec.pipe > 1 and spec.distri > 1:
+        faults.append(
+            f"pipe={spec.pipe} and distri={spec.distri} do not go together, as each gives old activations a use "
+            "of its own; set one of them to 1"
+        )
     return faults + (_shape_faults(spec, shape) if shape else [])
 
 
@@ -125,15 +131,15 @@ def auto(
     """The degrees for `num_ranks` ranks: those requested, and the free ones (0 or absent) chosen.
 
     cfg first when there is guidance (num_chunks of 2 or more: cond and uncond cost the least
-    communication), then ulysses up to the heads, then ring, and dp takes what is left. pipe and tensor
-    stay 1 unless requested: one approximates, the other talks most.
+    communication), then ulysses up to the heads, then ring, and dp takes what is left. pipe, distri and
+    tensor stay 1 unless requested: the first two approximate, the last talks most.
     Raises ValueError with the faults when no such spec exists.
     """
     unknown = sorted(set(requested) - set(AXES))
     if unknown:
         raise ValueError(f"{unknown[0]!r} is no parallel method; use {_names(AXES)}")
     degrees = {axis: degree for axis, degree in requested.items() if degree != 0}
-    degrees = {"pipe": 1, "tensor": 1, **degrees}
+    degrees = {"pipe": 1, "distri": 1, "tensor": 1, **degrees}
     fixed = ParallelSpec(**degrees)
     if num_ranks % fixed.num_ranks:
         raise ValueError(
