@@ -18,15 +18,16 @@ from torch import Tensor
 LIMIT = 1e-4
 """Largest difference that counts as equal, in fp32, relative to the largest number of the latent."""
 
-CASES: dict[str, tuple[int, dict[str, int]]] = {
+CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "1 rank": (1, {}),
     "cfg=2": (2, {"cfg": 2}),
+    "cfg=2, step by step": (2, {"cfg": 2, "sampling": "step"}),
     "ulysses=2": (2, {"ulysses": 2}),
     "ring=2": (2, {"ring": 2}),
     "cfg=2, ulysses=2": (4, {"cfg": 2, "ulysses": 2}),
     "ulysses=2, ring=2": (4, {"ulysses": 2, "ring": 2}),
 }
-"""Label → ranks and degrees."""
+"""Label → ranks, and what a PoolSetting says about them."""
 
 KINDS = ("sd3", "flux")
 
@@ -57,8 +58,8 @@ class Parity:
 
     def measure(self, kind: str, case: str, samplers: list[str] | None = None) -> Iterator[Measured]:
         """One result for each sampler; the host's schedulers take turns, so that each one is met."""
-        num_ranks, degrees = CASES[case]
-        model = parallelize(self._ours[kind], setting_of(num_ranks, **degrees))
+        num_ranks, choices = CASES[case]
+        model = parallelize(self._ours[kind], setting_of(num_ranks, **choices))
         for sampler, scheduler in pairs():
             if samplers is not None and sampler not in samplers:
                 continue
@@ -73,9 +74,9 @@ class Parity:
         return self._latents[kind, sampler]
 
 
-def setting_of(num_ranks: int, **degrees: int) -> PoolSetting:
+def setting_of(num_ranks: int, **choices: Any) -> PoolSetting:
     """The pool of CPU workers with so many ranks."""
-    return PoolSetting(name=f"ranks{num_ranks}", devices=f"cpu:{num_ranks}", **degrees)
+    return PoolSetting(name=f"ranks{num_ranks}", devices=f"cpu:{num_ranks}", **choices)
 
 
 def pairs() -> list[tuple[str, str]]:
