@@ -107,6 +107,7 @@ class Denoise(Message):
     timestep [batch], context [batch, tokens, dim] and what else the family takes ("y", "guidance",
     "attention_mask", "ref_latents", ...), as ComfyUI passes them.
     chunks: how many equal chunks (cond, uncond, ...) the batch of each call is made of.
+    trace: each rank's report lists its collectives with their times.
     Answer: `Result(value=[x_out, ...])`, one per call, from rank 0; None from the others.
     """
 
@@ -115,6 +116,7 @@ class Denoise(Message):
     spec: ParallelSpec
     calls: list[dict[str, Any]]
     chunks: list[int]
+    trace: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,6 +145,7 @@ class Sample(Message):
     num_patches: int = 0
     warmup_steps: int = 1
     stale: bool = True
+    trace: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -119,8 +119,7 @@ def test_memory_falls_as_the_table_says(flux_dev):
     assert sequence.parameters == alone.parameters
     assert sequence.activations * 4 == alone.activations
     halves = memory(flux_dev, work, ParallelSpec(tensor=4), 0)
-    modulations = sum(block.multiplied.get((), 0) for block in flux_dev.blocks)
-    assert alone.parameters / 4 < halves.parameters < alone.parameters / 4 + 2 * (modulations + flux_dev.outside.params)
+    assert alone.parameters / 4 < halves.parameters < alone.parameters / 4 + 2 * 1.1 * flux_dev.outside.params
 
 
 @given(num_ranks=st.integers(1, 8), images=st.integers(1, 3))

@@ -128,7 +128,7 @@ class Service:
     def _denoise(self, message: m.Denoise) -> m.Result:
         model = self._ready_model(message)
         calls = [_to(self._recall(call), self.device) for call in message.calls]
-        with ParallelContext(message.spec, self._groups) as context:
+        with ParallelContext(message.spec, self._groups, trace=message.trace) as context:
             outputs, report = denoise(model, calls, message.chunks, context)
         return m.Result(value=outputs if self.rank == 0 else None, report=report)
 
@@ -137,7 +137,7 @@ class Service:
         sent = {name: _to(getattr(message, name), self.device) for name in ("noise", "latent", "mask", "noises")}
         conds = [_to(self._recall(cond), self.device) for cond in message.conds]
         self._mailbox.open(message.job)
-        with ParallelContext(message.spec, self._groups) as context:
+        with ParallelContext(message.spec, self._groups, trace=message.trace) as context:
             samples, report = sample(
                 model,
                 dataclasses.replace(message, **sent),

@@ -94,12 +94,14 @@ class Part:
 
     params: all of its weights. multiplied: streams → the elements of the matrices that multiply each of
     their tokens. attention: the streams of each of its attentions. sums: those that tensor parallel adds up.
+    once_outputs: numbers that come out of the matrices that run once for each row.
     """
 
     params: int
     multiplied: Mapping[Streams, int]
     attention: tuple[Streams, ...] = ()
     sums: tuple[Streams, ...] = ()
+    once_outputs: int = 0
 
     def linear_flops(self, tokens: Mapping[str, int]) -> int:
         """Operations of its matrices for one row of the batch with so many tokens of each stream."""
@@ -215,6 +217,7 @@ def _part(anatomy: Anatomy, shapes: Mapping[str, tuple[int, ...]]) -> Part:
     multiplied: dict[Streams, int] = {}
     attention: list[Streams] = []
     sums: list[Streams] = []
+    once_outputs = 0
     for key, shape in shapes.items():
         attention += [streams for name, streams in anatomy.attention.items() if name in key]
         sums += [streams for name, streams in anatomy.sums.items() if name in key]
@@ -222,8 +225,14 @@ def _part(anatomy: Anatomy, shapes: Mapping[str, tuple[int, ...]]) -> Part:
         if key.endswith(".weight") and len(shape) in (2, 4):
             streams = _streams(anatomy, key)
             multiplied[streams] = multiplied.get(streams, 0) + math.prod(shape)
-    params = sum(math.prod(shape) for shape in shapes.values())
-    return Part(params=params, multiplied=multiplied, attention=tuple(attention), sums=tuple(sums))
+            once_outputs += 0 if streams else shape[0]
+    return Part(
+        params=sum(math.prod(shape) for shape in shapes.values()),
+        multiplied=multiplied,
+        attention=tuple(attention),
+        sums=tuple(sums),
+        once_outputs=once_outputs,
+    )
 
 
 def _streams(anatomy: Anatomy, key: str) -> Streams:

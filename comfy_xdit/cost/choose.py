@@ -103,7 +103,7 @@ def _times(
             waiting += _ring_waits(network, work, part, streams, link, attention_s)
             waiting += _distri_waits(network, work, part, streams, link)
         waiting += _seconds(
-            tensor(network, work, part, block).total(), link, len(network.blocks[block].sums)
+            tensor(network, work, part, block).total(), link, len(network.blocks[block].sums) + 2
         )
     waiting += _seconds(joined(network, work, part).total(), link, 1)
     compute_s = flops / device.flops_per_s
@@ -119,8 +119,7 @@ def _flops(network: Network, part: Part) -> float:
     for block in part.blocks:
         for streams, elements in network.blocks[block].multiplied.items():
             number = sum(tokens[stream] for stream in streams) if streams else 1
-            # What runs once a row is on every rank of the tensor axis.
-            per_row += 2 * elements * number / (part.spec.tensor if streams else 1)
+            per_row += 2 * elements * number / part.spec.tensor
     if part.index["pipe"] == 0:
         per_row += network.outside.linear_flops(tokens)
     return part.rows * per_row

@@ -69,14 +69,18 @@ def ring(network: Network, work: Work, part: Part, streams: tuple[str, ...]) -> 
 
 def tensor(network: Network, work: Work, part: Part, block: int) -> Counter[str]:
     """An all-reduce of the hidden tokens for each matrix cut by rows: 4 · p · hs · (N - 1) / N elements where
-    a block has two (attention's output and the MLP's), half of it where it has one.
+    a block has two (attention's output and the MLP's), half of it where it has one. Beside it modulations, a few
+    numbers a row, are gathered.
     """
     degree = part.spec.tensor
     if degree == 1:
         return Counter()
     per_token = part.rows * network.hidden * work.element_bytes
     sums = (per_token * part.shard_tokens(streams) for streams in network.blocks[block].sums)
-    return Counter(all_reduce=sum(2 * (degree - 1) * num_bytes // degree for num_bytes in sums))
+    gathered = part.rows * network.blocks[block].once_outputs // degree * work.element_bytes * (degree - 1)
+    return Counter(
+        all_reduce=sum(2 * (degree - 1) * num_bytes // degree for num_bytes in sums), all_gather=gathered
+    )
 
 
 def joined(network: Network, work: Work, part: Part) -> Counter[str]:

@@ -39,7 +39,7 @@ def memory(network: Network, work: Work, spec: ParallelSpec, rank: int) -> Memor
 
 
 def parameters(network: Network, part: Part) -> int:
-    """Its stage's blocks, their matrices over the tokens cut by the tensor axis; embedders are on every rank."""
+    """Its stage's blocks, their matrices cut by the tensor axis; embedders are on every rank."""
     return network.outside.params + sum(_share(network.blocks[block], part.spec.tensor) for block in part.blocks)
 
 
@@ -72,6 +72,6 @@ def buffers(network: Network, work: Work, part: Part) -> int:
 
 
 def _share(block: Block, degree: int) -> int:
-    """The block's parameters on one rank of the tensor axis: modulations and norms are whole on each."""
-    cut = sum(elements for streams, elements in block.multiplied.items() if streams)
+    """The block's parameters on one rank of the tensor axis: matrices are cut, norms and biases taken as whole."""
+    cut = sum(block.multiplied.values())
     return block.params - cut + cut // degree

@@ -6,43 +6,24 @@ are kept in a `GroupCache`, which the worker's service owns.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import time
-from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from .spec import AXES, ParallelSpec
-
+from .traffic import LineTraffic, Traffic, account, reset_peak
 
 JOINED = {"lanes": ("dp", "cfg"), "sequence": ("distri", "ring", "ulysses")}
 """Axes made of others, outermost first: rows are dealt over "lanes", tokens are cut over "sequence"."""
 
 
-class Traffic:
-    """What one rank sent in one job: bytes and, where the host waits for it, seconds, by collective.
-
-    bytes: what leaves this rank. seconds: wall time in collectives on the CPU; on a GPU they run beside
-    the host, so nothing is measured.
-    """
-
-    def __init__(self) -> None:
-        self.bytes: Counter[str] = Counter()
-        self.seconds = 0.0
-
-    @contextlib.contextmanager
-    def timed(self, collective: str, num_bytes: int, device: torch.device) -> Iterator[None]:
-        """Count a collective that runs inside the `with`."""
-        self.bytes[collective] += num_bytes
-        begin = time.perf_counter()
-        yield
-        if device.type == "cpu":
-            self.seconds += time.perf_counter() - begin
+LINKS = ("pipe odd", "pipe back")
+"""The pipe axis again, each with a group of its own: a stage sends and receives at the same time, and what
+waits for a peer must not hold up what that peer waits for."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,7 +37,7 @@ class Axis:
     ranks: tuple[int, ...]
     index: int
     group: dist.ProcessGroup | None
-    traffic: Traffic
+    traffic: LineTraffic
 
     @property
     def degree(self) -> int:
@@ -115,7 +96,7 @@ class GroupCache:
                 f"use degrees whose product is {self.world_size}"
             )
         lines: dict[str, tuple[tuple[int, ...], int, dist.ProcessGroup | None]] = {
-            axis: ((self.rank,), 0, None) for axis in (*AXES, *JOINED)
+            axis: ((self.rank,), 0, None) for axis in (*AXES, *JOINED, *LINKS)
         }
         # Axes of degree 1 need no group; leaving them out saves one group a rank for each.
         used = [axis for axis in AXES if getattr(spec, axis) > 1]
@@ -132,12 +113,19 @@ class GroupCache:
             lines[axis] = (tuple(dist.get_process_group_ranks(group)), mesh.get_local_rank(axis), group)
         for name, axes in JOINED.items():
             lines[name] = self._joined(spec, lines, [axis for axis in axes if axis in used])
+        for name in LINKS if spec.pipe > 1 else ():
+            lines[name] = self._grouped(spec, ["pipe"])
         return _Lines(lines=lines)
 
     def _joined(self, spec: ParallelSpec, lines: dict[str, Any], axes: list[str]) -> Any:
         """Several axes, outermost first, as one."""
         if len(axes) < 2:
             return lines[axes[0]] if axes else ((self.rank,), 0, None)
+        whole = math.prod(spec.degrees[axis] for axis in axes) == self.world_size
+        return (tuple(range(self.world_size)), self.rank, self.world) if whole else self._grouped(spec, axes)
+
+    def _grouped(self, spec: ParallelSpec, axes: list[str]) -> Any:
+        """New groups for the lines along `axes`, and this rank's place on its own."""
         degrees = spec.degrees
         grid = torch.arange(spec.num_ranks).view(tuple(degrees.values()))
         places = [AXES.index(axis) for axis in axes]
@@ -146,7 +134,7 @@ class GroupCache:
         mine: Any = None
         for ranks in rows:
             # new_group is collective over the world: every rank makes the groups of all, in one order.
-            group = dist.group.WORLD if len(ranks) == self.world_size else dist.new_group(ranks)
+            group = dist.new_group(ranks)
             if self.rank in ranks:
                 mine = (tuple(ranks), ranks.index(self.rank), group)
         return mine
@@ -155,21 +143,25 @@ class GroupCache:
 class ParallelContext:
     """The axes of one job on this rank, and its traffic.
 
-    `axis(name)` knows the names in `spec.AXES` and in `JOINED`.
+    `axis(name)` knows the names in `spec.AXES`, in `JOINED` and in `LINKS`.
+    trace: the report lists every collective.
     Raises ValueError when the spec's product is not the number of ranks.
     Use as a context manager; afterwards it has no axes any more.
     """
 
-    def __init__(self, spec: ParallelSpec, groups: GroupCache) -> None:
+    def __init__(self, spec: ParallelSpec, groups: GroupCache, *, trace: bool = False) -> None:
         self.spec = spec
         self.rank = groups.rank
         self.world_size = groups.world_size
         self.world = groups.world
         self.traffic = Traffic()
+        self._trace = trace
         self._axes = {
-            name: Axis(name=name, ranks=ranks, index=index, group=group, traffic=self.traffic)
+            name: Axis(name=name, ranks=ranks, index=index, group=group, traffic=self.traffic.line(name, ranks))
             for name, (ranks, index, group) in groups.lines(spec).lines.items()
         }
+        # Groups that are made for a spec's first job are not its work.
+        self._begin_s = time.perf_counter()
 
     def axis(self, name: str) -> Axis:
         return self._axes[name]
@@ -184,7 +176,14 @@ class ParallelContext:
         # dp and cfg are the outermost axes, so a lane's ranks follow one another.
         return self.world_size // (self.spec.dp * self.spec.cfg)
 
+    def report(self) -> dict[str, Any]:
+        """The job's account so far, as `traffic.account` describes it. Collective over all ranks."""
+        return account(
+            self.traffic, self._begin_s, world=self.world, lines=list(self._axes), trace=self._trace
+        )
+
     def __enter__(self) -> ParallelContext:
+        reset_peak()
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from typing import Any, Protocol
 
 import torch
@@ -47,19 +46,13 @@ def denoise(
     """ComfyUI's output for each call, on rank 0 (None elsewhere), and a report on this rank's part.
 
     calls: the same on every rank, as `messages.Denoise` says; chunks: of how many equal chunks each is made.
-    report: seconds (wall), communication_seconds (on the CPU), rows, bytes_sent by collective.
+    report: as `ParallelContext.report`, and rows, how many this rank ran.
     Collective over all ranks. Raises ValueError, on every rank alike, for calls that don't fit the spec.
     """
-    begin = time.perf_counter()
     with applied(model.module, model.family.plan, context):
         outputs = evaluate(model, calls, chunks, context)
     mine = deal([call["x"].shape[0] for call in calls], cfg=context.spec.cfg, dp=context.spec.dp)[context.lane]
-    report = {
-        "seconds": time.perf_counter() - begin,
-        "communication_seconds": context.traffic.seconds,
-        "rows": sum(piece.stop - piece.start for piece in mine),
-        "bytes_sent": dict(context.traffic.bytes),
-    }
+    report = {**context.report(), "rows": sum(piece.stop - piece.start for piece in mine)}
     return (outputs if context.rank == 0 else None), report
 
 
@@ -74,10 +67,10 @@ def evaluate(model: Model, calls: list[Call], chunks: list[int], context: Parall
     batches = [_batch(call, count) for call, count in zip(calls, chunks, strict=True)]
     for number, call in enumerate(calls):
         # Also the calls of other lanes: a fault that only some ranks see leaves the others waiting for them.
-        _arguments(model, rows_of(call, Piece(call=number, start=0, stop=1)))
+        arguments_of(model, rows_of(call, Piece(call=number, start=0, stop=1)))
     lanes = deal(batches, cfg=context.spec.cfg, dp=context.spec.dp)
     outputs = [_run(model, rows_of(calls[piece.call], piece)) for piece in lanes[context.lane]]
-    return _share(calls, lanes, outputs, model.compute_dtype, context)
+    return share(calls, lanes, outputs, model.compute_dtype, context)
 
 
 def deal(batches: list[int], *, cfg: int, dp: int) -> list[list[Piece]]:
@@ -135,15 +128,15 @@ def _batch(call: Call, chunks: int) -> int:
 
 
 def _run(model: Model, call: Call) -> Tensor:
-    return model.family.output(model.module(**_arguments(model, call), return_dict=False)[0], call)
+    return model.family.output(model.module(**arguments_of(model, call), return_dict=False)[0], call)
 
 
-def _arguments(model: Model, call: Call) -> dict[str, Any]:
+def arguments_of(model: Model, call: Call) -> dict[str, Any]:
     config: Any = model.module.config
     return model.family.inputs(dict(config), call)
 
 
-def _share(
+def share(
     calls: list[Call], lanes: list[list[Piece]], outputs: list[Tensor], dtype: torch.dtype, context: ParallelContext
 ) -> list[Tensor]:
     """The whole outputs, on every rank. Lanes send their pieces to each other; a lane's ranks hold the same."""

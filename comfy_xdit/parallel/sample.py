@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -40,7 +39,6 @@ def sample(
     Every rank replays the sampler on the whole latent, which costs next to nothing; only the model's
     evaluations are shared out. Collective over all ranks. Raises ValueError alike on every rank.
     """
-    begin = time.perf_counter()
     program: SamplerProgram = message.program
     if len(conds) != len(program.conds):
         raise ValueError(f"{len(conds)} conditionings came with a program for {len(program.conds)}; send one for each")
@@ -72,12 +70,7 @@ def sample(
             for preview in replay.previews(number):
                 if context.rank == 0:
                     post({"step": preview.step, "total": preview.total, "denoised": preview.denoised})
-    report = {
-        "seconds": time.perf_counter() - begin,
-        "communication_seconds": context.traffic.seconds,
-        "bytes_sent": dict(context.traffic.bytes),
-        "buffer_bytes": keys.most_bytes_held,
-    }
+    report = {**context.report(), "buffer_bytes": keys.most_bytes_held}
     return (None if stopped or context.rank != 0 else replay.output()), report
 
 
