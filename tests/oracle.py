@@ -110,7 +110,7 @@ def pipefusion(
         groups = [call.conds] if together else [[index] for index in call.conds]
         outputs: list[Tensor] = []
         for group in groups:
-            whole = number < warmup_steps
+            whole = number < warmup_steps or (tuple(group), 0) not in kept
             outputs += evaluate(model, x, call.timestep, [job["conds"][i] for i in group], tuple(group), kept,
                                 0 if whole else num_patches)
         replay.answer(number, replay.denoised(number, outputs))

@@ -7,6 +7,7 @@ every rank's answer. Ranks stay for many jobs, since starting one takes seconds.
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import pickle
 import runpy
@@ -93,9 +94,10 @@ def tiny_model(family: str, *, heads: int, dtype: torch.dtype = torch.float32, *
     from comfy_xdit.models.sd3 import SD3
     from comfy_xdit.parallel.spec import ModelShape
 
-    config = {"attention_head_dim": 8, "num_attention_heads": heads, "num_layers": 2, "joint_attention_dim": 12}
+    config = {"attention_head_dim": 8, "num_attention_heads": heads, "joint_attention_dim": 12}
+    config["num_layers"] = layers = options.get("layers", 2)
     if family == "flux":
-        config |= {"in_channels": 16, "num_single_layers": 2, "axes_dims_rope": (4, 2, 2)}
+        config |= {"in_channels": 16, "num_single_layers": layers, "axes_dims_rope": (4, 2, 2)}
         config |= {"pooled_projection_dim": 10, "guidance_embeds": options.get("guidance", True)}
     else:
         config |= {"sample_size": 24, "in_channels": 4, "out_channels": 4, "pos_embed_max_size": 12}
@@ -267,6 +269,11 @@ def run_attention(
     own = [cut(torch.empty(length), 0, axis).shape[0] for length in lengths]
     parts = zip(out.split(own, 2), lengths, strict=True)
     return torch.cat([join(part, 2, length, axis) for part, length in parts], 2)
+
+
+def run_of(module: str, function: str, arguments: dict[str, Any]) -> Any:
+    """Job: one that another file of the tests defines."""
+    return getattr(importlib.import_module(module), function)(**arguments)
 
 
 def groups() -> Any:

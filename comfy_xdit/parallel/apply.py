@@ -26,7 +26,7 @@ from .sequence import cut, join, total
 @contextlib.contextmanager
 def applied(
     module: nn.Module, plan: ModelPlan, context: ParallelContext, attend: Attend | None = None
-) -> Iterator[None]:
+) -> Iterator[Application]:
     """`module` computes with its tokens spread over `context`'s sequence axis inside the `with`.
 
     On the tensor axis it must hold this rank's shards of its weights; what they give is added up.
@@ -34,11 +34,12 @@ def applied(
     Every rank of the axis calls the module with the same whole arguments, by keyword, and gets the
     whole output.
     attend: what its attention modules do; by default exact sequence parallelism.
+    Yields the application, whose `segment` says which tokens a forward computes.
     """
-    work = _Application(module, plan, context, attend or SequenceAttention(context))
+    work = Application(module, plan, context, attend or SequenceAttention(context))
     try:
         work.hook()
-        yield
+        yield work
     finally:
         work.unhook()
 
@@ -56,8 +57,12 @@ def find(module: nn.Module, pattern: str) -> list[tuple[str, nn.Module]]:
     return found
 
 
-class _Application:
-    """One plan on one module: the hooks, and the lengths of the streams in the forward that runs."""
+class Application:
+    """One plan on one module: the hooks, and the lengths of the streams in the forward that runs.
+
+    segment: the tokens of each stream, (first, number), that forwards compute from now on; None for all.
+    Arguments and output keep their whole size; outside the segment the output is 0.
+    """
 
     def __init__(self, module: nn.Module, plan: ModelPlan, context: ParallelContext, attend: Attend) -> None:
         self.module = module
@@ -65,6 +70,7 @@ class _Application:
         self.whole_axis = self.axis = context.axis("sequence")
         self.tensor_axis = context.axis("tensor")
         self.attend = attend
+        self.segment: dict[str, tuple[int, int]] | None = None
         self.lengths: dict[str, int] = {}
         self.given: dict[str, Any] = {}
         self.seams: list[_Seam] = []
@@ -138,10 +144,20 @@ class _Application:
             raise ValueError(
                 f"{length} {rule.stream} tokens where the model has {known}; give as many everywhere"
             )
+        if self.segment is not None:
+            value = value.narrow(rule.dim, *self.segment[rule.stream])
         return cut(value, rule.dim, self.axis)
 
     def _join(self, value: Tensor, rule: Cut) -> Tensor:
-        return join(value, rule.dim, self.lengths[rule.stream], self.axis)
+        length = self.lengths[rule.stream]
+        if self.segment is None:
+            return join(value, rule.dim, length, self.axis)
+        first, size = self.segment[rule.stream]
+        shape = list(value.shape)
+        shape[rule.dim] = length
+        whole = value.new_zeros(shape)
+        whole.narrow(rule.dim, first, size).copy_(join(value, rule.dim, size, self.axis))
+        return whole
 
     def _exact(self, args: tuple[Any, ...], exact: dict[int, Exact]) -> tuple[Any, ...]:
         replaced = list(args)
@@ -154,7 +170,7 @@ class _Application:
 class _Seam(TorchFunctionMode):
     """Gives one attention module's calls of scaled_dot_product_attention to `attend`."""
 
-    def __init__(self, work: _Application, path: str, streams: tuple[str, ...]) -> None:
+    def __init__(self, work: Application, path: str, streams: tuple[str, ...]) -> None:
         super().__init__()
         self.work = work
         self.path = path
@@ -195,7 +211,9 @@ class _Seam(TorchFunctionMode):
         if attn_mask is not None:
             attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
         lengths = tuple(self.work.lengths[stream] for stream in self.streams)
-        layer = Layer(path=self.path, lengths=lengths, num_shards=self.work.axis.degree)
+        segment = self.work.segment
+        spans = tuple(segment[stream] for stream in self.streams) if segment is not None else None
+        layer = Layer(path=self.path, lengths=lengths, spans=spans, num_shards=self.work.axis.degree)
         return self.work.attend(query, key, value, layer, mask=attn_mask, scale=scale)
 
 

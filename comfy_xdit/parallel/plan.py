@@ -70,6 +70,8 @@ class ModelPlan:
     exact: path → position → what replaces that argument.
     blocks: the lists of blocks, in the order in which they run; pipeline stages are cut from them.
     streams: the keyword arguments of a block that it returns, in its order.
+    token_side: latent pixels on a side of an image token; the image stream begins with the latent's tokens,
+    row by row.
     tensor: which weights are cut over the tensor axis.
     after_blocks: modules with weights that run after the last block, so on the last stage only.
     """
@@ -82,4 +84,5 @@ class ModelPlan:
     blocks: tuple[str, ...]
     tensor: TensorPlan
     streams: tuple[str, ...] = ("encoder_hidden_states", "hidden_states")
+    token_side: int = 2
     after_blocks: tuple[str, ...] = ("norm_out", "proj_out")

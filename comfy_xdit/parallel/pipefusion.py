@@ -1,0 +1,242 @@
+"""Sampling through a pipeline of stages that never runs empty: PipeFusion.
+
+Each stage computes the text, then patch after patch of the image, and passes every segment on; when a patch
+leaves the last stage, its part of the sampler's step is made there, and it enters the first stage again while
+the other patches are still under way. Attention sees old keys and values of what has not come by yet
+(`stale.py`), so the result is an approximation, but one that does not depend on the number of stages.
+Source: PipeFusion, arXiv 2405.14430.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from comfy_xdit.messages import Sample
+from comfy_xdit.models.base import Call
+from comfy_xdit.trajectory import SamplerProgram
+
+from .agreement import Agreement
+from .apply import Application, applied
+from .context import ParallelContext
+from .denoise import Model, Piece, arguments_of, deal, rows_of
+from .links import Inbox, Outbox, Shelf
+from .patches import Evaluation, FirstStage, LastStage, Patches, Replies
+from .sample import batched, calls_argument
+from .segments import WHOLE, Segment, segments_of
+from .sequence import shard_sizes
+from .spec import check
+from .stage import Stage, StagedModel
+from .stale import StaleAttention
+
+LAG = 2
+"""Evaluations between a wish to stop and the last one: no stage is further ahead of another than one."""
+
+Post = Callable[[dict[str, Any]], None]
+Kind = tuple[int, ...]
+"""The conditionings of an evaluation."""
+
+
+class PipelineModel(Model, StagedModel, Protocol):
+    """A resident model with one stage's blocks."""
+
+
+def pipefusion(
+    model: PipelineModel,
+    message: Sample,
+    conds: list[Call],
+    context: ParallelContext,
+    *,
+    post: Post,
+    wish_to_stop: Callable[[], bool],
+) -> tuple[Tensor | None, dict[str, Any]]:
+    """As `sample.sample`, approximately: the first `warmup_steps` evaluations, one at least, are exact.
+
+    An evaluation with conditionings that no earlier one had is exact too. A job stops up to three evaluations
+    after the wish. report: also num_patches, and kv_bytes, what the buffers of keys and values took.
+    """
+    faults = check(context.spec, num_ranks=context.world_size, shape=model.shape)
+    if faults:
+        raise ValueError("; ".join(faults))
+    patches = Patches.of(message, model.family.plan.token_side, context)
+    report: dict[str, Any] = {"num_patches": len(patches.rows), "kv_bytes": 0}
+    result = None
+    keys = StaleAttention(context)
+    with keys, applied(model.module, model.family.plan, context, keys) as run, Stage(model, context) as stage:
+        pipeline = _Pipeline(model, message, conds, context, patches, keys, run, stage, post)
+        if Agreement(wish_to_stop, context.world).go_on():
+            result = pipeline.run(wish_to_stop)
+        report["kv_bytes"] = keys.bytes_held
+    return result, {**context.report(), **report}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Batch:
+    """Rows that go through the model together. key: names their buffers; segments: of a step that isn't exact."""
+
+    key: tuple[Kind, int]
+    pieces: list[Piece]
+    call: Call
+    segments: list[Segment]
+    num_tokens: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Step:
+    """What a stage computes without a look at the sampler: before it `patches` are fetched, then they are done."""
+
+    evaluation: Evaluation
+    patches: tuple[int, ...]
+    computed: list[tuple[_Batch, Segment]]
+
+
+class _Pipeline:
+    """One stage's part of one job."""
+
+    def __init__(
+        self,
+        model: PipelineModel,
+        message: Sample,
+        conds: list[Call],
+        context: ParallelContext,
+        patches: Patches,
+        keys: StaleAttention,
+        run: Application,
+        stage: Stage,
+        post: Post,
+    ) -> None:
+        self._model, self._message, self._conds, self._context = model, message, conds, context
+        self._patches, self._keys, self._run, self._stage = patches, keys, run, stage
+        self._program: SamplerProgram = message.program
+        self._shards = context.axis("sequence")
+        replies, back = Replies.of(model, message, context), context.axis("pipe back")
+        alone = Shelf() if back.degree == 1 else None
+        self._sent = (alone or Outbox(back, 0)) if stage.is_last else None
+        self._last = LastStage(message, patches, replies, self._sent, context) if self._sent is not None else None
+        self._first = None
+        if stage.is_first:
+            link = alone or Inbox(back, back.degree - 1)
+            self._first = FirstStage(message, patches, replies, link, post)
+        # Of all conditionings, also of other lanes: a fault that only some ranks see leaves the others waiting.
+        self._kinds = [tuple(call.conds) for call in self._program.calls]
+        every = {index: _whole_rows(message, (index,)) for kind in self._kinds for index in kind}
+        for index, pieces in every.items():
+            self._batch((index,), 0, pieces)
+        self._batches = {kind: self._dealt(kind) for kind in set(self._kinds)}
+
+    def run(self, wish_to_stop: Callable[[], bool]) -> Tensor | None:
+        """The sampler's output on rank 0, None elsewhere and when stopped."""
+        steps = self._steps(wish_to_stop)
+        step = next(steps, None)
+        self._expect(step)
+        previous: Evaluation | None = None
+        while step is not None:
+            evaluation = step.evaluation
+            # Asked for before the computing, so that the next step's messages come beside it.
+            following = next(steps, None)
+            self._expect(following)
+            self._compute(step, previous)
+            if following is None or following.evaluation is not evaluation:
+                self._settle()
+                previous = evaluation
+            step = following
+        self._settle()
+        if self._first is None or previous is None:
+            return None
+        for patch in range(len(self._patches.rows)):
+            self._first.take(previous, patch)
+        is_done = previous.number + 1 == len(self._program.calls)
+        return self._first.result if is_done and self._context.rank == 0 else None
+
+    def _settle(self) -> None:
+        """An evaluation is over: what was sent in the one before has arrived, or none of this could have."""
+        self._stage.settle()
+        if self._sent is not None:
+            self._sent.settle()
+
+    def _steps(self, wish_to_stop: Callable[[], bool]) -> Iterator[_Step]:
+        program, everything = self._program, tuple(range(len(self._patches.rows)))
+        agreement = Agreement(wish_to_stop, self._context.world, lag=LAG)
+        seen: set[Kind] = set()
+        for number, call in enumerate(program.calls):
+            kind = self._kinds[number]
+            is_exact = not self._message.stale or number < self._message.warmup_steps or kind not in seen
+            seen.add(kind)
+            # What is agreed on now holds from the next evaluation on, so that nobody expects what nobody sends.
+            goes_on = agreement.go_on()
+            is_end = not goes_on or number + 1 == len(program.calls)
+            evaluation = Evaluation(number=number, call=call, is_exact=is_exact, is_end=is_end)
+            if self._first is not None:
+                self._first.expect(evaluation)
+            batches = self._batches[kind]
+            if is_exact:
+                whole = [(batch, WHOLE) for batch in batches]
+                yield _Step(evaluation=evaluation, patches=everything, computed=whole)
+            for patch in (None, *everything) if not is_exact else ():
+                computed = [(batch, part) for batch in batches for part in batch.segments if part.patch == patch]
+                yield _Step(evaluation=evaluation, patches=() if patch is None else (patch,), computed=computed)
+            if is_end:
+                break
+        agreement.close()
+
+    def _expect(self, step: _Step | None) -> None:
+        for batch, segment in step.computed if step is not None else ():
+            spans = segment.spans or {stream: (0, size) for stream, size in batch.num_tokens.items()}
+            tokens = sum(shard_sizes(size, self._shards.degree)[self._shards.index] for _, size in spans.values())
+            config: Any = self._model.module.config
+            hidden = config["num_attention_heads"] * config["attention_head_dim"]
+            x = batch.call["x"]
+            self._stage.expect(x.shape[0] * tokens * hidden, x.dtype, x.device)
+
+    def _compute(self, step: _Step, previous: Evaluation | None) -> None:
+        if self._first is not None and previous is not None:
+            for patch in step.patches:
+                self._first.take(previous, patch)
+        outputs: list[Tensor] = []
+        for batch, segment in step.computed:
+            out = self._forward(step, batch, segment)
+            if out is not None:
+                outputs += out.split([piece.stop - piece.start for piece in batch.pieces])
+        if self._last is not None:
+            for patch in step.patches:
+                self._last.finish(step.evaluation, patch, outputs)
+
+    def _forward(self, step: _Step, batch: _Batch, segment: Segment) -> Tensor | None:
+        call = {**batch.call, "timestep": torch.full_like(batch.call["timestep"], step.evaluation.call.timestep)}
+        if self._first is not None:
+            call["x"] = torch.cat([self._first.x[piece.start : piece.stop] for piece in batch.pieces])
+        self._keys.begin(batch.key)
+        self._run.segment = segment.spans
+        out = self._stage.forward(arguments_of(self._model, call), wants_output=bool(step.patches))
+        return self._model.family.output(out, call) if out is not None else None
+
+    def _dealt(self, kind: Kind) -> list[_Batch]:
+        """What this rank's lane computes in an evaluation of the kind."""
+        spec, num_rows = self._context.spec, self._message.noise.shape[0]
+        pieces = deal([num_rows] * len(kind), cfg=spec.cfg, dp=spec.dp)[self._context.lane]
+        together = batched([self._rows(kind, piece) for piece in pieces]) if pieces else None
+        groups = [pieces] if together is not None else [[piece] for piece in pieces]
+        return [self._batch(kind, number, group) for number, group in enumerate(groups)]
+
+    def _batch(self, kind: Kind, number: int, pieces: list[Piece]) -> _Batch:
+        """Raises ValueError for conditionings that the model does not take or the axes cannot cut."""
+        rows = [self._rows(kind, piece) for piece in pieces]
+        call = batched(rows) or rows[0]
+        lengths = self._patches.lengths(arguments_of(self._model, call), self._model.family.plan)
+        segments = segments_of(
+            self._patches.grid, self._patches.rows, lengths, num_shards=self._shards.degree
+        )
+        return _Batch(key=(kind, number), pieces=pieces, call=call, segments=segments, num_tokens=lengths)
+
+    def _rows(self, kind: Kind, piece: Piece) -> Call:
+        """The rows' call, but for what changes: its latent is 0, its timestep too."""
+        x = torch.zeros_like(self._message.noise)
+        return rows_of(calls_argument(x, 0.0, self._conds[kind[piece.call]], self._model), piece)
+
+
+def _whole_rows(message: Sample, kind: Kind) -> list[Piece]:
+    return [Piece(call=number, start=0, stop=message.noise.shape[0]) for number, _ in enumerate(kind)]

@@ -1,0 +1,97 @@
+"""How PipeFusion cuts a sequence: what conditions the image in pieces of their own, the image in patches.
+
+A patch is some rows of image tokens, so that its part of the latent is some rows of pixels. Text, and the
+tokens of reference images, need nothing of the sampler and come first in each step.
+Source: PipeFusion, arXiv 2405.14430; there text goes with every patch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from .sequence import shard_sizes, shard_starts
+
+Spans = dict[str, tuple[int, int]]
+"""Stream → its first token, and how many."""
+
+PATCHES_PER_STAGE = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Segment:
+    """Tokens that a stage computes at once. spans: None for all. patch: its number, None for what conditions."""
+
+    spans: Spans | None
+    patch: int | None = None
+
+
+WHOLE = Segment(spans=None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Grid:
+    """The image's tokens, row by row. side: latent pixels on a side of one."""
+
+    rows: int
+    columns: int
+    side: int
+
+    @classmethod
+    def of(cls, height: int, width: int, side: int) -> Grid:
+        """The grid of a latent; tokens at its end may be in part beyond it."""
+        return cls(rows=-(-height // side), columns=-(-width // side), side=side)
+
+
+def cut_rows(grid: Grid, *, num_patches: int, num_stages: int, num_shards: int) -> list[range]:
+    """Rows of tokens of each patch: of equal height, the first ones one row higher where they can't be.
+
+    num_patches: 0 makes two for each stage: as many as stages are computed at any time, the others are on
+    their way. Fewer are made when there are too few rows, or rows of too few tokens to give one to each of
+    `num_shards` ranks. Raises ValueError when there are too few for a single patch.
+    """
+    if num_patches < 0:
+        raise ValueError(f"{num_patches} patches are none; use 1 or more, or 0 to have the number chosen")
+    if grid.rows * grid.columns < num_shards:
+        raise ValueError(
+            f"an image of {grid.rows * grid.columns} tokens cannot be cut over {num_shards} ranks beside a pipeline; "
+            f"use ring and ulysses of {grid.rows * grid.columns} or less together"
+        )
+    limit = grid.rows // -(-num_shards // grid.columns)
+    sizes = shard_sizes(grid.rows, min(num_patches or PATCHES_PER_STAGE * num_stages, limit))
+    return [range(start, start + size) for start, size in zip(shard_starts(sizes), sizes, strict=True)]
+
+
+def segments_of(grid: Grid, patches: list[range], lengths: dict[str, int], *, num_shards: int) -> list[Segment]:
+    """The segments of one step in order: text, references in pieces like patches, patches.
+
+    lengths: tokens of the streams "text" and "image"; what the image has beyond the grid are references.
+    Raises ValueError when the text cannot be cut over `num_shards` ranks.
+    """
+    num_patch_tokens = grid.rows * grid.columns
+    references = lengths["image"] - num_patch_tokens
+    pieces = references // max(len(patches[0]) * grid.columns, num_shards)
+    conditions: list[Spans] = [{"text": (0, lengths["text"]), "image": (num_patch_tokens, 0)}]
+    if references and not pieces:
+        conditions = [{"text": (0, lengths["text"]), "image": (num_patch_tokens, references)}]
+    sizes = shard_sizes(references, pieces) if pieces else []
+    for start, size in zip(shard_starts(sizes), sizes, strict=True):
+        conditions.append({"text": (0, 0), "image": (num_patch_tokens + start, size)})
+    found = [Segment(spans=spans) for spans in conditions if num_tokens(spans)]
+    if found and num_tokens(found[0].spans or {}) < num_shards:
+        raise ValueError(
+            f"a text of {lengths['text']} tokens cannot be cut over {num_shards} ranks beside a pipeline; "
+            f"use ring and ulysses of {max(lengths['text'], 1)} or less together"
+        )
+    for number, rows in enumerate(patches):
+        span = (rows.start * grid.columns, len(rows) * grid.columns)
+        found.append(Segment(spans={"text": (0, 0), "image": span}, patch=number))
+    return found
+
+
+def num_tokens(spans: Spans) -> int:
+    return sum(size for _, size in spans.values())
+
+
+def pixel_rows(grid: Grid, rows: range, height: int) -> slice:
+    """The rows of a latent of `height` that these rows of tokens cover."""
+    return slice(rows.start * grid.side, min(rows.stop * grid.side, height))

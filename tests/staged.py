@@ -1,0 +1,168 @@
+"""Jobs of PipeFusion's tests: tiny models of which a rank holds one stage, sampler programs, and their oracle."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import torch
+from programs import flow_program
+from ranks import groups, tiny_model
+
+from comfy_xdit.messages import Sample
+from comfy_xdit.parallel.context import ParallelContext
+from comfy_xdit.parallel.spec import ParallelSpec
+from comfy_xdit.parallel.stages import Absent, block_costs, block_paths, stages
+from comfy_xdit.trajectory import SamplerCall, SamplerPreview, SamplerProgram
+
+
+def staged_model(*, stage: int = 0, num_stages: int = 1, **options: Any) -> Any:
+    """`tiny_model` with only the blocks of one stage, as the workers load it."""
+    model = tiny_model(**options)
+    plan, module = model.family.plan, model.module
+    model.block_paths = block_paths(module, plan)
+    model.shape = dataclasses.replace(model.shape, num_blocks=len(model.block_paths))
+    model.stage = stages(block_costs(module, plan, hidden=8 * options["heads"]), num_stages)[stage]
+    for number, path in enumerate(model.block_paths):
+        if number not in model.stage:
+            blocks, _, name = path.rpartition(".")
+            module.get_submodule(blocks)._modules[name] = Absent(plan.streams)
+    if stage + 1 < num_stages:
+        for name in plan.after_blocks:
+            module.get_submodule(name).to("meta")
+    return model
+
+
+def run_pipefusion(
+    model: dict[str, Any], job: dict[str, Any], degrees: dict[str, int], stop_after: int | None = None, **method: Any
+) -> tuple[torch.Tensor | None, dict[str, Any], list[dict[str, Any]]]:
+    """Job: (samples or None, report, what was posted)."""
+    from comfy_xdit.parallel.pipefusion import pipefusion
+
+    spec = ParallelSpec(**degrees)
+    message = Sample(job="j", model="m", patches_id="", spec=spec, **job, **method)
+    posted: list[dict[str, Any]] = []
+    asked = 0
+
+    def wish_to_stop() -> bool:
+        nonlocal asked
+        asked += 1
+        return stop_after is not None and asked > stop_after
+
+    with ParallelContext(spec, groups()) as context, torch.inference_mode():
+        place = context.axis("pipe")
+        whole = staged_model(stage=place.index, num_stages=place.degree, **model)
+        samples, report = pipefusion(
+            whole, message, message.conds, context, post=posted.append, wish_to_stop=wish_to_stop
+        )
+    return samples, report, posted
+
+
+def refusal(**arguments: Any) -> str:
+    """Job: the sentence with which `run_pipefusion` refuses."""
+    try:
+        run_pipefusion(**arguments)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def sampling_job(
+    model: dict[str, Any],
+    program: SamplerProgram,
+    *,
+    size: tuple[int, int] = (10, 6),
+    batch: int = 1,
+    texts: tuple[int, ...] = (5, 5),
+    masked: bool = False,
+    references: tuple[tuple[int, int], ...] = (),
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The fields of a `Sample` that a program needs, of random numbers in the model's dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    dtype = model.get("dtype", torch.float32)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    latent = (batch, 4, *size)
+    conds = []
+    for number, _ in enumerate(program.conds):
+        cond: dict[str, Any] = {"context": random(1, texts[number], 12), "y": random(1, 10)}
+        if model["family"] == "flux":
+            cond["guidance"] = random(1).abs()
+        if references:
+            cond["ref_latents"] = [random(1, 4, *shape) for shape in references]
+        conds.append(cond)
+    if model["family"] != "flux":
+        calls = [dataclasses.replace(call, timestep=1000 * call.timestep) for call in program.calls]
+        program = dataclasses.replace(program, calls=calls)
+    mask = (random(batch, 4, *size) > 0).to(dtype) if masked else None
+    if masked:
+        program = inpainting(program)
+    return {
+        "program": program, "conds": conds, "noise": random(*latent), "latent": random(*latent), "mask": mask,
+        "noises": [random(*latent) for _ in program.calls],
+    }
+
+
+def inpainting(program: SamplerProgram) -> SamplerProgram:
+    """The program as with a mask: each call knows the noised latent."""
+    calls = [
+        dataclasses.replace(call, known={"noise": call.sigma, "latent": 1 - call.sigma}) for call in program.calls
+    ]
+    return dataclasses.replace(program, calls=calls)
+
+
+def heun_program(*, steps: int, cfg: float) -> SamplerProgram:
+    """Two evaluations for each step but the last: there and back, the mean of both slopes is taken."""
+    sigmas = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
+    calls: list[SamplerCall] = []
+    previews = []
+    row = {"noise": 1.0}
+
+    def call(sigma: float, row: dict[str, float]) -> int:
+        calls.append(
+            SamplerCall(
+                sigma=sigma, timestep=sigma, input=row, known={}, input_scale=1.0, skip=1.0, gain=-sigma,
+                conds=[0, 1], guide={"0": cfg, "1": 1 - cfg},
+            )
+        )
+        return len(calls) - 1
+
+    for step, (now, then) in enumerate(itertools.pairwise(sigmas)):
+        first = call(now, row)
+        previews.append(SamplerPreview(after=first, step=step + 1, total=steps, denoised={f"d{first}": 1.0}))
+        euler = {f"x{first}": then / now, f"d{first}": 1 - then / now}
+        if then == 0:
+            row = euler
+            continue
+        second = call(then, euler)
+        half = (then - now) / 2
+        row = {
+            f"x{first}": 1 + half / now, f"d{first}": -half / now, f"x{second}": half / then,
+            f"d{second}": -half / then,
+        }
+    return SamplerProgram(conds=["positive", "negative"], calls=calls, previews=previews, output=row)
+
+
+def lonely_program(*, steps: int, cfg: float) -> SamplerProgram:
+    """Euler whose middle steps do without the negative conditioning."""
+    program = flow_program(steps=steps, cfg=cfg)
+    calls = [
+        dataclasses.replace(call, conds=[0], guide={"0": 1.0}) if number in (2, 3) else call
+        for number, call in enumerate(program.calls)
+    ]
+    return dataclasses.replace(program, calls=calls)
+
+
+PROGRAMS = {
+    "euler": lambda: flow_program(steps=4, cfg=2.5),
+    "euler without cfg": lambda: flow_program(steps=4),
+    "multistep": lambda: flow_program(steps=5, cfg=2.5, kind="multistep"),
+    "ancestral": lambda: flow_program(steps=4, cfg=2.5, noisy=True),
+    "multistep with noise": lambda: flow_program(steps=5, cfg=2.5, kind="multistep", noisy=True),
+    "two evaluations a step": lambda: heun_program(steps=3, cfg=2.5),
+    "negative left out": lambda: lonely_program(steps=6, cfg=2.5),
+}
