@@ -205,11 +205,11 @@ def look_at_kernels() -> list[str]:
 def look_at_shm() -> list[str]:
     shm = Path("/dev/shm")
     if not shm.is_dir():
-        return ["There is no /dev/shm: workers exchange data through it, so a pool cannot start."]
+        return ["There is no /dev/shm: a VAE and some models reach the workers through it."]
     usage = shutil.disk_usage(shm)
     if usage.free < LEAST_SHM_BYTES:
         return [
-            f"/dev/shm has {usage.free >> 20} MiB free, too little for several workers; "
+            f"/dev/shm has {usage.free >> 20} MiB free, too little to hand a VAE to the workers; "
             "start a container with --shm-size=1g."
         ]
     return [f"/dev/shm has {usage.free >> 20} MiB free."]

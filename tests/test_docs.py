@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from comfy_xdit.cli import COMMANDS
-from comfy_xdit.pool import client, devices, door, folder, roster, rpc, verdict
+from comfy_xdit.pool import client, devices, door, folder, roster, verdict
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md")) + [page for page in [ROOT / "README.md"] if page.is_file()]
@@ -80,5 +80,4 @@ def test_limits_are_the_codes():
     assert door.MAX_FAILED_STARTS == 3 and "after three times" in pool
     assert devices.MAX_AUTO_CPU_RANKS == 4
     assert "per core, at most 4" in pool and "per core, at most 4" in nodes
-    assert f"{rpc.SHM_BYTES_PER_WORKER >> 20} MiB for each worker" in trouble
     assert f"at most {folder.MAX_SOCKET_PATH_BYTES} bytes" in trouble

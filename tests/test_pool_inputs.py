@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from types import SimpleNamespace
-
 import pytest
 
-from comfy_xdit.pool import rpc
 from comfy_xdit.pool.client import Pool, PoolError
 from comfy_xdit.pool.devices import describe, parse_devices
 from comfy_xdit.pool.folder import pool_folder
@@ -101,12 +97,6 @@ def test_a_path_too_long_for_a_socket_is_told(monkeypatch, tmp_path):
     monkeypatch.setenv("COMFY_XDIT_HOME", str(tmp_path / ("x" * 100)))
     with pytest.raises(PoolError, match="a socket's path may have 107; set COMFY_XDIT_HOME"):
         pool_folder("test")
-
-
-def test_a_full_shared_memory_is_told(monkeypatch):
-    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=10, f_frsize=1 << 20))
-    with pytest.raises(PoolError, match=r"/dev/shm has 10 MiB free and the pool needs 60 MiB .*--shm-size"):
-        rpc.require_shm(2)
 
 
 def test_a_torch_without_rpc_is_told(home, monkeypatch):

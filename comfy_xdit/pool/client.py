@@ -13,7 +13,7 @@ from typing import Any
 from ..messages import Failure, Message, Result, decode, encode
 from .errors import PoolError
 from .folder import pool_folder
-from .rpc import ASIDE, Group, Place, TurnEnded, require_available, require_shm
+from .rpc import ASIDE, Group, Place, TurnEnded, require_available
 from .start import POLL_S, Poll, reach, say
 from .verdict import groups_survive, worst
 from .wire import Wire
@@ -143,7 +143,6 @@ class Pool:
     def _wait_for_grant(self, poll: Poll) -> None:
         wire = self._wire
         assert wire is not None
-        require_shm(self.num_ranks)
         self._settle_join(poll)
         if self._group is not None and not self._group.is_current:
             self._group = None

@@ -3,7 +3,8 @@
 Facts that shape this file, each found by trying: a group in which a process died takes no new member, so
 every client and every restart gets a group of its own, with names that never return; a second group in
 one process needs torch's store prefix counter at zero; `graceful=False` is the only shutdown that returns
-when a peer is gone; the `shm` transport opens no port; and torch's unpickler runs whatever a peer sends,
+when a peer is gone; the `shm` transport spins on a core in every process, even when nobody speaks, while `uv`
+sleeps (and listens on loopback, as gloo does); and torch's unpickler runs whatever a peer sends,
 so ours takes its place and lets through what an exchange of text and tensors needs.
 """
 
@@ -32,8 +33,6 @@ from .errors import PoolError
 Serve = Callable[[int, str, list[Tensor]], tuple[str, list[Tensor]]]
 
 JOIN_TIMEOUT_S = 10.0
-SHM_BYTES_PER_WORKER = 30 << 20
-"""Ring buffers under /dev/shm between the client and one worker (TensorPipe's shm transport), measured."""
 
 ASIDE = 0
 """The serial number of a message that does not wait for its turn; the others count from 1."""
@@ -65,21 +64,6 @@ def require_available() -> None:
         raise PoolError(
             f"a worker pool needs a torch with distributed RPC, which this one on {sys.platform} lacks; "
             "use Linux, or WSL2 on Windows"
-        )
-
-
-def require_shm(num_workers: int, *, path: str = "/dev/shm") -> None:
-    """Raises PoolError when shared memory is too full for a group: torch would die of SIGBUS later."""
-    needed = SHM_BYTES_PER_WORKER * num_workers
-    try:
-        found = os.statvfs(path)
-    except OSError as error:
-        raise PoolError(f"workers talk through {path}, which cannot be used: {error.strerror}") from None
-    free = found.f_bavail * found.f_frsize
-    if free < needed:
-        raise PoolError(
-            f"{path} has {free >> 20} MiB free and the pool needs {needed >> 20} MiB there to talk to "
-            f"{num_workers} workers; remove files there, or give it more (docker: --shm-size=1g)"
         )
 
 
@@ -195,9 +179,8 @@ class Group:
                 init_method=f"file://{place.store}",
                 rpc_timeout=JOIN_TIMEOUT_S,
                 num_worker_threads=8,
-                _transports=["shm"],
-                # The other channels keep 8 MiB more of shared memory per worker, and are no faster for tensors
-                # of a latent's size.
+                _transports=["uv"],
+                # The other channels keep shared memory, and are no faster for tensors of a latent's size.
                 _channels=["basic"],
             )
             try:
