@@ -30,6 +30,8 @@ METHODS = {
     "ring": "Splits the image's tokens; keys and values travel in a ring. For more ranks than ulysses serves.",
     "ulysses": "Splits the image's tokens, then the attention heads. The fastest way to split one image.",
     "tensor": "Splits every weight matrix, so that each rank holds a part of the model.",
+    "distri": "Splits the image's tokens; each rank uses the others' keys and values of the step before, "
+    "so that none waits for another (DistriFusion). Near to exact, nearer with more steps.",
 }
 """What each degree does, in the words of a tooltip."""
 
@@ -38,7 +40,8 @@ METHODS = {
 class PoolSetting:
     """The value of an XDIT_POOL link: a pool's name, its devices, and degrees (0 = chosen for the model).
 
-    num_patches: of PipeFusion, 0 = chosen; warmup_steps: evaluations before activations are used again.
+    distri: approximate, so never chosen: 1 = off. num_patches: of PipeFusion, 0 = chosen; warmup_steps:
+    evaluations before activations are used again.
     sampling: "auto" runs the whole sampling loop on the workers where it can, "step" never does.
     """
 
@@ -50,6 +53,7 @@ class PoolSetting:
     ring: int = 0
     ulysses: int = 0
     tensor: int = 0
+    distri: int = 1
     num_patches: int = 0
     warmup_steps: int = 1
     sampling: str = "auto"
@@ -121,7 +125,23 @@ class XDiTWorkerPool:
         }
         return {
             "required": {"devices": ("STRING", devices), **degrees, "name": ("STRING", name)},
-            "optional": {"sampling": (["auto", "step"], sampling)},
+            "optional": {"sampling": (["auto", "step"], sampling), **cls._reuse()},
+        }
+
+    @staticmethod
+    def _reuse() -> dict[str, Any]:
+        """Inputs of the methods that use activations again, which no default turns on."""
+        patches = (
+            "Of pipe: into how many patches the image's tokens are cut, which follow each other through the stages."
+        )
+        warmup = (
+            "Of pipe and distri: so many evaluations of the model are exact, before activations are used again. "
+            "More come nearer to one GPU's image, and take longer."
+        )
+        return {
+            "distri": ("INT", {"default": 1, "min": 1, "max": 64, "tooltip": f"{METHODS['distri']} 1 = off."}),
+            "num_patches": ("INT", {"default": 0, "min": 0, "max": 1024, "tooltip": f"{patches} 0 = automatic."}),
+            "warmup_steps": ("INT", {"default": 1, "min": 1, "max": 10000, "tooltip": warmup}),
         }
 
     def make(self, devices: str, name: str, **choices: Any) -> tuple[PoolSetting]:

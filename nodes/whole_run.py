@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from comfy_xdit import messages as m
 
 if TYPE_CHECKING:
+    from comfy_xdit.parallel.spec import ParallelSpec
     from comfy_xdit.pool.client import Pool
 
 log = logging.getLogger("comfy_xdit")
@@ -56,7 +57,9 @@ def sample_whole(
         else:
             _say(guider, sampler, _num_chunks(job), f"as a whole on the workers, {len(job.program.calls)} evaluations")
             return _run(guider, job, callback, disable_pbar).to(noise.device)
-    _say(guider, sampler, count_chunks(guider), f"step by step in ComfyUI, since {reason}")
+    num_chunks = count_chunks(guider)
+    exact = "; distri waits for fresh keys there, so it is exact" if _spec(guider, num_chunks).distri > 1 else ""
+    _say(guider, sampler, num_chunks, f"step by step in ComfyUI, since {reason}{exact}")
     return executor(guider, sigmas, extra_args, callback, *given, disable_pbar, *args, **kwargs)
 
 
@@ -69,9 +72,14 @@ def _why_not(guider: Any, sampler: Any, sigmas: Tensor, *given: Tensor | None) -
 def _say(guider: Any, sampler: Any, num_chunks: int, how: str) -> None:
     """The one line about a run."""
     run, title = guider.inner_model.remote.run, guider.model_patcher.model.checkpoint.shape.title
-    spec = run.spec(num_chunks)
+    spec = _spec(guider, num_chunks)
     ranks = f"{spec.num_ranks} ranks" if spec.num_ranks > 1 else "alone"
     log.info("%s on pool %s (%s, %s): %s runs %s", title, run.pool.name, ranks, spec, _name(sampler), how)
+
+
+def _spec(guider: Any, num_chunks: int) -> ParallelSpec:
+    """The degrees of this run."""
+    return guider.inner_model.remote.run.spec(num_chunks)
 
 
 def _name(sampler: Any) -> str:
