@@ -203,6 +203,11 @@ class Status(Message):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Probe(Message):
+    """Measure the links between ranks and their devices: Result(value=dict) as `cost.probe` gives it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Result(Message):
     """value: what the message asked for. report: numbers about the call (seconds, bytes per collective, ...)."""
 

@@ -181,6 +181,13 @@ def run_checkpoint(path: str, family: str, call: dict[str, Any], chunks: int, de
         return denoise(model, [call], [chunks], context)[1]
 
 
+def run_probe() -> dict[str, Any]:
+    """Job: what this rank measured."""
+    from comfy_xdit.cost.probe import probe
+
+    return probe(torch.distributed.get_rank(), torch.distributed.get_world_size(), torch.device("cpu"))
+
+
 def refusal_of(**arguments: Any) -> str:
     """Job: the sentence with which `run_denoise` refuses."""
     try:
@@ -190,10 +197,10 @@ def refusal_of(**arguments: Any) -> str:
     return ""
 
 
-def run_sample(model: dict[str, Any], degrees: dict[str, int], stop_at: int | None = None, **fields: Any) -> Any:
+def run_sample(model: Any, degrees: dict[str, int], stop_at: int | None = None, **fields: Any) -> Any:
     """Job: a whole `sample` of a tiny model; (samples or None, report, progress posted).
 
-    fields: of the `Sample` message. stop_at: the number of evaluations after which this rank wishes to stop.
+    model: of `tiny_model`; or a LoadModel without a spec, of which each rank loads its part. fields: of the `Sample` message. stop_at: the number of evaluations after which this rank wishes to stop.
     """
     from comfy_xdit.messages import Sample
     from comfy_xdit.parallel.context import ParallelContext
@@ -201,11 +208,12 @@ def run_sample(model: dict[str, Any], degrees: dict[str, int], stop_at: int | No
     from comfy_xdit.parallel.spec import ParallelSpec
 
     spec = ParallelSpec(**degrees)
+    resident = tiny_model(**model) if isinstance(model, dict) else load_part(model, spec)
     message = Sample(job="job", model="m", patches_id="", spec=spec, **{"mask": None, **fields})
     posted: list[dict[str, Any]] = []
     with ParallelContext(spec, groups()) as context, torch.inference_mode():
         samples, report = sample(
-            tiny_model(**model),
+            resident,
             message,
             message.conds,
             context,
@@ -213,6 +221,15 @@ def run_sample(model: dict[str, Any], degrees: dict[str, int], stop_at: int | No
             wish_to_stop=lambda: stop_at is not None and len(posted) >= stop_at,
         )
     return samples, report, posted
+
+
+def load_part(load: Any, spec: Any) -> Any:
+    """What this rank holds of the model of a LoadModel."""
+    import dataclasses
+
+    from comfy_xdit.weights.resident import load as load_model
+
+    return load_model(dataclasses.replace(load, spec=spec), "cpu", rank=groups().rank)
 
 
 def buffers_left_by(**arguments: Any) -> tuple[int, int]:

@@ -8,21 +8,22 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from ranks import Ranks
 from torch.utils.flop_counter import FlopCounterMode
 
 from comfy_xdit import cli
 from comfy_xdit.bench.checkpoint import FluxSize
-from comfy_xdit.cost import document
+from comfy_xdit.cost import document, measured
 from comfy_xdit.cost.arithmetic import ANATOMIES, network, read_network
-from comfy_xdit.cost.choose import predict, predictions
+from comfy_xdit.cost.choose import predict, predictions, ranking
 from comfy_xdit.cost.formulas import sent
 from comfy_xdit.cost.links import Device, Link, device_named, link_named
 from comfy_xdit.cost.memory import memory
 from comfy_xdit.cost.work import Work, part_of
-from comfy_xdit.messages import LoadModel
+from comfy_xdit.messages import LoadModel, Probe, Result
 from comfy_xdit.models import FAMILIES
 from comfy_xdit.parallel.sequence import shard_sizes
-from comfy_xdit.parallel.spec import ParallelSpec
+from comfy_xdit.parallel.spec import ParallelSpec, auto
 from comfy_xdit.weights.resident import load
 
 SHAPES = {"flux": tiny.flux_shapes(), "sd3": tiny.sd3_shapes()}
@@ -218,3 +219,58 @@ def test_plan_refuses_in_a_sentence(tmp_path, capsys, words, sentence):
     path = tiny.write(tmp_path / "m.safetensors", tiny.random_weights(SHAPES["flux"]))
     assert cli.main(["plan", "--model", path, *words]) == 1
     assert sentence in capsys.readouterr().err
+
+
+def test_auto_takes_the_cheapest_exact_spec(flux_dev):
+    work = Work(latent=(128, 128), text_tokens=256, chunks=2)
+    gpu, crowded = GPU, Device(name="small", flops_per_s=200e12, memory_bytes=20e9)
+
+    def chosen(device, link="pcie4", **requested):
+        cost = ranking(flux_dev, work, link_named(link), device)
+        return auto(8, requested=requested, shape=flux_dev.shape, num_chunks=2, cost=cost)
+
+    found = predictions(flux_dev, work, 8, link_named("pcie4"), gpu, approximate=False)
+    taken = predict(flux_dev, work, chosen(gpu), link_named("pcie4"), gpu)
+    assert taken.step_s <= 1.03 * min(p.step_s for p in found) and taken.spec.cfg == 2 and not taken.num_idle
+    # Whoever sends nothing is faster there, also with ranks that do nothing.
+    assert chosen(gpu, "ethernet-10") == ParallelSpec(cfg=2, dp=4)
+    assert chosen(gpu, cfg=1).cfg == 1
+    assert chosen(gpu, ring=2).ring == 2
+    spread = chosen(crowded)
+    assert spread.tensor > 1 and spread.pipe == spread.distri == 1
+    with pytest.raises(ValueError, match="do not divide the pool's 8"):
+        chosen(gpu, ulysses=5)
+
+
+def test_a_pool_measures_itself_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("COMFY_XDIT_HOME", str(tmp_path))
+    asked = []
+
+    class Pool:
+        name, devices = "probed", ["cpu", "cpu"]
+
+        def call(self, message, timeout_s=None):
+            asked.append(message)
+            rates = {"all_to_all": 2e9, "send": 1e9}
+            value = {"flops_per_s": 5e10, "memory_bytes": 8 * 10**9, "bytes_per_s": rates, "latency_s": {"send": 1e-4}}
+            return Result(value=value)
+
+    with pytest.raises(ValueError, match="'probed' has not been measured"):
+        measured.read("probed")
+    link, device = measured.measure(Pool())
+    assert measured.measure(Pool()) == (link, device) == measured.read("probed")
+    assert asked == [Probe()]
+    assert link.seconds({"all_to_all": 2e9}) == pytest.approx(1.0001) and link.seconds({"send": 0}) == 0
+    assert (device.flops_per_s, device.memory_bytes) == (5e10, 8e9)
+    Pool.devices = ["cpu", "cpu", "cpu"]
+    measured.measure(Pool())
+    assert len(asked) == 2
+
+
+def test_ranks_probe_together():
+    with Ranks(2) as ranks:
+        first, second = ranks.run("run_probe")
+    names = {"all_to_all", "all_gather", "all_reduce", "send"}
+    assert first["bytes_per_s"].keys() == names == first["latency_s"].keys()
+    assert first["flops_per_s"] == second["flops_per_s"] > 0 and first["bytes_per_s"] == second["bytes_per_s"]
+    assert all(rate > 0 for rate in first["bytes_per_s"].values())

@@ -53,6 +53,7 @@ class Service:
             m.VAEDecode: self._vae_decode,
             m.VAEEncode: self._vae_encode,
             m.Unload: self._unload,
+            m.Probe: self._probe,
             m.Status: lambda message: m.Result(value=self.status()),
         }
 
@@ -163,6 +164,11 @@ class Service:
     def _vae_encode(self, message: m.VAEEncode) -> m.Result:
         moments = self._vae(message.vae).encode(message.image.to(self.device), self._groups.world)
         return m.Result(value=moments if self.rank == 0 else None)
+
+    def _probe(self, message: m.Probe) -> m.Result:
+        from comfy_xdit.cost.probe import probe
+
+        return m.Result(value=probe(self.rank, self.world_size, self.device))
 
     def _unload(self, message: m.Unload) -> m.Result:
         self._forget(message.keys or list(self._loads))

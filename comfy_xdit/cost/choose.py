@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 
-from comfy_xdit.parallel.spec import AXES, MAX_CFG, ParallelSpec, check
+from comfy_xdit.parallel.spec import APPROXIMATE, MAX_CFG, ParallelSpec, check, products
 
 from .arithmetic import Network, attention_flops
 from .formulas import distri, joined, ring, sent, shared, tensor, ulysses
 from .links import Device, Link
 from .memory import Memory, memory
 from .work import Part, Work, part_of
-
-APPROXIMATE = ("pipe", "distri")
-"""Methods that reuse activations of the step before."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +30,9 @@ class Prediction:
     sent_bytes: int
     memory: Memory
     fits: bool
+
+    num_idle: int = 0
+    """Ranks without a row to run."""
 
     @property
     def exact(self) -> bool:
@@ -52,16 +52,30 @@ def predictions(
 
 
 def specs(network: Network, work: Work, num_ranks: int) -> Iterator[ParallelSpec]:
-    """Every product of degrees that makes `num_ranks`, suits the model, and leaves no rank without rows."""
-    divisors = [degree for degree in range(1, num_ranks + 1) if num_ranks % degree == 0]
-    limits = {"cfg": MAX_CFG}
-    choices = [[d for d in divisors if d <= limits.get(axis, num_ranks)] for axis in AXES]
-    for degrees in itertools.product(*choices):
-        spec = ParallelSpec(**dict(zip(AXES, degrees, strict=True)))
-        if spec.cfg > work.chunks or spec.cfg * spec.dp > work.rows:
-            continue
+    """Every product of degrees that makes `num_ranks` and suits the model.
+
+    Also those that leave some ranks without rows: over a slow link nothing may be faster.
+    """
+    for spec in products(num_ranks, {"cfg": min(MAX_CFG, work.chunks)}):
         if not check(spec, num_ranks=num_ranks, shape=network.shape):
             yield spec
+
+
+def ranking(
+    network: Network, work: Work, link: Link, device: Device
+) -> Callable[[ParallelSpec], tuple[bool, int, float, int]]:
+    """What `spec.auto` goes by: what fits memory, then weights that need not be spread, then time, then memory.
+
+    Weights that are spread are read anew when degrees change, so that is worth it for room only. Times within
+    2 % of each other are the same.
+    """
+
+    def cost(spec: ParallelSpec) -> tuple[bool, int, float, int]:
+        found = predict(network, work, spec, link, device)
+        steps = round(math.log(max(found.step_s, 1e-9)) / 0.02)
+        return not found.fits, spec.tensor, steps, found.memory.total
+
+    return cost
 
 
 def predict(network: Network, work: Work, spec: ParallelSpec, link: Link, device: Device) -> Prediction:
@@ -79,6 +93,7 @@ def predict(network: Network, work: Work, spec: ParallelSpec, link: Link, device
         waiting_s=step_s - compute_s,
         sent_bytes=max(sent(network, work, spec, rank).total() for rank in range(spec.num_ranks)),
         memory=worst,
+        num_idle=sum(not part_of(network, work, spec, rank).rows for rank in range(spec.num_ranks)),
         fits=worst.total <= device.memory_bytes,
     )
 
@@ -91,7 +106,7 @@ def _times(
     With pipe: of its stage alone, as when the pipeline is full.
     """
     part = part_of(network, work, spec, rank)
-    waiting = _seconds(shared(network, work, part).total(), link, 1)
+    waiting = link.seconds(shared(network, work, part))
     if not part.rows:
         return 0.0, waiting
     flops = _flops(network, part)
@@ -99,13 +114,11 @@ def _times(
         for streams in network.blocks[block].attention:
             attention_s = _attention_flops(network, part, streams) / device.flops_per_s
             flops += _attention_flops(network, part, streams)
-            waiting += _seconds(ulysses(network, work, part, streams).total(), link, 2)
+            waiting += link.seconds(ulysses(network, work, part, streams), 2)
             waiting += _ring_waits(network, work, part, streams, link, attention_s)
             waiting += _distri_waits(network, work, part, streams, link)
-        waiting += _seconds(
-            tensor(network, work, part, block).total(), link, len(network.blocks[block].sums) + 2
-        )
-    waiting += _seconds(joined(network, work, part).total(), link, 1)
+        waiting += link.seconds(tensor(network, work, part, block), len(network.blocks[block].sums) + 2)
+    waiting += link.seconds(joined(network, work, part))
     compute_s = flops / device.flops_per_s
     if spec.distri > 1:
         waiting += max(0.0, _distri_seconds(network, work, part, link) - compute_s)
@@ -141,7 +154,7 @@ def _ring_waits(
     hops = part.spec.ring - 1
     if not hops:
         return 0.0
-    hop_s = _seconds(ring(network, work, part, streams).total() / hops, link, 1)
+    hop_s = link.seconds(ring(network, work, part, streams), hops) / hops
     return hops * max(0.0, hop_s - attention_s / part.spec.ring)
 
 
@@ -149,13 +162,13 @@ def _distri_waits(network: Network, work: Work, part: Part, streams: tuple[str, 
     """Exact evaluations wait for each gather; spread over the job."""
     if part.spec.distri == 1:
         return 0.0
-    return _seconds(distri(network, work, part, streams).total(), link, 1) * _warm(work)
+    return link.seconds(distri(network, work, part, streams)) * _warm(work)
 
 
 def _distri_seconds(network: Network, work: Work, part: Part, link: Link) -> float:
     """The links' time for one evaluation's gathers, which run beside it."""
     layers = [streams for block in part.blocks for streams in network.blocks[block].attention]
-    return sum(_seconds(distri(network, work, part, streams).total(), link, 1) for streams in layers)
+    return sum(link.seconds(distri(network, work, part, streams)) for streams in layers)
 
 
 def _pipelined(
@@ -165,9 +178,9 @@ def _pipelined(
     stages, patches = spec.pipe, work.num_patches or spec.pipe + 1
     part = part_of(network, work, spec, 0)
     hop_bytes = part.rows * part.shard_tokens(("image", "text")) * network.hidden * work.element_bytes
-    serial = stages * (stage_s + stage_waiting_s) + (stages - 1) * _seconds(hop_bytes, link, 1)
-    full = max(stage_s + stage_waiting_s, _seconds(hop_bytes, link, patches + 1))
-    fill = (stages - 1) * (full / patches + _seconds(hop_bytes / patches, link, 1))
+    serial = stages * (stage_s + stage_waiting_s) + (stages - 1) * link.seconds({"p2p": hop_bytes})
+    full = max(stage_s + stage_waiting_s, link.seconds({"p2p": hop_bytes}, patches + 1))
+    fill = (stages - 1) * (full / patches + link.seconds({"p2p": hop_bytes / patches}))
     warm = _warm(work)
     return warm * serial + (1 - warm) * full + fill / work.num_evaluations
 
@@ -175,7 +188,3 @@ def _pipelined(
 def _warm(work: Work) -> float:
     """The share of evaluations that are exact with methods that reuse activations."""
     return min(1.0, work.warmup / work.num_evaluations)
-
-
-def _seconds(num_bytes: float, link: Link, num_messages: int) -> float:
-    return num_bytes / link.bytes_per_s + num_messages * link.latency_s if num_bytes else 0.0

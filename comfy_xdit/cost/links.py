@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Link:
     """What one rank sends through at a time.
 
-    bytes_per_s: that a collective reaches in each direction, not the number on the box. latency_s: of one collective or
-    send, with the launch of its kernel.
+    bytes_per_s: that a collective reaches in each direction, not the number on the box; rates: by collective,
+    where it is known. latency_s: of one collective or send, with the launch of its kernel.
     """
 
     name: str
     bytes_per_s: float
     latency_s: float
+    rates: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def seconds(self, sent: Mapping[str, float], num_messages: int = 1) -> float:
+        """For so many bytes by collective, in so many messages; 0 when there is nothing to send."""
+        if not any(sent.values()):
+            return 0.0
+        latency = num_messages * self.latency_s
+        return latency + sum(count / self.rates.get(name, self.bytes_per_s) for name, count in sent.items())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -103,6 +103,7 @@ def row(prediction: Prediction, alone: Prediction) -> dict[str, Any]:
         "buffer_bytes": prediction.memory.buffers,
         "memory_bytes": prediction.memory.total,
         "fits": prediction.fits,
+        "idle_ranks": prediction.num_idle,
     }
 
 
@@ -117,6 +118,8 @@ def reasons(
         f"as one rank; it waits {share:.0%} of it for the link, and sends {_size(best.sent_bytes)} a step"
     ]
     exact = next((prediction for prediction in found if prediction.exact), None)
+    if best.num_idle:
+        said.append(f"{best.num_idle} ranks have nothing to do, and still {link.name} would cost the others more")
     if not best.exact:
         said.append("it approximates: activations of the step before stand in for other ranks' new ones")
         if exact is not None:
@@ -155,6 +158,7 @@ def text(result: dict[str, Any], args: argparse.Namespace) -> str:
     ]
     for entry in [result["alone"], *result["specs"]]:
         marks = "" if entry["exact"] else "  approximate"
+        marks += f"  {entry['idle_ranks']} ranks idle" if entry["idle_ranks"] else ""
         marks += "" if entry["fits"] else "  does not fit"
         lines.append(
             f"{entry['spec']:<32}{entry['step_s']:>8.3g} s{entry['speedup']:>7.2f}x"

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+from collections.abc import Callable, Iterator
+from typing import Any
 
 AXES = ("dp", "cfg", "pipe", "distri", "ring", "ulysses", "tensor")
 """Names of the mesh axes, outermost first: ulysses and tensor talk most, so their ranks are neighbours."""
 
 SERVED = ("dp", "cfg", "pipe", "distri", "ring", "ulysses", "tensor")
 """The axes that the engine runs; `check` refuses a degree above 1 on the others."""
+
+APPROXIMATE = ("pipe", "distri")
+"""The axes whose methods reuse activations of an earlier evaluation."""
 
 MAX_CFG = 2
 """Guidance has a conditional and an unconditional chunk."""
@@ -126,13 +132,20 @@ def _shape_faults(spec: ParallelSpec, shape: ModelShape) -> list[str]:
 
 
 def auto(
-    num_ranks: int, *, requested: dict[str, int], shape: ModelShape | None = None, num_chunks: int = 1
+    num_ranks: int,
+    *,
+    requested: dict[str, int],
+    shape: ModelShape | None = None,
+    num_chunks: int = 1,
+    cost: Callable[[ParallelSpec], Any] | None = None,
 ) -> ParallelSpec:
     """The degrees for `num_ranks` ranks: those requested, and the free ones (0 or absent) chosen.
 
     cfg first when there is guidance (num_chunks of 2 or more: cond and uncond cost the least
     communication), then ulysses up to the heads, then ring, and dp takes what is left. pipe, distri and
     tensor stay 1 unless requested: the first two approximate, the last talks most.
+    cost: of all exact specs with the requested degrees, the one with the least is taken instead, and tensor
+    is free too; where several cost the same, the one that the rule above gives.
     Raises ValueError with the faults when no such spec exists.
     """
     unknown = sorted(set(requested) - set(AXES))
@@ -156,7 +169,26 @@ def auto(
     faults = check(spec, num_ranks=num_ranks, shape=shape)
     if faults:
         raise ValueError("; ".join(faults))
-    return spec
+    if cost is None:
+        return spec
+    wanted = {axis: degree for axis, degree in requested.items() if degree != 0}
+    limits = {**dict.fromkeys(APPROXIMATE, 1), "cfg": min(num_chunks, MAX_CFG), **wanted}
+    others = [
+        other
+        for other in products(num_ranks, limits)
+        if all(getattr(other, axis) == degree for axis, degree in wanted.items())
+        and not check(other, num_ranks=num_ranks, shape=shape)
+    ]
+    return min([spec, *others], key=cost)
+
+
+def products(num_ranks: int, limits: dict[str, int]) -> Iterator[ParallelSpec]:
+    """Every spec of `num_ranks` ranks whose degrees are within `limits`; axes without one are free."""
+    divisors = [degree for degree in range(1, num_ranks + 1) if num_ranks % degree == 0]
+    choices = [[degree for degree in divisors if degree <= limits.get(axis, num_ranks)] for axis in AXES]
+    for degrees in itertools.product(*choices):
+        if math.prod(degrees) == num_ranks:
+            yield ParallelSpec(**dict(zip(AXES, degrees, strict=True)))
 
 
 def _ranks(count: int) -> str:

@@ -95,11 +95,9 @@ class LineTraffic:
     def timed(self, collective: str, num_bytes: int, device: torch.device) -> Iterator[None]:
         """Count a collective that runs inside the `with`; 0 bytes: waits for the end of one that is counted."""
         self.bytes[collective] += num_bytes
-        if num_bytes:
-            kind = MATCHED
-        else:
-            # A tensor of a neighbour that has not come yet: the neighbour is behind.
-            kind = IDLE if collective == "p2p" else AWAITED
+        # What waits for a neighbour's tensor waits for the neighbour, which is behind.
+        late = IDLE if collective == "p2p" else AWAITED
+        kind = MATCHED if num_bytes else late
         event = Event(name=collective, line=self._line, begin=0.0, end=0.0, kind=kind, num_bytes=num_bytes)
         with self._traffic.timed(event, device):
             yield

@@ -1,0 +1,78 @@
+"""A pool's links and devices as its ranks measured them once, kept in the pool's folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+from typing import TYPE_CHECKING, Any
+
+from comfy_xdit.messages import Probe
+from comfy_xdit.pool.folder import pool_folder
+
+from .links import Device, Link
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from comfy_xdit.pool.client import Pool
+
+log = logging.getLogger("comfy_xdit")
+
+LIMIT_S = 120.0
+
+
+def measure(pool: Pool) -> tuple[Link, Device]:
+    """What the pool's ranks measured on these devices; they measure now when they haven't yet, for a second or so.
+
+    Raises PoolError when the pool cannot.
+    """
+    found = _read(pool.name)
+    if found is None or found["devices"] != _key(pool.devices):
+        log.info("pool %r measures its links and devices", pool.name)
+        value = pool.call(Probe(), timeout_s=LIMIT_S).value
+        found = {"devices": _key(pool.devices), "measured": value}
+        _file(pool.name).write_text(json.dumps(found, indent=2))
+    return _as_link(pool.name, found)
+
+
+def read(name: str) -> tuple[Link, Device]:
+    """The last measurement of the pool `name`. Raises ValueError when there is none."""
+    found = _read(name)
+    if found is None:
+        raise ValueError(f"pool {name!r} has not been measured; start it with `comfy-xdit pool start --name {name}`")
+    return _as_link(name, found)
+
+
+def _key(devices: list[str]) -> list[str]:
+    return [platform.node(), *devices]
+
+
+def _file(name: str) -> Path:
+    return pool_folder(name).path / "measured.json"
+
+
+def _read(name: str) -> dict[str, Any] | None:
+    try:
+        found = json.loads(_file(name).read_text())
+        _as_link(name, found)
+    except (OSError, ValueError, KeyError, TypeError):
+        # None yet, or of another version.
+        return None
+    return dict(found)
+
+
+def _as_link(name: str, found: dict[str, Any]) -> tuple[Link, Device]:
+    value = found["measured"]
+    rates: dict[str, float] = value.get("bytes_per_s", {})
+    latencies = value.get("latency_s", {}).values()
+    link = Link(
+        name=f"the links of pool {name!r}",
+        bytes_per_s=min(rates.values(), default=1e12),
+        latency_s=sum(latencies) / max(len(latencies), 1),
+        rates=rates,
+    )
+    device = Device(
+        name=found["devices"][1].split(":")[0], flops_per_s=value["flops_per_s"], memory_bytes=value["memory_bytes"]
+    )
+    return link, device
