@@ -12,6 +12,7 @@ from ranks import groups, tiny_model
 
 from comfy_xdit.messages import Sample
 from comfy_xdit.parallel.context import ParallelContext
+from comfy_xdit.parallel.denoise import denoise
 from comfy_xdit.parallel.spec import ParallelSpec
 from comfy_xdit.parallel.stages import Absent, block_costs, block_paths, stages
 from comfy_xdit.trajectory import SamplerCall, SamplerPreview, SamplerProgram
@@ -57,6 +58,14 @@ def run_pipefusion(
             whole, message, message.conds, context, post=posted.append, wish_to_stop=wish_to_stop
         )
     return samples, report, posted
+
+
+def run_steps(model: dict[str, Any], calls: list[dict], chunks: list[int], degrees: dict[str, int]) -> Any:
+    """Job: single evaluations, (outputs or None, report)."""
+    with ParallelContext(ParallelSpec(**degrees), groups()) as context, torch.inference_mode():
+        place = context.axis("pipe")
+        whole = staged_model(stage=place.index, num_stages=place.degree, **model)
+        return denoise(whole, calls, chunks, context)
 
 
 def refusal(**arguments: Any) -> str:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import gc
+import sys
+import weakref
+from unittest import mock
+
 import oracle
 import pytest
 import torch
-from ranks import Ranks, tiny_model
+from programs import flow_program
+from ranks import Ranks, plain_denoise, tiny_call, tiny_model
 from staged import PROGRAMS, run_pipefusion, sampling_job
+
+from comfy_xdit.parallel.stale import StaleAttention
+from comfy_xdit.trajectory import Replay
 
 MODELS = {
     "flux": {"family": "flux", "heads": 2, "layers": 2, "dtype": torch.float64},
@@ -50,12 +59,153 @@ def run(ranks, degrees, model, job, **method):
     return answers[0]
 
 
-@pytest.mark.parametrize("sampler", PROGRAMS)
-def test_stages_equal_the_oracle(ranks, sampler) -> None:
-    kind = sorted(MODELS)[len(sampler) % 3]
+METHODS = ((4, 1), (1, 1), (3, 2), (5, 3))
+
+
+def check_stages(ranks, kind, sampler, num_patches, warmup_steps, **options) -> None:
     model = MODELS[kind]
-    job = sampling_job(model, PROGRAMS[sampler](), masked=sampler == "ancestral")
-    for num_patches, warmup_steps in ((1, 1), (4, 1), (3, 2)):
-        method = {"num_patches": num_patches, "warmup_steps": warmup_steps}
-        answer = run(ranks, {"pipe": ranks.num_ranks}, model, job, **method)
-        assert_same(answer, expected(model, job, **method))
+    job = sampling_job(model, PROGRAMS[sampler](), **options)
+    method = {"num_patches": num_patches, "warmup_steps": warmup_steps}
+    answer = run(ranks, {"pipe": ranks.num_ranks}, model, job, **method)
+    assert_same(answer, expected(model, job, **method))
+
+
+@pytest.mark.parametrize("sampler", PROGRAMS)
+def test_stages_equal_the_oracle_for_each_sampler(ranks, sampler) -> None:
+    """Which model, how many patches and warm-up steps go with it differs by sampler and stages."""
+    number = list(PROGRAMS).index(sampler) + ranks.num_ranks
+    kind = sorted(MODELS)[number % 3]
+    check_stages(ranks, kind, sampler, *METHODS[number % 4], masked=number % 2 == 0)
+
+
+@pytest.mark.parametrize(("num_patches", "warmup_steps"), METHODS)
+@pytest.mark.parametrize("kind", ["flux", "sd3.5"])
+def test_stages_equal_the_oracle_for_each_cut(ranks, kind, num_patches, warmup_steps) -> None:
+    """Odd sizes: rows that no number of patches divides, a last row that is half beyond the latent."""
+    check_stages(ranks, kind, "multistep with noise", num_patches, warmup_steps, size=(11, 5), texts=(4, 4), batch=2)
+
+
+def test_texts_of_different_length(ranks) -> None:
+    """They make no batch: two segments of text, each with buffers of its own."""
+    model = MODELS["flux"]
+    job = sampling_job(model, PROGRAMS["multistep"](), texts=(7, 3))
+    method = {"num_patches": 3, "warmup_steps": 1}
+    answer = run(ranks, {"pipe": ranks.num_ranks}, model, job, **method)
+    assert_same(answer, expected(model, job, **method, together=False))
+
+
+def test_all_steps_warm_up_is_the_serial_result(ranks) -> None:
+    model = MODELS["sd3"]
+    job = sampling_job(model, PROGRAMS["multistep"](), masked=True)
+    serial = serial_result(model, job)
+    for method in ({"warmup_steps": 100}, {"warmup_steps": 1, "stale": False}):
+        samples, _, _ = run(ranks, {"pipe": ranks.num_ranks}, model, job, **method)
+        assert (samples - serial).abs().max() <= 1e-12 * serial.abs().max()
+    stale, report, _ = run(ranks, {"pipe": ranks.num_ranks}, model, job)
+    assert report["num_patches"] == min(2 * ranks.num_ranks, 5)
+    drift = (stale - serial).abs().max() / serial.abs().max()
+    sys.stdout.write(f"\ndrift of {ranks.num_ranks} stages, {report['num_patches']} patches, warm-up 1: {drift:.2e}\n")
+    assert drift > 1e-9, "nothing was stale"
+
+
+def serial_result(model, job):
+    """Diffusers' own forward in the sampler's loop."""
+    whole = tiny_model(**model)
+    replay = Replay(
+        job["program"], noise=job["noise"], latent=job["latent"], noises=job["noises"], mask=job["mask"],
+        dtype=torch.float64,
+    )
+    for number, call in enumerate(job["program"].calls):
+        x = replay.model_input(number)
+        outputs = []
+        for index in call.conds:
+            row = {**job["conds"][index], "x": x, "timestep": torch.full((len(x),), call.timestep)}
+            arguments = whole.family.inputs(dict(whole.module.config), row)
+            outputs.append(whole.family.output(whole.module(**arguments, return_dict=False)[0], row))
+        replay.answer(number, replay.denoised(number, outputs))
+        replay.previews(number)
+    return replay.output()
+
+
+def test_reference_images_and_the_number_of_stages(ranks) -> None:
+    """The oracle has no references; but whatever the stages, the result is one rank's."""
+    model = MODELS["flux"]
+    job = sampling_job(model, PROGRAMS["euler"](), references=((6, 8), (3, 2)))
+    alone = run_pipefusion(model, job, {}, num_patches=3)
+    answer = run(ranks, {"pipe": ranks.num_ranks}, model, job, num_patches=3)
+    assert torch.equal(answer[0], alone[0])
+    exact, _, _ = run_pipefusion(model, job, {}, stale=False)
+    serial = serial_result(model, job)
+    assert (exact - serial).abs().max() <= 1e-12 * serial.abs().max()
+    assert 1e-9 < (alone[0] - serial).abs().max() <= 0.2 * serial.abs().max()
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 4])
+def test_a_cancelled_job_leaves_the_groups_usable(ranks, stop_after) -> None:
+    """Whichever stage wishes it (all do here, at different times), all stop after the same evaluation."""
+    model = MODELS["flux"]
+    degrees = {"pipe": ranks.num_ranks}
+    job = sampling_job(model, flow_program(steps=30), size=(4, 4))
+    arguments = {"model": model, "job": job, "degrees": degrees, "stop_after": stop_after}
+    answers = ranks.run("run_of", module="staged", function="run_pipefusion", arguments=arguments)
+    assert all(samples is None for samples, _, _ in answers)
+    posted = answers[0][2]
+    assert [entry["step"] for entry in posted] == list(range(1, len(posted) + 1))
+    assert len(posted) <= stop_after + 3 and (len(posted) > 0) == (stop_after > 0)
+    check_stages(ranks, "flux", "euler", 2, 1)
+
+
+def test_refusals_come_from_every_rank(ranks) -> None:
+    model = MODELS["flux"]
+    good = sampling_job(model, PROGRAMS["euler"]())
+    degrees = {"pipe": ranks.num_ranks}
+    bad = {**good, "conds": [good["conds"][0], {**good["conds"][1], "guidance": None}]}
+    for job, method, sentence in (
+        (bad, {}, "needs a guidance value"),
+        (good, {"num_patches": -1}, "use 1 or more, or 0 to have the number chosen"),
+    ):
+        arguments = {"model": model, "job": job, "degrees": degrees, **method}
+        errors = ranks.run("run_of", module="staged", function="refusal", arguments=arguments)
+        assert all(sentence in error for error in errors)
+    check_stages(ranks, "flux", "euler", 2, 1)
+
+
+def test_bytes_between_stages(ranks) -> None:
+    """Each stage but the last sends its streams once an evaluation, the last the next input of the model."""
+    model = {**MODELS["sd3"], "dtype": torch.float32}
+    job = sampling_job(model, flow_program(steps=6), size=(12, 8))
+    arguments = {"model": model, "job": job, "degrees": {"pipe": ranks.num_ranks}, "num_patches": 3}
+    answers = ranks.run("run_of", module="staged", function="run_pipefusion", arguments=arguments)
+    sent = [report["bytes_sent"]["p2p"] for _, report, _ in answers]
+    assert sent[:-1] == [6 * (24 + 5) * 16 * 4] * (ranks.num_ranks - 1)
+    assert sent[-1] == (5 + 6 + 1) * 4 * 12 * 8 * 4, "inputs but the first, previews, the result"
+
+
+def test_single_evaluations_are_exact(ranks) -> None:
+    """Step mode: rows follow each other through the stages."""
+    for kind in ("flux", "sd3.5"):
+        model = MODELS[kind]
+        call = tiny_call(model["family"], seed=0, batch=3, size=(7, 6), text=5, dtype=torch.float64)
+        (want,) = plain_denoise(model, [call])
+        arguments = {"model": model, "calls": [call, call], "chunks": [1, 3], "degrees": {"pipe": ranks.num_ranks}}
+        answers = ranks.run("run_of", module="staged", function="run_steps", arguments=arguments)
+        assert all(outputs is None for outputs, _ in answers[1:])
+        for out in answers[0][0]:
+            assert (out - want).abs().max() <= 1e-13 * want.abs().max()
+
+
+def test_buffers_end_with_the_job() -> None:
+    model = MODELS["sd3"]
+    job = sampling_job(model, flow_program(steps=3), size=(12, 8))
+    watched = []
+
+    class Watched(StaleAttention):
+        def close(self) -> None:
+            watched.extend(weakref.ref(x) for layers in self._kept.values() for pair in layers.values() for x in pair)
+            super().close()
+
+    with mock.patch("comfy_xdit.parallel.pipefusion.StaleAttention", Watched):
+        _, report, _ = run_pipefusion(model, job, {}, num_patches=3)
+    gc.collect()
+    assert report["buffer_bytes"] == 4 * 2 * (24 + 5) * 16 * 8, "keys and values of four layers"
+    assert len(watched) == 8 and not any(buffer() is not None for buffer in watched)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,9 @@ from .apply import applied
 from .context import ParallelContext
 from .sequence import shard_sizes, shard_starts
 from .spec import ModelShape, check
+
+if TYPE_CHECKING:
+    from .stage import PipelineModel
 
 
 class Model(Protocol):
@@ -69,7 +72,13 @@ def evaluate(model: Model, calls: list[Call], chunks: list[int], context: Parall
         # Also the calls of other lanes: a fault that only some ranks see leaves the others waiting for them.
         arguments_of(model, rows_of(call, Piece(call=number, start=0, stop=1)))
     lanes = deal(batches, cfg=context.spec.cfg, dp=context.spec.dp)
-    outputs = [_run(model, rows_of(calls[piece.call], piece)) for piece in lanes[context.lane]]
+    mine = [rows_of(calls[piece.call], piece) for piece in lanes[context.lane]]
+    if context.spec.pipe > 1:
+        from .drained import drained
+
+        outputs = drained(cast("PipelineModel", model), mine, context)
+    else:
+        outputs = [_run(model, call) for call in mine]
     return share(calls, lanes, outputs, model.compute_dtype, context)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,14 +23,14 @@ from comfy_xdit.trajectory import SamplerProgram
 from .agreement import Agreement
 from .apply import Application, applied
 from .context import ParallelContext
-from .denoise import Model, Piece, arguments_of, deal, rows_of
+from .denoise import Piece, arguments_of, deal, rows_of
 from .links import Inbox, Outbox, Shelf
 from .patches import Evaluation, FirstStage, LastStage, Patches, Replies
 from .sample import batched, calls_argument
 from .segments import WHOLE, Segment, segments_of
 from .sequence import shard_sizes
 from .spec import check
-from .stage import Stage, StagedModel
+from .stage import PipelineModel, Stage
 from .stale import StaleAttention
 
 LAG = 2
@@ -39,10 +39,6 @@ LAG = 2
 Post = Callable[[dict[str, Any]], None]
 Kind = tuple[int, ...]
 """The conditionings of an evaluation."""
-
-
-class PipelineModel(Model, StagedModel, Protocol):
-    """A resident model with one stage's blocks."""
 
 
 def pipefusion(
@@ -57,20 +53,20 @@ def pipefusion(
     """As `sample.sample`, approximately: the first `warmup_steps` evaluations, one at least, are exact.
 
     An evaluation with conditionings that no earlier one had is exact too. A job stops up to three evaluations
-    after the wish. report: also num_patches, and kv_bytes, what the buffers of keys and values took.
+    after the wish. report: also num_patches, and buffer_bytes, what the buffers of keys and values took.
     """
     faults = check(context.spec, num_ranks=context.world_size, shape=model.shape)
     if faults:
         raise ValueError("; ".join(faults))
     patches = Patches.of(message, model.family.plan.token_side, context)
-    report: dict[str, Any] = {"num_patches": len(patches.rows), "kv_bytes": 0}
+    report: dict[str, Any] = {"num_patches": len(patches.rows), "buffer_bytes": 0}
     result = None
     keys = StaleAttention(context)
     with keys, applied(model.module, model.family.plan, context, keys) as run, Stage(model, context) as stage:
         pipeline = _Pipeline(model, message, conds, context, patches, keys, run, stage, post)
         if Agreement(wish_to_stop, context.world).go_on():
             result = pipeline.run(wish_to_stop)
-        report["kv_bytes"] = keys.bytes_held
+        report["buffer_bytes"] = keys.bytes_held
     return result, {**context.report(), **report}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from .attention import SequenceAttention
 from .context import ParallelContext
 from .denoise import Model, evaluate
 from .distri import DistriKeys
+
+if TYPE_CHECKING:
+    from .stage import PipelineModel
 
 Post = Callable[[dict[str, Any]], None]
 
@@ -37,11 +40,17 @@ def sample(
     post: takes each progress entry {"step", "total", "denoised"}; called on rank 0.
     wish_to_stop: asked before each evaluation; one rank's yes stops all.
     Every rank replays the sampler on the whole latent, which costs next to nothing; only the model's
-    evaluations are shared out. Collective over all ranks. Raises ValueError alike on every rank.
+    evaluations are shared out; on a pipe axis see `pipefusion`.
+    Collective over all ranks. Raises ValueError alike on every rank.
     """
     program: SamplerProgram = message.program
     if len(conds) != len(program.conds):
         raise ValueError(f"{len(conds)} conditionings came with a program for {len(program.conds)}; send one for each")
+    if context.spec.pipe > 1:
+        from .pipefusion import pipefusion
+
+        staged = cast("PipelineModel", model)
+        return pipefusion(staged, message, conds, context, post=post, wish_to_stop=wish_to_stop)
     replay = Replay(
         program,
         noise=message.noise,

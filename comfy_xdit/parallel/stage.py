@@ -13,19 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from comfy_xdit.models.base import Family
-
 from .context import ParallelContext
+from .denoise import Model
 from .links import Inbox, Outbox
 
 
-class StagedModel(Protocol):
+class PipelineModel(Model, Protocol):
     """A model of which this rank holds the blocks `stage`, numbered as in `block_paths`; others are `Absent`."""
 
-    @property
-    def family(self) -> Family: ...
-    @property
-    def module(self) -> nn.Module: ...
     @property
     def stage(self) -> range: ...
     @property
@@ -38,7 +33,7 @@ class Stage:
     A stage's messages are in order: each `forward` but the first stage's takes one, each but the last's sends one.
     """
 
-    def __init__(self, model: StagedModel, context: ParallelContext) -> None:
+    def __init__(self, model: PipelineModel, context: ParallelContext) -> None:
         axis = context.axis("pipe")
         self.is_first = axis.index == 0
         self.is_last = axis.index == axis.degree - 1

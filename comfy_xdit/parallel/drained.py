@@ -1,0 +1,57 @@
+"""Single evaluations on a pipeline: exact, row after row through the stages, which are idle before and after.
+
+Between two evaluations asked for from outside nothing can be kept or begun, so no patch can follow another
+here; but rows of a batch (cond and uncond, several images) don't see each other and do follow each other.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from comfy_xdit.models.base import Call
+
+from .context import Axis, ParallelContext
+from .denoise import Piece, arguments_of, rows_of
+from .stage import PipelineModel, Stage
+
+
+def drained(model: PipelineModel, calls: list[Call], context: ParallelContext) -> list[Tensor]:
+    """The model's output for each call, on every stage. Collective over the pipe axis."""
+    outputs = []
+    with Stage(model, context) as stage:
+        for call in calls:
+            rows = [rows_of(call, Piece(call=0, start=row, stop=row + 1)) for row in range(call["x"].shape[0])]
+            parts = [_forward(model, stage, row) for row in rows]
+            outputs.append(torch.cat([part for part in parts if part is not None]) if stage.is_last else None)
+        # What the last stage has, the first has sent: nothing is under way after this.
+        axis, dtype = context.axis("pipe"), model.compute_dtype
+        whole = [_from_last(output, call["x"], dtype, axis) for output, call in zip(outputs, calls, strict=True)]
+        stage.settle()
+        stage.settle()
+    return whole
+
+
+def share_of_time(num_rows: int, num_stages: int) -> float:
+    """Which part of the time a stage computes, when so many rows go through stages that are idle before and after."""
+    return num_rows / (num_rows + num_stages - 1)
+
+
+def _forward(model: PipelineModel, stage: Stage, call: Call) -> Tensor | None:
+    out = stage.forward(arguments_of(model, call))
+    return None if out is None else model.family.output(out, call)
+
+
+def _from_last(output: Tensor | None, x: Tensor, dtype: torch.dtype, axis: Axis) -> Tensor:
+    """The last stage's output on every stage; they know its shape but for the channels."""
+    last = axis.ranks[-1]
+    channels = torch.tensor([0 if output is None else output.shape[1]], device=x.device)
+    dist.broadcast(channels, last, group=axis.group)
+    if output is None:
+        output = x.new_empty((x.shape[0], int(channels), *x.shape[2:]), dtype=dtype)
+    output = output.contiguous()
+    sent = output.nbytes * (axis.degree - 1) if axis.index == axis.degree - 1 else 0
+    with axis.traffic.timed("broadcast", sent, x.device):
+        dist.broadcast(output, last, group=axis.group)
+    return output
