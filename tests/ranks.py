@@ -200,7 +200,8 @@ def refusal_of(**arguments: Any) -> str:
 def run_sample(model: Any, degrees: dict[str, int], stop_at: int | None = None, **fields: Any) -> Any:
     """Job: a whole `sample` of a tiny model; (samples or None, report, progress posted).
 
-    model: of `tiny_model`; or a LoadModel without a spec, of which each rank loads its part. fields: of the `Sample` message. stop_at: the number of evaluations after which this rank wishes to stop.
+    model: of `tiny_model`; or a LoadModel without a spec, of which each rank loads its part. fields: of the
+    `Sample` message. stop_at: the number of evaluations after which this rank wishes to stop.
     """
     from comfy_xdit.messages import Sample
     from comfy_xdit.parallel.context import ParallelContext

@@ -4,11 +4,13 @@ import itertools
 import logging
 
 import pytest
+import tiny
 import torch
 from oracle_distri import emulate
 from programs import flow_program
 from ranks import Ranks, run_denoise, run_sample, tiny_call
 
+from comfy_xdit.messages import LoadModel
 from comfy_xdit.parallel.spec import ModelShape, ParallelSpec, auto, check
 
 log = logging.getLogger(__name__)
@@ -41,17 +43,15 @@ def four():
         yield started
 
 
-def job(program, *, family="flux", texts=(7, 7), batch=1, size=(7, 6), seed=0):
-    """Fields of a `Sample`, in fp64: 12 image tokens, or those of `size`; odd texts."""
+def job(program, *, family="flux", texts=(7, 7), batch=1, size=(7, 6), seed=0, dtype=torch.float64):
+    """Fields of a `Sample`: 12 image tokens, or those of `size`; odd texts."""
     calls = [
-        tiny_call(family, seed=seed + index, batch=batch, size=size, text=texts[index], dtype=torch.float64)
+        tiny_call(family, seed=seed + index, batch=batch, size=size, text=texts[index], dtype=dtype)
         for index in range(len(program.conds))
     ]
     conds = [{name: value for name, value in call.items() if name not in ("x", "timestep")} for call in calls]
     generator = torch.Generator().manual_seed(seed)
-    noise, latent, *noises = torch.randn(
-        (2 + len(program.calls), batch, 4, *size), generator=generator, dtype=torch.float64
-    )
+    noise, latent, *noises = torch.randn((2 + len(program.calls), batch, 4, *size), generator=generator, dtype=dtype)
     return {"program": program, "noise": noise, "latent": latent, "noises": noises, "conds": conds}
 
 
@@ -120,6 +120,18 @@ def test_each_conditioning_has_its_keys(two, four, texts) -> None:
     stale = sampled(two, model, {"distri": 2}, fields)
     assert torch.equal(stale, apart if together is None else together)
     assert torch.equal(sampled(four, model, {"cfg": 2, "distri": 2}, fields), apart)
+
+
+def test_shards_of_weights_change_nothing(two, four, tmp_path) -> None:
+    """With tensor parallel within: near to fp32's rounding what whole weights give, and as far from exact."""
+    path = tiny.write(tmp_path / "flux.safetensors", tiny.random_weights(tiny.flux_shapes(heads=4, context=12, vec=10)))
+    dtypes = {"storage_dtype": "float32", "compute_dtype": "float32"}
+    load = LoadModel(model="m", path=str(path), prefix="", family="flux", **dtypes)
+    fields = job(flow_program(steps=3), dtype=torch.float32)
+    serial, _, _ = run_sample(load, {}, **fields)
+    whole = sampled(two, load, {"distri": 2}, fields)
+    assert difference(whole, serial) > 1e-4
+    assert difference(sampled(four, load, {"distri": 2, "tensor": 2}, fields), whole) <= 1e-5
 
 
 def test_each_image_of_a_batch_has_its_keys(four) -> None:
