@@ -7,13 +7,20 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from comfy_xdit_nodes.pool import connect
 from comfy_xdit_nodes.refuse import refuse_inside
+from torch import Tensor
 
-from comfy_xdit.parallel.spec import ModelShape, ParallelSpec, auto
+from comfy_xdit.cost.on_pool import cost_on
+from comfy_xdit.messages import LoadModel
+from comfy_xdit.parallel.spec import ParallelSpec, auto
 
 if TYPE_CHECKING:
+    from comfy_xdit_nodes.checkpoint import Checkpoint
+
     from comfy_xdit.pool.client import Pool
+
 
 def sample_on_pool(executor: Any, *args: Any, **kwargs: Any) -> Any:
     """ComfyUI's OUTER_SAMPLE wrapper: refuse what can't run, take a turn, have the model loaded, sample."""
@@ -22,18 +29,31 @@ def sample_on_pool(executor: Any, *args: Any, **kwargs: Any) -> Any:
     refuse_inside(patcher, guider.model_options, guider.conds)
     load = patcher.load_message()
     pool = connect(patcher.setting)
-    choose = chooser(pool, patcher.setting.requested, patcher.model.checkpoint.shape)
+    choose = chooser(pool, patcher.setting.requested, patcher.model.checkpoint, noise=args[0], load=load.model)
     spec = choose(count_chunks(guider))
     with patcher.model.remote.running(pool, load.spread(spec), keeping_weights(choose, spec)):
         return executor(*args, **kwargs)
 
 
-def chooser(pool: Pool, requested: dict[str, int], shape: ModelShape) -> Callable[[int], ParallelSpec]:
-    """Number of chunks → degrees. Raises ValueError with every fault of the requested degrees."""
+def chooser(
+    pool: Pool, requested: dict[str, int], checkpoint: Checkpoint, *, noise: Tensor, load: LoadModel
+) -> Callable[[int], ParallelSpec]:
+    """Number of chunks → degrees: the cheapest for this noise.
+
+    Raises ValueError with every fault of the requested degrees.
+    """
 
     @functools.cache
     def chosen(num_ranks: int, num_chunks: int) -> ParallelSpec:
-        return auto(num_ranks, requested=requested, shape=shape, num_chunks=num_chunks)
+        cost = cost_on(
+            pool,
+            load.path,
+            latent=(noise.shape[-2], noise.shape[-1]),
+            images=noise.shape[0],
+            chunks=num_chunks,
+            element_bytes=getattr(torch, load.compute_dtype).itemsize,
+        )
+        return auto(num_ranks, requested=requested, shape=checkpoint.shape, num_chunks=num_chunks, cost=cost)
 
     # Asked each time: a pool that was stopped and started anew may have other ranks.
     return lambda num_chunks: chosen(pool.num_ranks, num_chunks)

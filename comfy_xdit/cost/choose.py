@@ -63,17 +63,19 @@ def specs(network: Network, work: Work, num_ranks: int) -> Iterator[ParallelSpec
 
 def ranking(
     network: Network, work: Work, link: Link, device: Device
-) -> Callable[[ParallelSpec], tuple[bool, int, float, int]]:
-    """What `spec.auto` goes by: what fits memory, then weights that need not be spread, then time, then memory.
+) -> Callable[[ParallelSpec], tuple[bool, int, int, int, int]]:
+    """What `spec.auto` goes by: what fits memory, then no rank without rows, then weights that need not be
+    spread, then time, then memory.
 
+    A rank without rows is what the pool's user did not ask for, though it may be faster over a slow link.
     Weights that are spread are read anew when degrees change, so that is worth it for room only. Times within
     2 % of each other are the same.
     """
 
-    def cost(spec: ParallelSpec) -> tuple[bool, int, float, int]:
+    def cost(spec: ParallelSpec) -> tuple[bool, int, int, int, int]:
         found = predict(network, work, spec, link, device)
         steps = round(math.log(max(found.step_s, 1e-9)) / 0.02)
-        return not found.fits, spec.tensor, steps, found.memory.total
+        return not found.fits, found.num_idle, spec.tensor, steps, found.memory.total
 
     return cost
 

@@ -21,13 +21,13 @@ def probe(rank: int, world_size: int, device: torch.device) -> dict[str, Any]:
     """Rates of this rank, the slowest rank's time counting; the same on every rank.
 
     bytes_per_s: by collective, of what leaves a rank; latency_s: by collective, with next to nothing to send;
-    flops_per_s: of large matrices; memory_bytes: of the device, or this rank's share of the machine.
+    flops_per_s: of large matrices; memory_bytes: of the device, or of the machine.
     Collective over all ranks.
     """
     num_bytes, side, dtype = SIZES["cuda" if device.type == "cuda" else "cpu"]
     a = torch.randn(side, side, device=device).to(dtype)
     flops_per_s = 2 * side**3 / _best(lambda: torch.mm(a, a), device, world_size)
-    found: dict[str, Any] = {"flops_per_s": flops_per_s, "memory_bytes": _memory_bytes(device, world_size)}
+    found: dict[str, Any] = {"flops_per_s": flops_per_s, "memory_bytes": _memory_bytes(device)}
     if world_size > 1:
         found["latency_s"] = {
             name: _best(run, device, world_size) for name, (run, _) in _collectives(rank, world_size, device, 0).items()
@@ -80,7 +80,8 @@ def _best(run: Callable[[], Any], device: torch.device, world_size: int) -> floa
     return max(float(slowest.min()), 1e-9)
 
 
-def _memory_bytes(device: torch.device, world_size: int) -> int:
+def _memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // world_size
+    # All of it for each: ranks on a CPU map the same pages of the same file.
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -35,9 +35,20 @@ def run(args: argparse.Namespace) -> int:
             f"pool {args.name!r}: {len(found['ranks'])} workers on {describe(pool.devices)}, "
             f"up after {time.monotonic() - started:.1f} s; log: {found['log']}\n"
         )
+        if not args.service:
+            measured_now(pool)
     finally:
         pool.close()
     return 0
+
+
+def measured_now(pool: Pool) -> None:
+    """Have the links and devices measured while nobody waits, once for these devices."""
+    from comfy_xdit.cost.measured import measure
+
+    link, device = measure(pool)
+    links = f"{link.bytes_per_s / 1e9:.3g} GB/s between ranks, " if pool.num_ranks > 1 else ""
+    sys.stdout.write(f"measured: {links}{device.flops_per_s / 1e12:.3g} TFLOP/s a rank\n")
 
 
 def wait_until_up(name: str) -> dict[str, Any]:
