@@ -1,0 +1,42 @@
+"""The cost of specs for a job on a running pool: what `auto` goes by in ComfyUI."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from comfy_xdit.parallel.spec import ParallelSpec
+
+from .arithmetic import read_network
+from .choose import ranking
+from .measured import measure
+from .work import Work
+
+if TYPE_CHECKING:
+    from comfy_xdit.pool.client import Pool
+
+log = logging.getLogger("comfy_xdit")
+
+Cost = Callable[[ParallelSpec], Any]
+
+
+def cost_on(
+    pool: Pool, path: str, *, latent: tuple[int, int], images: int, chunks: int, element_bytes: int
+) -> Cost | None:
+    """What a spec costs for the model in the file `path` on this pool's own links and devices.
+
+    None where there is nothing to choose, and for models without a cost model, which the log says. The pool
+    measures itself when it hasn't yet. Raises PoolError when it cannot.
+    """
+    if pool.num_ranks == 1:
+        return None
+    try:
+        network = read_network(path)
+    except (ValueError, OSError) as error:
+        log.info("degrees are chosen by rule, not by cost: %s", error)
+        return None
+    work = Work(
+        latent=latent, text_tokens=network.text_tokens, images=images, chunks=chunks, element_bytes=element_bytes
+    )
+    return ranking(network, work, *measure(pool))
