@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comfy_xdit.parallel.spec import AXES, SERVED, ModelShape, ParallelSpec, auto, check
+from comfy_xdit.parallel.spec import AXES, ModelShape, ParallelSpec, auto, check
 
 FLUX = ModelShape(title="Flux.1", num_heads=24, num_blocks=57)
 
@@ -28,12 +28,6 @@ def test_ulysses_beyond_the_heads() -> None:
         "ulysses=30 cannot cut Flux.1's 24 heads; use 24 or less"
     ]
     assert check(ParallelSpec(ulysses=24), num_ranks=24, shape=FLUX) == []
-
-
-@pytest.mark.parametrize("axis", sorted(set(AXES) - set(SERVED)))
-def test_methods_that_do_not_run_are_refused(axis: str) -> None:
-    (fault,) = check(ParallelSpec(**{axis: 2}), num_ranks=2, shape=FLUX)
-    assert fault == f"{axis}=2 is not available yet; use 1, with {', '.join(SERVED[:-1])} and {SERVED[-1]}"
 
 
 @pytest.mark.parametrize("degree", [0, -1, 1.0, True, "2"])

@@ -11,9 +11,6 @@ from typing import Any
 AXES = ("dp", "cfg", "pipe", "distri", "ring", "ulysses", "tensor")
 """Names of the mesh axes, outermost first: ulysses and tensor talk most, so their ranks are neighbours."""
 
-SERVED = ("dp", "cfg", "pipe", "distri", "ring", "ulysses", "tensor")
-"""The axes that the engine runs; `check` refuses a degree above 1 on the others."""
-
 APPROXIMATE = ("pipe", "distri")
 """The axes whose methods reuse activations of an earlier evaluation."""
 
@@ -96,9 +93,6 @@ def check(spec: ParallelSpec, *, num_ranks: int, shape: ModelShape | None = None
         )
     if spec.cfg > MAX_CFG:
         faults.append(f"cfg={spec.cfg} is more than cond and uncond; use 1 or 2")
-    for axis in ("pipe", "tensor"):
-        if axis not in SERVED and getattr(spec, axis) > 1:
-            faults.append(f"{axis}={getattr(spec, axis)} is not available yet; use 1, with {_names(SERVED)}")
     if spec.pipe > 1 and spec.distri > 1:
         faults.append(
             f"pipe={spec.pipe} and distri={spec.distri} do not go together, as each gives old activations a use "

@@ -152,7 +152,7 @@ def test_inputs_are_the_stock_ones_and_a_pool(server):
         assert ours == "XDiTLoadDiffusionModel" or list(mine["input"]["optional"]) == ["pool"]
 
 
-@pytest.mark.parametrize("degrees", [{}, {"cfg": 2}, {"ulysses": 2}, {"ring": 2}])
+@pytest.mark.parametrize("degrees", [{}, {"cfg": 2}, {"ulysses": 2}, {"ring": 2}, {"tensor": 2}])
 @pytest.mark.parametrize("negative", ["b", "longer"])
 def test_equals_stock(server, degrees, negative):
     ours = latent(server, negative=negative, **degrees)
@@ -189,7 +189,7 @@ def test_a_killed_worker(server):
     ("degrees", "sentence"),
     [
         ({"ulysses": 3}, "ulysses=3 makes 3 ranks, which do not divide the pool's 2"),
-        ({"pipe": 2}, "pipe=2 is not available yet"),
+        ({"pipe": 8}, "pipe=8 makes 8 ranks, which do not divide the pool's 2"),
     ],
 )
 def test_degrees_that_do_not_fit(server, degrees, sentence):
