@@ -96,7 +96,7 @@ def pipefusion(
 
     job: program, noise, latent, noises, mask, conds. together: cond and uncond are one batch.
     num_patches: already fitting. Keys and values of tokens that a forward doesn't compute are those that were
-    computed last.
+    computed last with the same conditionings; the first time, all tokens are computed.
     """
     program = job["program"]
     replay = Replay(
@@ -110,8 +110,9 @@ def pipefusion(
         groups = [call.conds] if together else [[index] for index in call.conds]
         outputs: list[Tensor] = []
         for group in groups:
-            whole = number < warmup_steps or (tuple(group), 0) not in kept
-            outputs += evaluate(model, x, call.timestep, [job["conds"][i] for i in group], tuple(group), kept,
+            key = (*call.conds, *group)
+            whole = number < warmup_steps or (key, 0) not in kept
+            outputs += evaluate(model, x, call.timestep, [job["conds"][i] for i in group], key, kept,
                                 0 if whole else num_patches)
         replay.answer(number, replay.denoised(number, outputs))
         previews += [preview.denoised for preview in replay.previews(number)]

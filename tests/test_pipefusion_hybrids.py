@@ -1,0 +1,84 @@
+"""PipeFusion beside the other methods: sequence, cfg, dp and tensor parallel change no more than rounding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ranks import Ranks
+from staged import PROGRAMS, sampling_job
+from test_pipefusion import expected, run, serial_result
+
+LIMIT = 1e-12
+FLUX = {"family": "flux", "heads": 3, "layers": 2, "dtype": torch.float64}
+SD3 = {"family": "sd3", "heads": 3, "layers": 2, "dtype": torch.float64, "dual": True}
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    with Ranks(4) as started:
+        yield started
+
+
+@pytest.mark.parametrize("axis", ["ulysses", "ring", "cfg", "dp"])
+@pytest.mark.parametrize("model", [FLUX, SD3], ids=["flux", "sd3.5"])
+def test_two_stages_and_another_axis(ranks, axis, model) -> None:
+    """Heads, tokens and rows that two does not divide; buffers meet the oracle's from the first stale step on."""
+    job = sampling_job(model, PROGRAMS["multistep with noise"](), size=(11, 6), batch=3 if axis == "dp" else 1, masked=True)
+    method = {"num_patches": 3, "warmup_steps": 1}
+    samples, _, posted = run(ranks, {"pipe": 2, axis: 2}, model, job, **method)
+    want, shown = expected(model, job, **method)
+    assert (samples - want).abs().max() <= LIMIT * want.abs().max()
+    for entry, preview in zip(posted, shown, strict=True):
+        assert (entry["denoised"] - preview).abs().max() <= LIMIT * want.abs().max()
+
+
+@pytest.mark.parametrize("axis", ["ulysses", "ring", "cfg"])
+def test_texts_of_different_length(ranks, axis) -> None:
+    """Cond and uncond one after the other, or on a lane each; after steps without the negative one as well."""
+    job = sampling_job(FLUX, PROGRAMS["negative left out"](), texts=(7, 3), size=(8, 6))
+    method = {"num_patches": 2, "warmup_steps": 1}
+    samples, _, _ = run(ranks, {"pipe": 2, axis: 2}, FLUX, job, **method)
+    want, _ = expected(FLUX, job, **method, together=False)
+    assert (samples - want).abs().max() <= LIMIT * want.abs().max()
+
+
+@pytest.mark.parametrize("axis", ["ulysses", "ring"])
+def test_warm_up_is_exact(ranks, axis) -> None:
+    job = sampling_job(SD3, PROGRAMS["euler"]())
+    samples, _, _ = run(ranks, {"pipe": 2, axis: 2}, SD3, job, stale=False)
+    want = serial_result(SD3, job)
+    assert (samples - want).abs().max() <= LIMIT * want.abs().max()
+
+
+def test_more_lanes_than_rows(ranks) -> None:
+    """One lane has nothing to compute where there is one conditioning only."""
+    job = sampling_job(FLUX, PROGRAMS["euler without cfg"]())
+    method = {"num_patches": 2, "warmup_steps": 1}
+    samples, _, posted = run(ranks, {"pipe": 2, "cfg": 2}, FLUX, job, **method)
+    want, _ = expected(FLUX, job, **method)
+    assert torch.equal(samples, want) and len(posted) == 4
+
+
+def test_masks_of_attention(ranks) -> None:
+    """A mask over all pairs of tokens: rows of the segment, columns of the whole sequence."""
+    generator = torch.Generator().manual_seed(0)
+    job = sampling_job(FLUX, PROGRAMS["euler without cfg"](), size=(8, 6), texts=(4,))
+    length = 4 + 4 * 3
+    mask = torch.randn(1, length, length, generator=generator).double()
+    mask[:, :, 1:3] = -torch.inf
+    job["conds"][0]["attention_mask"] = mask
+    exact = serial_result(FLUX, job)
+    results = []
+    for degrees in ({"pipe": 4}, {"pipe": 2, "ulysses": 2}, {"pipe": 2, "ring": 2}):
+        samples, _, _ = run(ranks, degrees, FLUX, job, num_patches=2, stale=False)
+        assert (samples - exact).abs().max() <= LIMIT * exact.abs().max()
+        results.append(run(ranks, degrees, FLUX, job, num_patches=2)[0])
+    assert all((result - results[0]).abs().max() <= LIMIT * exact.abs().max() for result in results)
+    assert (results[0] - exact).abs().max() >= 1e-9
+
+
+def test_too_few_tokens_for_the_sequence_axis(ranks) -> None:
+    job = sampling_job(FLUX, PROGRAMS["euler"](), texts=(1, 1))
+    arguments = {"model": FLUX, "job": job, "degrees": {"pipe": 2, "ulysses": 2}}
+    errors = ranks.run("run_of", module="staged", function="refusal", arguments=arguments)
+    assert all("a text of 1 tokens cannot be cut over 2 ranks beside a pipeline" in error for error in errors)
