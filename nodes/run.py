@@ -61,7 +61,14 @@ def chooser(
 
 def keeping_weights(choose: Callable[[int], ParallelSpec], spec: ParallelSpec) -> Callable[[int], ParallelSpec]:
     """As `choose`, but with `spec` throughout where it spreads the weights: nothing is loaded in mid-run."""
-    return choose if spec.pipe == spec.tensor == 1 else lambda num_chunks: spec
+
+    def kept(num_chunks: int) -> ParallelSpec:
+        other = choose(num_chunks)
+        # Alike degrees of pipe and tensor aren't enough: beside other axes they give ranks other parts.
+        whole = spec.pipe == spec.tensor == other.pipe == other.tensor == 1
+        return other if whole else spec
+
+    return kept
 
 
 def count_chunks(guider: Any) -> int:
