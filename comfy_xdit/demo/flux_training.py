@@ -156,7 +156,8 @@ def batch_loss(
     keep = (torch.rand(len(picks)) >= DROPPED).float()
     context = torch.cat([context for context, _ in encoded]) * keep[:, None, None]
     pooled = torch.cat([pooled for _, pooled in encoded]) * keep[:, None]
-    t = torch.sigmoid(torch.randn(len(picks)))
+    # Mostly noisy ones: what shape it will be is decided there, and later steps keep to it.
+    t = torch.rand(len(picks)).sqrt()
     noise = torch.randn_like(x0)
     x = torch.lerp(x0, noise, t[:, None, None, None])
     with torch.autocast("cpu", torch.bfloat16):
