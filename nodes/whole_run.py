@@ -7,6 +7,7 @@ The log says which it is, and why.
 from __future__ import annotations
 
 import logging
+import math
 import time
 import uuid
 from collections.abc import Callable
@@ -58,8 +59,8 @@ def sample_whole(
             _say(guider, sampler, _num_chunks(job), f"as a whole on the workers, {len(job.program.calls)} evaluations")
             return _run(guider, job, callback, disable_pbar).to(noise.device)
     num_chunks = count_chunks(guider)
-    exact = "; distri waits for fresh keys there, so it is exact" if _spec(guider, num_chunks).distri > 1 else ""
-    _say(guider, sampler, num_chunks, f"step by step in ComfyUI, since {reason}{exact}")
+    price = _price(_spec(guider, num_chunks), num_chunks * noise.shape[0])
+    _say(guider, sampler, num_chunks, f"step by step in ComfyUI, since {reason}{price}")
     return executor(guider, sigmas, extra_args, callback, *given, disable_pbar, *args, **kwargs)
 
 
@@ -80,6 +81,22 @@ def _say(guider: Any, sampler: Any, num_chunks: int, how: str) -> None:
 def _spec(guider: Any, num_chunks: int) -> ParallelSpec:
     """The degrees of this run."""
     return guider.inner_model.remote.run.spec(num_chunks)
+
+
+def _price(spec: ParallelSpec, num_rows: int) -> str:
+    """What becomes of the approximate methods when a step comes by itself; num_rows: it evaluates so many."""
+    if spec.distri > 1:
+        return "; distri waits for fresh keys there, so it is exact"
+    if spec.pipe > 1:
+        # Here: it brings the engine, which ComfyUI's start need not wait for.
+        from comfy_xdit.parallel.drained import share_of_time
+
+        share = share_of_time(math.ceil(num_rows / (spec.cfg * spec.dp)), spec.pipe)
+        return (
+            f"; the pipeline of {spec.pipe} stages runs empty after every evaluation there, so it is exact, "
+            f"and each rank works {share:.0%} of the time"
+        )
+    return ""
 
 
 def _name(sampler: Any) -> str:

@@ -225,7 +225,7 @@ def fail(step):
 @pytest.mark.parametrize(
     ("stop", "raised"), [(interrupt, comfy.model_management.InterruptProcessingException), (fail, ZeroDivisionError)]
 )
-@pytest.mark.parametrize("degrees", [{"cfg": 2}, {"ring": 2}], ids=str)
+@pytest.mark.parametrize("degrees", [{"cfg": 2}, {"ring": 2}, {"pipe": 2}], ids=str)
 def test_an_interrupted_run_ends_on_the_workers(stop, raised, degrees, loaded, pools, monkeypatch):
     setting = pools(2, **degrees)
     model, pool, cancelled = parallelize(loaded("sd3")[1], setting), connect(setting), []
@@ -250,8 +250,9 @@ def test_an_interrupted_run_ends_on_the_workers(stop, raised, degrees, loaded, p
     assert all(torch.equal(mine[2], before[2]) for mine, before in zip(again, expected, strict=True))
 
 
-def test_a_worker_killed_in_mid_run_is_a_sentence_and_the_next_run_works(loaded, pools):
-    setting = pools(2)
+@pytest.mark.parametrize("degrees", [{}, {"pipe": 2}], ids=str)
+def test_a_worker_killed_in_mid_run_is_a_sentence_and_the_next_run_works(degrees, loaded, pools):
+    setting = pools(2, **degrees)
     model, pool = parallelize(loaded("flux")[1], setting), connect(setting)
     expected = shown(model, "euler")
 
@@ -274,3 +275,22 @@ def test_lost_reports_are_said():
     follower.poll()
     with pytest.raises(RuntimeError, match="2 of 2 progress reports"):
         follower.finish(2)
+
+
+def test_a_pipeline_step_by_step_says_what_it_costs(loaded, pools, log):
+    """Four rows go through two stages, which takes the time of five."""
+    stock, ours = loaded("flux")
+    inputs = {"latent_image": tiny.latent(batch=2)}
+    model = parallelize(ours, pools(2, pipe=2, sampling="step"))
+    assert distance(tiny.sample(model, **inputs), tiny.sample(stock, **inputs)) <= STOCK
+    assert "the pipeline of 2 stages runs empty after every evaluation there" in (line := log()[0])
+    assert line.endswith("each rank works 80% of the time")
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "dpmpp_sde", "res_multistep_cfg_pp"])
+def test_a_pipeline_in_which_every_evaluation_is_exact(sampler, loaded, pools, log):
+    stock, ours = loaded("sd3")
+    inputs = {"sampler_name": sampler, **picture(noise_mask=SOFT)}
+    model = parallelize(ours, pools(2, pipe=2, warmup_steps=1000))
+    assert distance(tiny.sample(model, **inputs), tiny.sample(stock, **inputs)) <= STOCK
+    assert "(2 ranks, pipe=2)" in (line := log()[0]) and "as a whole" in line
