@@ -9,19 +9,23 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from comfy_xdit.cost.arithmetic import Network, read_network
 from comfy_xdit.cost.document import TABLE, bytes_sent
-from comfy_xdit.cost.formulas import sent
+from comfy_xdit.cost.job import sent_in_job
 from comfy_xdit.cost.work import Work
-from comfy_xdit.messages import Denoise, LoadModel, Result
-from comfy_xdit.parallel.spec import AXES, ParallelSpec, check
+from comfy_xdit.messages import Denoise, LoadModel, Result, Sample
+from comfy_xdit.parallel.spec import APPROXIMATE, AXES, ParallelSpec, check
 from comfy_xdit.pool.client import Pool
 
 from .bench_pool import bench_pool
 from .checkpoint import FluxSize, random_call, write_flux
+from .program import euler
 from .show import json_argument, show
 
 MODEL = "wire"
+NUM_EVALUATIONS = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,9 +49,9 @@ def wire(*, num_ranks: int = 2, size: Size | None = None) -> dict[str, Any]:
         rows = [_row(pool, path, network, size, spec) for spec in specs]
     return {
         "compared": (
-            f"bytes that the busiest of {num_ranks} ranks sends in one evaluation of a Flux of {size.flux.hidden} x "
-            f"{network.num_attentions}, {size.tokens} + {size.text_tokens} tokens in fp32: measured, our formula, "
-            "and the document's"
+            f"bytes that the busiest of {num_ranks} ranks sends, in one evaluation or in {NUM_EVALUATIONS} of a "
+            f"sampling run, of a Flux of {size.flux.hidden} x {network.num_attentions}, {size.tokens} + "
+            f"{size.text_tokens} tokens in fp32: measured, our formula, and the document's"
         ),
         "rows": rows,
     }
@@ -79,23 +83,51 @@ def _row(pool: Pool, path: str, network: Network, size: Size, spec: ParallelSpec
         compute_dtype="float32",
         spec=spec,
     )
+    message: Denoise | Sample
+    if any(getattr(spec, axis) > 1 for axis in APPROXIMATE):
+        # What they send depends on the evaluation before, so it takes a run.
+        work = dataclasses.replace(work, num_evaluations=NUM_EVALUATIONS)
+        message = run_of(call, work, spec)
+    else:
+        work = dataclasses.replace(work, num_evaluations=1)
+        message = Denoise(model=MODEL, patches_id="", spec=spec, calls=[call], chunks=[chunks])
     with pool.turn():
         pool.call(load)
-        results = pool.call_all(Denoise(model=MODEL, patches_id="", spec=spec, calls=[call], chunks=[chunks]))
+        results = pool.call_all(message)
     return compare(results, network, work, spec)
+
+
+def run_of(call: dict[str, Any], work: Work, spec: ParallelSpec) -> Sample:
+    """A sampling run from the call's noise and conditioning; its rows are the chunks of all images."""
+    noise = call["x"][: work.images]
+    rows = {name: value.chunk(work.chunks) for name, value in call.items() if name not in ("x", "timestep")}
+    return Sample(
+        job="wire",
+        model=MODEL,
+        patches_id="",
+        spec=spec,
+        program=euler(work.num_evaluations, cfg=2.0 if work.chunks == 2 else None),
+        noise=noise,
+        latent=torch.zeros_like(noise),
+        mask=None,
+        noises=[],
+        conds=[{name: parts[chunk] for name, parts in rows.items()} for chunk in range(work.chunks)],
+        num_patches=work.num_patches,
+        warmup_steps=work.warmup,
+    )
 
 
 def compare(results: list[Result], network: Network, work: Work, spec: ParallelSpec) -> dict[str, Any]:
     """Measured and predicted bytes of each rank; the row shows the busiest."""
     measured = [Counter(result.report["bytes_sent"]) for result in results]
-    ours = [sent(network, work, spec, rank) for rank in range(spec.num_ranks)]
+    ours = [sent_in_job(network, work, spec, rank) for rank in range(spec.num_ranks)]
     used = [axis for axis, degree in spec.degrees.items() if degree > 1]
     document = None
     if len(used) == 1 and used[0] in TABLE:
         tokens = sum(work.tokens(network).values())
         document = bytes_sent(
             used[0],
-            tokens=tokens * work.rows,
+            tokens=tokens * work.rows * work.num_evaluations,
             hidden=network.hidden,
             layers=network.num_attentions,
             degree=spec.num_ranks,
@@ -104,6 +136,7 @@ def compare(results: list[Result], network: Network, work: Work, spec: ParallelS
     busiest = max(counter.total() for counter in measured)
     return {
         "method": str(spec).replace("\u00d7", "x"),
+        "evaluations": work.num_evaluations,
         "measured_bytes": busiest,
         "formula_bytes": max(counter.total() for counter in ours),
         "every_rank_equal": measured == ours,

@@ -53,7 +53,7 @@ def distri(network: Network, work: Work, part: Part, streams: tuple[str, ...]) -
     if degree == 1:
         return Counter()
     longest = max(part.group_tokens(streams, distri=place) for place in range(degree))
-    return Counter(all_gather=_key_bytes(network, work, part) * longest * (degree - 1))
+    return Counter(all_gather=key_bytes(network, work, part) * longest * (degree - 1))
 
 
 def ring(network: Network, work: Work, part: Part, streams: tuple[str, ...]) -> Counter[str]:
@@ -64,7 +64,7 @@ def ring(network: Network, work: Work, part: Part, streams: tuple[str, ...]) -> 
         for step in range(degree - 1)
         for place in range(part.spec.distri)
     )
-    return Counter(send=_key_bytes(network, work, part) * passed) if passed else Counter()
+    return Counter(send=key_bytes(network, work, part) * passed) if passed else Counter()
 
 
 def tensor(network: Network, work: Work, part: Part, block: int) -> Counter[str]:
@@ -90,17 +90,20 @@ def joined(network: Network, work: Work, part: Part) -> Counter[str]:
     return Counter(all_gather=per_token * max(sizes) * (len(sizes) - 1)) if len(sizes) > 1 else Counter()
 
 
-def shared(network: Network, work: Work, part: Part) -> Counter[str]:
-    """The lanes' outputs (cfg and dp), each padded to the lane with the most rows."""
+def shared(network: Network, work: Work, part: Part, *, height: int | None = None) -> Counter[str]:
+    """The lanes' outputs (cfg and dp), each padded to the lane with the most rows.
+
+    height: of the latent's patch that is shared; the whole latent's by default.
+    """
     lanes = part.spec.cfg * part.spec.dp
     if lanes == 1:
         return Counter()
     most = part_of(network, work, part.spec, 0).rows
-    height, width = work.latent
-    row = height * width * network.latent_outputs * work.element_bytes
+    whole, width = work.latent
+    row = (whole if height is None else height) * width * network.latent_outputs * work.element_bytes
     return Counter(all_gather=most * row * (lanes - 1))
 
 
-def _key_bytes(network: Network, work: Work, part: Part) -> int:
+def key_bytes(network: Network, work: Work, part: Part) -> int:
     """Of one token's keys and values in one layer, for the heads of this rank."""
     return 2 * part.rows * part.own_heads * network.head_dim * work.element_bytes

@@ -76,8 +76,10 @@ class Part:
         return sum(self.shard_tokens(streams, first + i) for i in range(self.spec.ulysses))
 
 
-def part_of(network: Network, work: Work, spec: ParallelSpec, rank: int) -> Part:
-    """Rank `rank`'s part."""
+def part_of(
+    network: Network, work: Work, spec: ParallelSpec, rank: int, tokens: Mapping[str, int] | None = None
+) -> Part:
+    """Rank `rank`'s part. tokens: of each stream, where not all of the work's are meant."""
     left, index = rank, {}
     for axis in reversed(AXES):
         left, index[axis] = divmod(left, getattr(spec, axis))
@@ -87,7 +89,7 @@ def part_of(network: Network, work: Work, spec: ParallelSpec, rank: int) -> Part
         spec=spec,
         index=index,
         rows=shard_sizes(shard_sizes(work.rows, spec.cfg)[index["cfg"]], spec.dp)[index["dp"]],
-        shards={stream: shard_sizes(length, degree) for stream, length in work.tokens(network).items()},
+        shards={stream: shard_sizes(length, degree) for stream, length in (tokens or work.tokens(network)).items()},
         shard=(index["distri"] * spec.ring + index["ring"]) * spec.ulysses + index["ulysses"],
         heads=shard_sizes(network.shape.num_heads // spec.tensor, spec.ulysses),
         blocks=_stages(costs, spec.pipe)[index["pipe"]],

@@ -76,6 +76,9 @@ class FakePool:
         for key in message.keys:
             self.models.pop(key, None)
 
+    def on_Probe(self, message):
+        return {"flops_per_s": 1e12, "memory_bytes": 1e10, "bytes_per_s": {"send": 1e9}, "latency_s": {"send": 1e-5}}
+
     def on_Denoise(self, message):
         patcher = self.models[message.model]
         assert patcher.xdit_patches_id == message.patches_id
