@@ -72,7 +72,8 @@ class DistriKeys:
         self._uses[path] += 1
         gather = self._gathers.get(key) if self._old else None
         if gather is None:
-            gather = self._gathers.pop(key, None) or _Gather.like(k, v, lengths, self._axis)
+            assert key not in self._gathers, f"{path}: old keys that are of no use were kept"
+            gather = _Gather.like(k, v, lengths, self._axis)
             gather.now(k, v)
             whole = gather.whole()
         else:
