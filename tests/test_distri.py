@@ -163,6 +163,17 @@ def test_exact_variants_equal_one_rank(two, four, kind, method) -> None:
         assert difference(sampled(ranks, model, degrees, fields, **method), serial) <= EXACT
 
 
+@pytest.mark.parametrize("kind", MODELS)
+def test_fewer_tokens_than_ranks(four, kind) -> None:
+    """Some ranks hold no token of the image, or none at all."""
+    model = MODELS[kind]
+    fields = job(flow_program(steps=3, kind="multistep", cfg=2.0), family=model["family"], size=(2, 5), texts=(1, 1))
+    serial, _, _ = run_sample(model, {}, **fields)
+    for degrees in ({"distri": 4}, {"distri": 2, "ulysses": 2}, {"distri": 2, "ring": 2}):
+        assert difference(sampled(four, model, degrees, fields, stale=False), serial) <= EXACT
+        assert difference(sampled(four, model, degrees, fields), serial) < 0.5
+
+
 def test_one_evaluation_at_a_time_is_exact(two, four) -> None:
     """Step mode knows of no evaluation before. With a mask over pairs of tokens, text first."""
     model = MODELS["flux"]
