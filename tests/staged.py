@@ -10,12 +10,14 @@ import torch
 from programs import flow_program
 from ranks import groups, tiny_model
 
-from comfy_xdit.messages import Sample
+from comfy_xdit.messages import LoadModel, Sample
 from comfy_xdit.parallel.context import ParallelContext
 from comfy_xdit.parallel.denoise import denoise
+from comfy_xdit.parallel.pipefusion import pipefusion
 from comfy_xdit.parallel.spec import ParallelSpec
 from comfy_xdit.parallel.stages import Absent, block_costs, block_paths, stages
 from comfy_xdit.trajectory import SamplerCall, SamplerPreview, SamplerProgram
+from comfy_xdit.weights.resident import load
 
 
 def staged_model(*, stage: int = 0, num_stages: int = 1, **options: Any) -> Any:
@@ -39,9 +41,24 @@ def run_pipefusion(
     model: dict[str, Any], job: dict[str, Any], degrees: dict[str, int], stop_after: int | None = None, **method: Any
 ) -> tuple[torch.Tensor | None, dict[str, Any], list[dict[str, Any]]]:
     """Job: (samples or None, report, what was posted)."""
-    from comfy_xdit.parallel.pipefusion import pipefusion
-
     spec = ParallelSpec(**degrees)
+    index, degree = (spec.weights_of(groups().rank).stage, spec.pipe)
+    return sampled(staged_model(stage=index, num_stages=degree, **model), job, spec, stop_after, **method)
+
+
+def run_loaded(
+    path: str, family: str, job: dict[str, Any], degrees: dict[str, int], **method: Any
+) -> tuple[torch.Tensor | None, dict[str, Any], list[dict[str, Any]]]:
+    """Job: as `run_pipefusion`, of a file in fp64 from which each rank loads its part."""
+    names = {"storage_dtype": "float64", "compute_dtype": "float64"}
+    spec = ParallelSpec(**degrees)
+    message = LoadModel(model="m", path=path, prefix="", family=family, spec=spec, **names)
+    return sampled(load(message, "cpu", rank=groups().rank), job, spec, **method)
+
+
+def sampled(
+    model: Any, job: dict[str, Any], spec: ParallelSpec, stop_after: int | None = None, **method: Any
+) -> tuple[torch.Tensor | None, dict[str, Any], list[dict[str, Any]]]:
     message = Sample(job="j", model="m", patches_id="", spec=spec, **job, **method)
     posted: list[dict[str, Any]] = []
     asked = 0
@@ -52,10 +69,8 @@ def run_pipefusion(
         return stop_after is not None and asked > stop_after
 
     with ParallelContext(spec, groups()) as context, torch.inference_mode():
-        place = context.axis("pipe")
-        whole = staged_model(stage=place.index, num_stages=place.degree, **model)
         samples, report = pipefusion(
-            whole, message, message.conds, context, post=posted.append, wish_to_stop=wish_to_stop
+            model, message, message.conds, context, post=posted.append, wish_to_stop=wish_to_stop
         )
     return samples, report, posted
 
@@ -86,9 +101,13 @@ def sampling_job(
     texts: tuple[int, ...] = (5, 5),
     masked: bool = False,
     references: tuple[tuple[int, int], ...] = (),
+    widths: tuple[int, int] = (12, 10),
     seed: int = 0,
 ) -> dict[str, Any]:
-    """The fields of a `Sample` that a program needs, of random numbers in the model's dtype."""
+    """The fields of a `Sample` that a program needs, of random numbers in the model's dtype.
+
+    widths: of the text's tokens and of pooled text. references: sizes of reference latents.
+    """
     generator = torch.Generator().manual_seed(seed)
     dtype = model.get("dtype", torch.float32)
 
@@ -98,7 +117,7 @@ def sampling_job(
     latent = (batch, 4, *size)
     conds = []
     for number, _ in enumerate(program.conds):
-        cond: dict[str, Any] = {"context": random(1, texts[number], 12), "y": random(1, 10)}
+        cond: dict[str, Any] = {"context": random(1, texts[number], widths[0]), "y": random(1, widths[1])}
         if model["family"] == "flux":
             cond["guidance"] = random(1).abs()
         if references:

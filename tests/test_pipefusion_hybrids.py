@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 import torch
 from ranks import Ranks
-from staged import PROGRAMS, sampling_job
+from staged import PROGRAMS, run_loaded, sampling_job
 from test_pipefusion import expected, run, serial_result
 
 LIMIT = 1e-12
@@ -23,7 +24,8 @@ def ranks():
 @pytest.mark.parametrize("model", [FLUX, SD3], ids=["flux", "sd3.5"])
 def test_two_stages_and_another_axis(ranks, axis, model) -> None:
     """Heads, tokens and rows that two does not divide; buffers meet the oracle's from the first stale step on."""
-    job = sampling_job(model, PROGRAMS["multistep with noise"](), size=(11, 6), batch=3 if axis == "dp" else 1, masked=True)
+    batch = 3 if axis == "dp" else 1
+    job = sampling_job(model, PROGRAMS["multistep with noise"](), size=(11, 6), batch=batch, masked=True)
     method = {"num_patches": 3, "warmup_steps": 1}
     samples, _, posted = run(ranks, {"pipe": 2, axis: 2}, model, job, **method)
     want, shown = expected(model, job, **method)
@@ -75,6 +77,20 @@ def test_masks_of_attention(ranks) -> None:
         results.append(run(ranks, degrees, FLUX, job, num_patches=2)[0])
     assert all((result - results[0]).abs().max() <= LIMIT * exact.abs().max() for result in results)
     assert (results[0] - exact).abs().max() >= 1e-9
+
+
+@pytest.mark.parametrize(("family", "shapes"), [("flux", tiny.flux_shapes()), ("sd3", tiny.sd3_shapes(depth=4))])
+def test_loaded_stages(ranks, tmp_path, family, shapes) -> None:
+    """Each rank reads its blocks, or its shards of them, and no others."""
+    path = tiny.write(tmp_path / "model.safetensors", tiny.random_weights(shapes, dtype=torch.float64))
+    job = sampling_job({"family": family, "dtype": torch.float64}, PROGRAMS["multistep"](), widths=(24, 20))
+    arguments = {"path": path, "family": family, "job": job, "num_patches": 3}
+    alone, _, _ = run_loaded(degrees={}, **arguments)
+    for degrees in ({"pipe": 4}, {"pipe": 2, "tensor": 2}, {"pipe": 2, "ulysses": 2}):
+        job_of = {**arguments, "degrees": degrees}
+        (samples, _, _), *_ = ranks.run("run_of", module="staged", function="run_loaded", arguments=job_of)
+        assert (samples - alone).abs().max() <= LIMIT * alone.abs().max()
+        assert torch.equal(samples, alone) or degrees != {"pipe": 4}
 
 
 def test_too_few_tokens_for_the_sequence_axis(ranks) -> None:
