@@ -11,6 +11,7 @@ import torch
 from check_loop import apply
 from check_lora import TARGETS, with_lora
 from check_nodes import Guiders, custom_inputs, stock_custom
+from comfy_xdit_nodes import whole_run
 from comfy_xdit_nodes.checkpoint import open_checkpoint
 from comfy_xdit_nodes.parity import models as tiny
 from comfy_xdit_nodes.patcher import from_checkpoint, parallelize
@@ -210,6 +211,16 @@ def test_the_log_says_what_keeps_a_run_in_the_host(change, positive, reason, loa
     assert distance(tiny.sample(ours, **inputs), tiny.sample(stock, **inputs)) <= STOCK
     (line,) = log()
     assert re.search(f"euler runs step by step in ComfyUI, since .*{reason}", line)
+
+
+def test_too_many_steps_to_trace(loaded, pools, log, monkeypatch):
+    monkeypatch.setattr(whole_run, "MAX_STEPS", 3)
+    model = parallelize(loaded("sd3")[1], pools(2))
+    tiny.sample(model, steps=4)
+    tiny.sample(model, steps=3)
+    many, few = log()
+    assert "step by step in ComfyUI, since it has 4 steps, more than the 3" in many
+    assert "as a whole" in few
 
 
 def interrupt(step):
