@@ -1,0 +1,81 @@
+"""How PipeFusion cuts sequences: everything once, in order, in pieces that ranks can share."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from comfy_xdit.parallel.segments import Grid, cut_rows, num_tokens, pixel_rows, segments_of
+from comfy_xdit.parallel.sequence import shard_sizes
+
+grids = st.builds(Grid, rows=st.integers(1, 40), columns=st.integers(1, 12), side=st.just(2))
+
+
+@given(grid=grids, num_patches=st.integers(0, 60), num_stages=st.integers(1, 8), data=st.data())
+def test_patches_are_all_rows_in_order(grid, num_patches, num_stages, data) -> None:
+    num_shards = data.draw(st.integers(1, min(8, grid.rows * grid.columns)))
+    rows = cut_rows(grid, num_patches=num_patches, num_stages=num_stages, num_shards=num_shards)
+    assert [row for patch in rows for row in patch] == list(range(grid.rows))
+    sizes = [len(patch) for patch in rows]
+    assert max(sizes) - min(sizes) <= 1
+    assert min(sizes) * grid.columns >= num_shards
+    wanted = num_patches or 2 * num_stages
+    assert len(rows) <= wanted
+    if wanted <= grid.rows and grid.columns >= num_shards:
+        assert len(rows) == wanted
+
+
+@given(grid=grids, odd=st.booleans(), num_patches=st.integers(1, 9))
+def test_pixels_are_all_rows_in_order(grid, odd, num_patches) -> None:
+    height = 2 * grid.rows - odd
+    assert Grid.of(height, 2 * grid.columns, 2) == grid
+    rows = cut_rows(grid, num_patches=num_patches, num_stages=1, num_shards=1)
+    pixels = [pixel for patch in rows for pixel in range(height)[pixel_rows(grid, patch, height)]]
+    assert pixels == list(range(height))
+
+
+@given(
+    grid=grids,
+    num_patches=st.integers(1, 9),
+    text=st.integers(8, 50),
+    references=st.integers(0, 700),
+    num_shards=st.integers(1, 8),
+)
+def test_segments_are_all_tokens_once(grid, num_patches, text, references, num_shards) -> None:
+    if grid.rows * grid.columns < num_shards:
+        with pytest.raises(ValueError, match="beside a pipeline; use ring and ulysses of"):
+            cut_rows(grid, num_patches=num_patches, num_stages=2, num_shards=num_shards)
+        return
+    rows = cut_rows(grid, num_patches=num_patches, num_stages=2, num_shards=num_shards)
+    lengths = {"text": text, "image": grid.rows * grid.columns + references}
+    found = segments_of(grid, rows, lengths, num_shards=num_shards)
+    for stream, length in lengths.items():
+        tokens = [token for s in found for token in range(s.spans[stream][0], sum(s.spans[stream]))]
+        assert sorted(tokens) == list(range(length))
+    assert [s.patch for s in found if s.patch is not None] == list(range(len(rows)))
+    conditions = [s for s in found if s.patch is None]
+    assert found[: len(conditions)] == conditions, "what needs nothing of the sampler comes first"
+    for segment in found:
+        assert num_tokens(segment.spans) >= num_shards
+        own = [sum(shard_sizes(size, num_shards)[rank] for _, size in segment.spans.values()) for rank in (0, -1)]
+        assert min(own) > 0, "no rank is left without a token"
+    largest = max(num_tokens(s.spans) for s in found if s.patch is not None)
+    assert all(s.spans["image"][1] < 2 * max(largest, num_shards) for s in conditions)
+
+
+def test_the_number_of_patches_by_itself() -> None:
+    grid = Grid(rows=64, columns=64, side=2)
+    for num_stages in (2, 4, 8):
+        assert len(cut_rows(grid, num_patches=0, num_stages=num_stages, num_shards=1)) == 2 * num_stages
+    assert len(cut_rows(Grid(rows=3, columns=9, side=2), num_patches=0, num_stages=4, num_shards=1)) == 3
+
+
+def test_texts_that_are_too_short() -> None:
+    grid = Grid(rows=8, columns=8, side=2)
+    rows = cut_rows(grid, num_patches=4, num_stages=2, num_shards=4)
+    with pytest.raises(ValueError, match="a text of 3 tokens cannot be cut over 4 ranks beside a pipeline"):
+        segments_of(grid, rows, {"text": 3, "image": 64}, num_shards=4)
+
+
+def test_no_patches_at_all() -> None:
+    with pytest.raises(ValueError, match="-1 patches are none; use 1 or more, or 0 to have the number chosen"):
+        cut_rows(Grid(rows=8, columns=8, side=2), num_patches=-1, num_stages=2, num_shards=1)
