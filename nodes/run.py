@@ -45,6 +45,10 @@ def chooser(
 
     @functools.cache
     def chosen(num_ranks: int, num_chunks: int) -> ParallelSpec:
+        # First without a cost: faults are said before the pool is asked to measure anything.
+        by_rule = auto(num_ranks, requested=requested, shape=checkpoint.shape, num_chunks=num_chunks)
+        if math.prod(degree for degree in requested.values() if degree) == num_ranks:
+            return by_rule
         cost = cost_on(
             pool,
             load.path,
