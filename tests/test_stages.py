@@ -164,12 +164,13 @@ def test_a_bad_patch_is_every_stages_fault(tmp_path) -> None:
 
 
 def test_flux_in_its_real_size() -> None:
-    """19 double blocks of 340 million parameters and 38 single ones of 142 share out to within a block."""
+    """A double block has more than twice the weights of a single one, and takes hardly more time."""
     with torch.device("meta"):
         module = FLUX.model_class()(guidance_embeds=True)
     paths, costs = block_paths(module, FLUX.plan), block_costs(module, FLUX.plan, hidden=3072)
     assert paths[18:20] == ["transformer_blocks.18", "single_transformer_blocks.0"] and len(costs) == 57
-    assert costs[18] > 2 * costs[19]
+    assert costs[19] < costs[18] < 1.1 * costs[19]
     for num_stages in (2, 3, 4, 8):
         loads = [sum(costs[block] for block in run) for run in stages(costs, num_stages)]
         assert max(loads) - min(loads) <= max(costs)
+    assert [len(run) for run in stages(costs, 2)] == [28, 29]

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 
 from comfy_xdit.parallel.sequence import shard_sizes
 from comfy_xdit.parallel.spec import AXES, ParallelSpec
-from comfy_xdit.parallel.stages import TYPICAL_TOKENS, stages
+from comfy_xdit.parallel.stages import cost_of, stages
 
-from .arithmetic import Network
+from .arithmetic import TEXT, Network, Streams
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ def part_of(
     for axis in reversed(AXES):
         left, index[axis] = divmod(left, getattr(spec, axis))
     degree = spec.distri * spec.ring * spec.ulysses
-    costs = tuple(block.params + 2 * TYPICAL_TOKENS * network.hidden for block in network.blocks)
+    costs = tuple(_cost(block.multiplied, network.hidden) for block in network.blocks)
     return Part(
         spec=spec,
         index=index,
@@ -94,6 +94,11 @@ def part_of(
         heads=shard_sizes(network.shape.num_heads // spec.tensor, spec.ulysses),
         blocks=_stages(costs, spec.pipe)[index["pipe"]],
     )
+
+
+def _cost(multiplied: Mapping[Streams, int], hidden: int) -> int:
+    image = sum(elements for streams, elements in multiplied.items() if "image" in streams)
+    return cost_of(image, multiplied.get(TEXT, 0), hidden=hidden)
 
 
 @functools.lru_cache(maxsize=64)

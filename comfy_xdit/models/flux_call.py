@@ -34,6 +34,8 @@ PLAN = ModelPlan(
     },
     exact={"time_text_embed": {0: Exact(argument="timestep", factor=1000.0)}},
     blocks=("transformer_blocks", "single_transformer_blocks"),
+    text_only=("ff_context.", "attn.add_", "attn.to_add_out."),
+    once=("norm.", "norm1.", "norm1_context."),
     tensor=TensorPlan(
         columns=(
             *(f"{DOUBLE}attn.to_{x}" for x in "qkv"),

@@ -25,6 +25,8 @@ PLAN = ModelPlan(
         "transformer_blocks.*.attn2": AttentionLayer(streams=("image",)),
     },
     blocks=("transformer_blocks",),
+    text_only=("ff_context.", "attn.add_", "attn.to_add_out."),
+    once=("norm.", "norm1.", "norm1_context."),
     tensor=TensorPlan(
         columns=(
             *(f"{BLOCK}attn.to_{x}" for x in "qkv"),

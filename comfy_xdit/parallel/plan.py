@@ -69,6 +69,8 @@ class ModelPlan:
     attention: the attention modules that see cut streams; others attend to what they hold.
     exact: path → position → what replaces that argument.
     blocks: the lists of blocks, in the order in which they run; pipeline stages are cut from them.
+    text_only, once: starts of the names of a block's weights that multiply text tokens alone, and of those
+    that work once for each row; the others multiply every image token.
     streams: the keyword arguments of a block that it returns, in its order.
     token_side: latent pixels on a side of an image token; the image stream begins with the latent's tokens,
     row by row.
@@ -82,6 +84,8 @@ class ModelPlan:
     attention: dict[str, AttentionLayer]
     exact: dict[str, dict[int, Exact]] = dataclasses.field(default_factory=dict)
     blocks: tuple[str, ...]
+    text_only: tuple[str, ...] = ()
+    once: tuple[str, ...] = ()
     tensor: TensorPlan
     streams: tuple[str, ...] = ("encoder_hidden_states", "hidden_states")
     token_side: int = 2

@@ -12,6 +12,9 @@ from .plan import ModelPlan
 TYPICAL_TOKENS = 4096
 """Image tokens of 1024 × 1024 pixels: how much attention counts beside the weights."""  # noqa: RUF001
 
+TOKENS_RATIO = 16
+"""Image tokens for each text token, usually: 4096 and 256."""
+
 
 def stages(costs: Sequence[int], num_stages: int) -> list[range]:
     """Runs of blocks, one for each stage, none empty, whose costliest is as cheap as can be.
@@ -49,13 +52,26 @@ def block_paths(module: nn.Module, plan: ModelPlan) -> list[str]:
 
 
 def block_costs(module: nn.Module, plan: ModelPlan, *, hidden: int) -> list[int]:
-    """What each block weighs: its parameters, and attention as so many parameters more.
+    """What each block takes of an evaluation's time, in units of its own: see `cost_of`."""
+    costs = []
+    for path in block_paths(module, plan):
+        elements = {"image": 0, "text": 0}
+        for name, weight in module.get_submodule(path).named_parameters():
+            if weight.dim() >= 2 and not name.startswith(plan.once):
+                elements["text" if name.startswith(plan.text_only) else "image"] += weight.numel()
+        costs.append(cost_of(elements["image"], elements["text"], hidden=hidden))
+    return costs
 
-    A parameter takes two operations a token, attention to S tokens 4 · S · hidden: as 2 · S · hidden parameters.
+
+def cost_of(image_elements: int, text_elements: int, *, hidden: int) -> int:
+    """The time of a block, relative to other blocks.
+
+    image_elements: of matrices that multiply every image token; text_elements: of those for text alone.
+    A pipeline is as fast as its slowest stage, so stages share out time, not weights: half of a double block
+    of Flux works on text, which is short, and its modulation once for a row. Attention to S tokens is as much
+    as 2 · S · hidden elements more.
     """
-    blocks = [module.get_submodule(path) for path in block_paths(module, plan)]
-    attention = 2 * TYPICAL_TOKENS * hidden
-    return [sum(weight.numel() for weight in block.parameters()) + attention for block in blocks]
+    return TOKENS_RATIO * (image_elements + 2 * TYPICAL_TOKENS * hidden) + text_elements
 
 
 class Absent(nn.Module):
