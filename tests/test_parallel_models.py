@@ -1,4 +1,4 @@
-"""N ranks equal one: tiny random Flux and SD3 models under dp, cfg, ulysses, ring and their products.
+"""N ranks equal one: tiny random Flux and SD3 models under dp, cfg, ulysses, ring, distri and their products.
 
 The expected output is diffusers' own forward, without our engine.
 """
@@ -18,13 +18,15 @@ from comfy_xdit.parallel.spec import ParallelSpec
 LIMIT = 1e-5
 
 DEGREES = {
-    2: [{"ulysses": 2}, {"ring": 2}, {"cfg": 2}, {"dp": 2}],
-    3: [{"ulysses": 3}, {"ring": 3}, {"dp": 3}],
+    2: [{"ulysses": 2}, {"ring": 2}, {"distri": 2}, {"cfg": 2}, {"dp": 2}],
+    3: [{"ulysses": 3}, {"ring": 3}, {"distri": 3}, {"dp": 3}],
     4: [
         {"ulysses": 4},
         {"ring": 4},
         {"dp": 4},
         {"ring": 2, "ulysses": 2},
+        {"distri": 2, "ulysses": 2},
+        {"distri": 2, "ring": 2},
         {"cfg": 2, "ulysses": 2},
         {"cfg": 2, "ring": 2},
         {"dp": 2, "cfg": 2},
