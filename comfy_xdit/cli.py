@@ -27,6 +27,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bench vae": ("comfy_xdit.bench.vae", "a rank's peak memory in the parallel VAE"),
     "bench lora": ("comfy_xdit.bench.lora", "switching a LoRA on the pool against ComfyUI's own way"),
     "bench wire": ("comfy_xdit.bench.wire", "bytes that each method sends, beside the formulas"),
+    "bench drift": ("comfy_xdit.bench.drift", "pictures of the approximate methods against exact ones"),
+    "bench trace": ("comfy_xdit.bench.trace", "what each rank did when in one job, as a Chrome trace and a picture"),
     "plan": ("comfy_xdit.cost.plan", "which parallel spec suits a model, a size and a link, and why"),
     "parity": ("comfy_xdit.bench.parity", "stock ComfyUI against the pool, for every sampler"),
     "pool stop": ("comfy_xdit.pool.cli_stop", "end a pool and all of its workers"),

@@ -181,6 +181,28 @@ def run_checkpoint(path: str, family: str, call: dict[str, Any], chunks: int, de
         return denoise(model, [call], [chunks], context)[1]
 
 
+def sample_checkpoint(path: str, family: str, fields: dict[str, Any], degrees: dict[str, int], **method: Any) -> dict:
+    """Job: the report of a sampling run of a model from a file."""
+    from comfy_xdit.messages import LoadModel, Sample
+    from comfy_xdit.parallel.context import ParallelContext
+    from comfy_xdit.parallel.sample import sample
+    from comfy_xdit.parallel.spec import ParallelSpec
+    from comfy_xdit.weights.resident import load
+
+    spec = ParallelSpec(**degrees)
+    names = {"storage_dtype": "float32", "compute_dtype": "float32"}
+    model = load(
+        LoadModel(model="m", path=path, prefix="", family=family, spec=spec, **names),
+        torch.device("cpu"),
+        rank=groups().rank,
+    )
+    message = Sample(job="j", model="m", patches_id="", spec=spec, **fields, **method)
+    with ParallelContext(spec, groups(), trace=True) as context, torch.inference_mode():
+        return sample(
+            model, message, message.conds, context, post=lambda entry: None, wish_to_stop=lambda: False
+        )[1]
+
+
 def run_probe() -> dict[str, Any]:
     """Job: what this rank measured."""
     from comfy_xdit.cost.probe import probe

@@ -6,10 +6,12 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 
+from comfy_xdit.parallel.segments import PATCHES_PER_STAGE
 from comfy_xdit.parallel.spec import APPROXIMATE, MAX_CFG, ParallelSpec, check, products
 
 from .arithmetic import Network, attention_flops
 from .formulas import distri, joined, ring, sent, shared, tensor, ulysses
+from .job import sent_in_job
 from .links import Device, Link
 from .memory import Memory, memory
 from .work import Part, Work, part_of
@@ -20,7 +22,8 @@ class Prediction:
     """What a spec costs, on its busiest rank.
 
     step_s: one evaluation, on average over the job; compute_s: of which matrices; waiting_s: of which links, as far as
-    they aren't hidden behind compute. sent_bytes: in one evaluation. fits: memory is enough.
+    they aren't hidden behind compute, and with pipe its warming up and filling. sent_bytes: in one evaluation.
+    fits: memory is enough.
     """
 
     spec: ParallelSpec
@@ -86,14 +89,15 @@ def predict(network: Network, work: Work, spec: ParallelSpec, link: Link, device
     compute_s, waiting_s = max(times, key=sum)
     step_s = compute_s + waiting_s
     if spec.pipe > 1:
-        step_s = _pipelined(network, work, spec, link, compute_s, waiting_s)
+        serial_s = spec.pipe * sum(map(sum, times)) / len(times)
+        step_s = _pipelined(network, work, spec, link, step_s, serial_s)
     worst = max((memory(network, work, spec, rank) for rank in range(spec.num_ranks)), key=lambda m: m.total)
     return Prediction(
         spec=spec,
         step_s=step_s,
         compute_s=compute_s,
         waiting_s=step_s - compute_s,
-        sent_bytes=max(sent(network, work, spec, rank).total() for rank in range(spec.num_ranks)),
+        sent_bytes=max(_sent(network, work, spec, rank) for rank in range(spec.num_ranks)),
         memory=worst,
         num_idle=sum(not part_of(network, work, spec, rank).rows for rank in range(spec.num_ranks)),
         fits=worst.total <= device.memory_bytes,
@@ -174,17 +178,27 @@ def _distri_seconds(network: Network, work: Work, part: Part, link: Link) -> flo
 
 
 def _pipelined(
-    network: Network, work: Work, spec: ParallelSpec, link: Link, stage_s: float, stage_waiting_s: float
+    network: Network, work: Work, spec: ParallelSpec, link: Link, stage_s: float, serial_s: float
 ) -> float:
-    """An evaluation through the stages: a full pipeline, but for warming up and for filling it once."""
-    stages, patches = spec.pipe, work.num_patches or spec.pipe + 1
+    """An evaluation through the stages: a full pipeline, but for warming up and for filling it once.
+
+    stage_s: the slowest stage's time for all segments; serial_s: of all stages, one after the other.
+    """
+    stages, patches = spec.pipe, work.num_patches or PATCHES_PER_STAGE * spec.pipe
     part = part_of(network, work, spec, 0)
     hop_bytes = part.rows * part.shard_tokens(("image", "text")) * network.hidden * work.element_bytes
-    serial = stages * (stage_s + stage_waiting_s) + (stages - 1) * link.seconds({"p2p": hop_bytes})
-    full = max(stage_s + stage_waiting_s, link.seconds({"p2p": hop_bytes}, patches + 1))
+    serial = serial_s + (stages - 1) * link.seconds({"p2p": hop_bytes})
+    full = max(stage_s, link.seconds({"p2p": hop_bytes}, patches + 1))
     fill = (stages - 1) * (full / patches + link.seconds({"p2p": hop_bytes / patches}))
     warm = _warm(work)
     return warm * serial + (1 - warm) * full + fill / work.num_evaluations
+
+
+def _sent(network: Network, work: Work, spec: ParallelSpec, rank: int) -> int:
+    """Bytes in one evaluation, on average."""
+    if all(getattr(spec, axis) == 1 for axis in APPROXIMATE):
+        return sent(network, work, spec, rank).total()
+    return sent_in_job(network, work, spec, rank).total() // work.num_evaluations
 
 
 def _warm(work: Work) -> float:

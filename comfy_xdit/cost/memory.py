@@ -50,24 +50,25 @@ def activations(network: Network, work: Work, part: Part) -> int:
 
 
 def buffers(network: Network, work: Work, part: Part) -> int:
-    """Keys and values beside those of the rank's own tokens."""
+    """Keys and values beside those of the rank's own tokens; of pipe and distri to the byte."""
     spec = part.spec
     per_token = 2 * part.rows * part.own_heads * network.head_dim * work.element_bytes
-    both = ("image", "text")
-    group = part.group_tokens(both)
+    group = part.group_tokens(("image", "text"))
+    layers = [streams for number in part.blocks for streams in network.blocks[number].attention]
     total = 0
     if spec.ulysses > 1:
         # Sent and received at once: queries, keys and values, twice.
         total += 3 * per_token * group
-    if spec.ring > 1:
+    if spec.ring > 1 and spec.pipe == 1:
         # One block is attended to while the next one comes.
         total += 2 * per_token * group * spec.distri
     if spec.distri > 1:
-        longest = max(part.group_tokens(both, distri=place) for place in range(spec.distri))
-        total += per_token * longest * (spec.distri + 1) * network.num_attentions
+        places = range(spec.distri)
+        longest = (max(part.group_tokens(streams, distri=place) for place in places) for streams in layers)
+        total += per_token * sum(longest) * (spec.distri + 1)
     if spec.pipe > 1:
-        layers = sum(len(network.blocks[block].attention) for block in part.blocks)
-        total += per_token * group * layers
+        # Of all tokens, wherever they are computed.
+        total += per_token * sum(sum(part.shards[stream]) for streams in layers for stream in streams)
     return total
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from comfy_xdit.weights.header import read_header
 from comfy_xdit.weights.lora_file import read_lora
 
 from . import assets
+from .chrome import chrome_trace
 from .pictures import as_pictures, contact_sheet
 from .sampling import Job, Settings, decode, load, sample
 from .timeline import timeline
@@ -50,6 +52,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--devices", default="auto", help="auto, cuda, cuda:0,1 or cpu:2 (default: auto)")
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for the pictures")
     parser.add_argument("--steps", type=int, default=20, help="steps per picture (default: 20)")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="write what each rank did as a Chrome trace")
     parser.add_argument("--comfyui", type=Path, metavar="DIR", help="do it through this ComfyUI checkout")
     parser.add_argument("--comfyui-python", metavar="FILE", help="the Python of that ComfyUI")
 
@@ -70,17 +73,20 @@ def run(args: argparse.Namespace) -> int:
     family, _ = detect(infos)
     patches = read_lora(str(assets.LORA), family, infos)
     with demo_pool("demo-one", devices[:1]) as pool:
-        rows = [measure(pool, settings, patches, ParallelSpec())]
+        rows = [measure(pool, settings, patches, ParallelSpec(), trace=bool(args.trace))]
         images = decode_both(pool, rows[0])
     drift = 0.0
     if len(devices) > 1:
         shape = family.shape(family.config(comfy_layout(family, infos)[0]))
         with demo_pool("demo", devices) as pool:
-            rows += [measure(pool, settings, patches, spec) for spec in modes(len(devices), shape)]
+            specs = modes(len(devices), shape)
+            rows += [measure(pool, settings, patches, spec, trace=bool(args.trace)) for spec in specs]
             parallel = decode_both(pool, rows[1])
         drift = max(difference(ours, one) for ours, one in zip(parallel, images, strict=True))
         images = parallel
     write(args.out, settings, rows, images)
+    if args.trace:
+        args.trace.write_text(json.dumps(chrome_trace({row.mode: row.plain for row in rows})))
     sys.stdout.write(table(rows, settings))
     if len(devices) > 1:
         sys.stdout.write(f"VAE decode on {len(devices)} ranks: images differ by at most {drift * 127.5:.3f} of 255\n")
@@ -114,12 +120,14 @@ def modes(num_ranks: int, shape: ModelShape) -> list[ParallelSpec]:
     return [spec for spec in specs if not check(spec, num_ranks=num_ranks, shape=shape)]
 
 
-def measure(pool: Pool, settings: Settings, patches: list[Patch], spec: ParallelSpec) -> Row:
+def measure(
+    pool: Pool, settings: Settings, patches: list[Patch], spec: ParallelSpec, *, trace: bool = False
+) -> Row:
     """All prompts in both styles; a step beforehand makes the process groups and warms the kernels."""
     sys.stdout.write(f"  {spec}\n")
     sys.stdout.flush()
     sample(pool, dataclasses.replace(settings, num_steps=1), spec)
-    plain = sample(pool, settings, spec)
+    plain = sample(pool, settings, spec, trace=trace)
     outlined = sample(pool, settings, spec, patches_id=LORA_ID, patches=patches)
     return Row(mode=str(spec), num_ranks=spec.num_ranks, plain=plain, outlined=outlined)
 

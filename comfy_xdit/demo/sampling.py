@@ -62,11 +62,15 @@ class Step:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """latents: [prompts, 16, side / 8, side / 8], unscaled; seconds: wall time of the steps."""
+    """latents: [prompts, 16, side / 8, side / 8], unscaled; seconds: wall time of the steps.
+
+    began: when, on the clock of the reports' events.
+    """
 
     latents: Tensor
     seconds: float
     steps: tuple[Step, ...]
+    began: float = 0.0
 
 
 def load(ranks: Ranks) -> None:
@@ -85,9 +89,18 @@ def load(ranks: Ranks) -> None:
 
 
 def sample(
-    ranks: Ranks, settings: Settings, spec: ParallelSpec, *, patches_id: str = "", patches: Sequence[Patch] = ()
+    ranks: Ranks,
+    settings: Settings,
+    spec: ParallelSpec,
+    *,
+    patches_id: str = "",
+    patches: Sequence[Patch] = (),
+    trace: bool = False,
 ) -> Job:
-    """All prompts at once, with these patches on the model. Inside one turn: what is held ends with it."""
+    """All prompts at once, with these patches on the model. Inside one turn: what is held ends with it.
+
+    trace: the steps' reports list every collective.
+    """
     ranks.call_all(SetPatches(model=MODEL_KEY, patches_id=patches_id, patches=list(patches)))
     groups = by_length(settings.prompts)
     held = []
@@ -103,14 +116,17 @@ def sample(
     for level, lower in pairwise(torch.linspace(1, 0, settings.num_steps + 1).tolist()):
         started = time.perf_counter() - begin
         calls = list(_calls(latents, level, held, places))
-        message = Denoise(model=MODEL_KEY, patches_id=patches_id, spec=spec, calls=calls, chunks=[2] * len(calls))
+        message = Denoise(
+            model=MODEL_KEY, patches_id=patches_id, spec=spec, calls=calls, chunks=[2] * len(calls), trace=trace
+        )
         results = ranks.call_all(message)
         for place, out in zip(places, results[0].value, strict=True):
             latents[place] += (lower - level) * _guide(out.float(), settings.cfg)
         reports = tuple(result.report for result in results)
         steps.append(Step(begin=started, end=time.perf_counter() - begin, reports=reports))
     ranks.call_all(Drop(names=[value.name for values in held for value in values.values()]))
-    return Job(latents=latents / assets.SCALE + assets.SHIFT, seconds=steps[-1].end, steps=tuple(steps))
+    unscaled = latents / assets.SCALE + assets.SHIFT
+    return Job(latents=unscaled, seconds=steps[-1].end, steps=tuple(steps), began=begin)
 
 
 def decode(ranks: Ranks, latents: Tensor) -> Tensor:

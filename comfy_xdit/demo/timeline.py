@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 from PIL import Image, ImageDraw
 
 from .sampling import Job
 
 WIDTH, LEFT, ROW, GAP, TOP = 1000, 150, 18, 14, 40
-COMPUTE, TALK, LINE = (44, 98, 207), (240, 147, 43), (200, 200, 200)
+COMPUTE, TALK, IDLE, LINE = (44, 98, 207), (240, 147, 43), (214, 214, 214), (200, 200, 200)
 
 
 def timeline(jobs: dict[str, Job]) -> Image.Image:
     """One band for each job, in it one row for each rank: computing and communicating, in every step.
 
-    Within a step the two alternate many times; they are drawn as their shares. What is left white is the way
-    from the client to the workers and back, and waiting there.
+    Where the reports list every collective, each is drawn in its place; else what alternates many times in a
+    step is drawn as its shares. What is left white is the way from the client to the workers and back, and
+    waiting there.
     """
     height = TOP + sum(len(job.steps[0].reports) * ROW + GAP for job in jobs.values()) + 24
     picture = Image.new("RGB", (LEFT + WIDTH + 30, height), "white")
     pen = ImageDraw.Draw(picture)
-    for x, colour, text in ((LEFT, COMPUTE, "computing"), (LEFT + 110, TALK, "communicating with other ranks")):
+    legend = ((0, COMPUTE, "computing"), (110, TALK, "communicating"), (230, IDLE, "waiting for other ranks"))
+    for x, colour, text in ((LEFT + x, colour, text) for x, colour, text in legend):
         pen.rectangle((x, 10, x + 14, 22), fill=colour)
         pen.text((x + 20, 10), text, fill="black")
     scale = WIDTH / max(job.seconds for job in jobs.values())
@@ -38,14 +43,28 @@ def _rank(pen: ImageDraw.ImageDraw, job: Job, rank: int, top: int, scale: float)
     pen.text((LEFT - 46, top + 2), f"rank {rank}", fill="black")
     for step in job.steps:
         report = step.reports[rank]
-        talk = float(report.get("communication_seconds", 0.0))
-        begin = step.begin * scale + LEFT
-        between = begin + max(report["seconds"] - talk, 0.0) * scale
-        end = begin + report["seconds"] * scale
-        pen.rectangle((begin, top + 2, between, top + ROW - 3), fill=COMPUTE)
-        if talk:
-            pen.rectangle((between, top + 2, end, top + ROW - 3), fill=TALK)
-        pen.line((begin, top, begin, top + ROW - 1), fill=LINE)
+        for begin, end, colour in _spans(report, step.begin, job.began):
+            if end > begin:
+                pen.rectangle(
+                    (LEFT + begin * scale, top + 2, LEFT + end * scale, top + ROW - 3), fill=colour
+                )
+        start = LEFT + step.begin * scale
+        pen.line((start, top, start, top + ROW - 1), fill=LINE)
+
+
+def _spans(report: dict[str, Any], begin: float, began: float) -> Iterator[tuple[float, float, tuple[int, int, int]]]:
+    """(begin, end, colour), in seconds of the job; a later one is drawn over an earlier one."""
+    if "events" in report:
+        start = report["began"] - began
+        yield start, start + report["seconds"], COMPUTE
+        for name, _, first, last, num_bytes in report["events"]:
+            # Nothing is sent while a stage waits for its neighbour's tensor.
+            yield first - began, last - began, IDLE if name == "p2p" and not num_bytes else TALK
+        return
+    for part, colour in (("compute", COMPUTE), ("communication", TALK), ("idle", IDLE)):
+        seconds = float(report[f"{part}_seconds"])
+        yield begin, begin + seconds, colour
+        begin += seconds
 
 
 def _axis(pen: ImageDraw.ImageDraw, top: int, scale: float) -> None:

@@ -1,0 +1,129 @@
+"""What each rank did when in one sampling run: a Chrome trace, and a picture of it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from comfy_xdit.demo.chrome import chrome_trace
+from comfy_xdit.demo.sampling import Job, Step
+from comfy_xdit.demo.timeline import timeline
+from comfy_xdit.messages import LoadModel, Sample
+from comfy_xdit.parallel.spec import AXES, ParallelSpec
+
+from .bench_pool import bench_pool
+from .checkpoint import FluxSize, random_call, write_flux
+from .program import euler
+from .show import json_argument, show
+
+MODEL = "trace"
+
+
+def trace(
+    specs: list[ParallelSpec], *, tokens: int, num_steps: int, size: FluxSize, folder: Path, num_patches: int = 0
+) -> dict[str, Job]:
+    """A run of a random Flux with each spec, all of as many ranks; `folder` takes its checkpoint.
+
+    A run of few steps beforehand makes the process groups and warms the kernels.
+    """
+    path = str(write_flux(folder / "trace.safetensors", size))
+    call = random_call(size, tokens=tokens)
+    load = LoadModel(
+        model=MODEL, path=path, prefix="", family="flux", storage_dtype="float32", compute_dtype="float32"
+    )
+    jobs = {}
+    with bench_pool(specs[0].num_ranks) as pool, pool.turn():
+        for spec in specs:
+            pool.call(dataclasses.replace(load, spec=spec))
+            message = _message(call, spec, num_steps, num_patches)
+            pool.call(dataclasses.replace(message, program=euler(2), trace=False))
+            begin = time.perf_counter()
+            results = pool.call_all(message)
+            seconds = time.perf_counter() - begin
+            reports = tuple(result.report for result in results)
+            step = Step(begin=0.0, end=seconds, reports=reports)
+            jobs[str(spec)] = Job(latents=results[0].value, seconds=seconds, steps=(step,), began=begin)
+    return jobs
+
+
+def _message(call: dict[str, Any], spec: ParallelSpec, num_steps: int, num_patches: int) -> Sample:
+    noise = call["x"]
+    return Sample(
+        job="trace",
+        model=MODEL,
+        patches_id="",
+        spec=spec,
+        program=euler(num_steps),
+        noise=noise,
+        latent=torch.zeros_like(noise),
+        mask=None,
+        noises=[],
+        conds=[{name: value for name, value in call.items() if name not in ("x", "timestep")}],
+        num_patches=num_patches,
+        trace=True,
+    )
+
+
+def spec_named(text: str) -> ParallelSpec:
+    """The spec of "pipe=2" or "cfg=2,ulysses=2". Raises ValueError for anything else."""
+    parts = [part.partition("=") for part in text.split(",")]
+    for axis, _, degree in parts:
+        if axis not in AXES or not degree.isdecimal():
+            raise ValueError(f"{text!r} is no spec; write degrees as pipe=2 or cfg=2,ulysses=2 ({', '.join(AXES)})")
+    return ParallelSpec(**{axis: int(degree) for axis, _, degree in parts})
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's arguments."""
+    json_argument(parser)
+    parser.add_argument("specs", nargs="*", default=["ulysses=2", "pipe=2"], help="as pipe=2 or cfg=2,ulysses=2")
+    parser.add_argument("--trace", type=Path, default=Path("trace.json"), metavar="FILE", help="the Chrome trace")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the picture (default: the trace's name, .png)")
+    parser.add_argument("--tokens", type=int, default=1024, help="image tokens (default: 1024)")
+    parser.add_argument("--steps", type=int, default=6, help="steps of the sampler (default: 6)")
+    parser.add_argument("--hidden", type=int, default=256, help="width of the model (default: 256)")
+    parser.add_argument("--patches", type=int, default=0, help="of PipeFusion (default: two a stage)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run, write both files, and print the times of each rank. Raises ValueError for specs that don't go together."""
+    import tempfile
+
+    specs = [spec_named(text) for text in args.specs]
+    if len({spec.num_ranks for spec in specs}) > 1:
+        raise ValueError(f"{' and '.join(args.specs)} have different numbers of ranks; trace them one by one")
+    size = FluxSize(hidden=args.hidden, head_dim=64, double_blocks=2, single_blocks=4)
+    with tempfile.TemporaryDirectory() as folder:
+        jobs = trace(
+            specs,
+            tokens=args.tokens,
+            num_steps=args.steps,
+            size=size,
+            folder=Path(folder),
+            num_patches=args.patches,
+        )
+    picture = args.out or args.trace.with_suffix(".png")
+    args.trace.write_text(json.dumps(chrome_trace(jobs)))
+    timeline(jobs).save(picture)
+    rows = [
+        {"method": title, "rank": rank, **{name: numbers[name] for name in NUMBERS}}
+        for title, job in jobs.items()
+        for rank, numbers in enumerate(job.steps[0].reports[0]["ranks"])
+    ]
+    result = {
+        "compared": f"{args.steps} steps of a random Flux of {args.hidden} x 6 with {args.tokens} image tokens",
+        "rows": rows,
+        "trace": str(args.trace),
+        "picture": str(picture),
+    }
+    return show(result, as_json=args.json)
+
+
+NUMBERS = ("seconds", "compute_seconds", "communication_seconds", "idle_seconds", "peak_bytes")
+"""Of a rank's report, in the table."""
