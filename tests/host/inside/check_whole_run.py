@@ -236,7 +236,7 @@ def fail(step):
 @pytest.mark.parametrize(
     ("stop", "raised"), [(interrupt, comfy.model_management.InterruptProcessingException), (fail, ZeroDivisionError)]
 )
-@pytest.mark.parametrize("degrees", [{"cfg": 2}, {"ring": 2}, {"pipe": 2}], ids=str)
+@pytest.mark.parametrize("degrees", [{"cfg": 2}, {"ring": 2}, {"pipe": 2}, {"distri": 2}], ids=str)
 def test_an_interrupted_run_ends_on_the_workers(stop, raised, degrees, loaded, pools, monkeypatch):
     setting = pools(2, **degrees)
     model, pool, cancelled = parallelize(loaded("sd3")[1], setting), connect(setting), []
@@ -261,7 +261,7 @@ def test_an_interrupted_run_ends_on_the_workers(stop, raised, degrees, loaded, p
     assert all(torch.equal(mine[2], before[2]) for mine, before in zip(again, expected, strict=True))
 
 
-@pytest.mark.parametrize("degrees", [{}, {"pipe": 2}], ids=str)
+@pytest.mark.parametrize("degrees", [{}, {"pipe": 2}, {"distri": 2}], ids=str)
 def test_a_worker_killed_in_mid_run_is_a_sentence_and_the_next_run_works(degrees, loaded, pools):
     setting = pools(2, **degrees)
     model, pool = parallelize(loaded("flux")[1], setting), connect(setting)
