@@ -194,18 +194,35 @@ def test_single_evaluations_are_exact(ranks) -> None:
             assert (out - want).abs().max() <= 1e-13 * want.abs().max()
 
 
-def test_buffers_end_with_the_job() -> None:
+@pytest.mark.parametrize("ending", ["done", "cancelled", "failed"])
+def test_buffers_end_with_the_job(ending) -> None:
     model = MODELS["sd3"]
-    job = sampling_job(model, flow_program(steps=3), size=(12, 8))
-    watched = []
+    job = sampling_job(model, flow_program(steps=8), size=(12, 8))
+    made = {}
 
     class Watched(StaleAttention):
-        def close(self) -> None:
-            watched.extend(weakref.ref(x) for layers in self._kept.values() for pair in layers.values() for x in pair)
-            super().close()
+        def _renewed(self, *args):
+            pair = super()._renewed(*args)
+            made.update({id(x): weakref.ref(x) for x in pair})
+            if ending == "failed" and len(made) == 8:
+                raise RuntimeError("in mid-job")
+            return pair
 
     with mock.patch("comfy_xdit.parallel.pipefusion.StaleAttention", Watched):
-        _, report, _ = run_pipefusion(model, job, {}, num_patches=3)
+        if ending == "failed":
+            with pytest.raises(RuntimeError, match="in mid-job"):
+                run_pipefusion(model, job, {}, num_patches=3)
+        else:
+            stop_after = 2 if ending == "cancelled" else None
+            samples, report, _ = run_pipefusion(model, job, {}, num_patches=3, stop_after=stop_after)
+            assert (samples is None) == (ending == "cancelled")
+            assert report["buffer_bytes"] == 4 * 2 * (24 + 5) * 16 * 8, "keys and values of four layers"
     gc.collect()
-    assert report["buffer_bytes"] == 4 * 2 * (24 + 5) * 16 * 8, "keys and values of four layers"
-    assert len(watched) == 8 and not any(buffer() is not None for buffer in watched)
+    assert len(made) == 8 and not any(buffer() is not None for buffer in made.values())
+
+
+def test_exact_jobs_keep_no_buffers() -> None:
+    model = MODELS["sd3"]
+    job = sampling_job(model, flow_program(steps=3))
+    for method in ({"stale": False}, {"warmup_steps": 3}):
+        assert run_pipefusion(model, job, {}, **method)[1]["buffer_bytes"] == 0

@@ -27,12 +27,13 @@ Post = Callable[[dict[str, Any]], None]
 class Evaluation:
     """One call of the sampler's program. is_exact: the whole sequence goes through the stages at once.
 
-    is_end: none follows, for it is the last or the job stops.
+    keeps: another of its kind will need keys and values. is_end: none follows, for it is the last or the job stops.
     """
 
     number: int
     call: SamplerCall
     is_exact: bool
+    keeps: bool
     is_end: bool
 
 

@@ -66,7 +66,7 @@ def pipefusion(
         pipeline = _Pipeline(model, message, conds, context, patches, keys, run, stage, post)
         if Agreement(wish_to_stop, context.world).go_on():
             result = pipeline.run(wish_to_stop)
-        report["buffer_bytes"] = keys.bytes_held
+        report["buffer_bytes"] = keys.most_bytes_held
     return result, {**context.report(), **report}
 
 
@@ -138,6 +138,8 @@ class _Pipeline:
             self._compute(step, previous)
             if following is None or following.evaluation is not evaluation:
                 self._settle()
+                for batch in self._batches[self._kinds[evaluation.number]] if not evaluation.keeps else ():
+                    self._keys.forget(batch.key)
                 previous = evaluation
             step = following
         self._settle()
@@ -157,27 +159,39 @@ class _Pipeline:
     def _steps(self, wish_to_stop: Callable[[], bool]) -> Iterator[_Step]:
         program, everything = self._program, tuple(range(len(self._patches.rows)))
         agreement = Agreement(wish_to_stop, self._context.world, lag=LAG)
-        seen: set[Kind] = set()
         for number, call in enumerate(program.calls):
-            kind = self._kinds[number]
-            is_exact = not self._message.stale or number < self._message.warmup_steps or kind not in seen
-            seen.add(kind)
+            following = self._next_of_kind(number)
             # What is agreed on now holds from the next evaluation on, so that nobody expects what nobody sends.
             goes_on = agreement.go_on()
             is_end = not goes_on or number + 1 == len(program.calls)
-            evaluation = Evaluation(number=number, call=call, is_exact=is_exact, is_end=is_end)
+            evaluation = Evaluation(
+                number=number,
+                call=call,
+                is_exact=self._is_exact(number),
+                keeps=following is not None and not self._is_exact(following),
+                is_end=is_end,
+            )
             if self._first is not None:
                 self._first.expect(evaluation)
-            batches = self._batches[kind]
-            if is_exact:
+            batches = self._batches[self._kinds[number]]
+            if evaluation.is_exact:
                 whole = [(batch, WHOLE) for batch in batches]
                 yield _Step(evaluation=evaluation, patches=everything, computed=whole)
-            for patch in (None, *everything) if not is_exact else ():
+            for patch in (None, *everything) if not evaluation.is_exact else ():
                 computed = [(batch, part) for batch in batches for part in batch.segments if part.patch == patch]
                 yield _Step(evaluation=evaluation, patches=() if patch is None else (patch,), computed=computed)
             if is_end:
                 break
         agreement.close()
+
+    def _is_exact(self, number: int) -> bool:
+        """The first evaluations, and those without one before that had the same conditionings."""
+        is_early = not self._message.stale or number < self._message.warmup_steps
+        return is_early or self._kinds[number] not in self._kinds[:number]
+
+    def _next_of_kind(self, number: int) -> int | None:
+        later = range(number + 1, len(self._kinds))
+        return next((other for other in later if self._kinds[other] == self._kinds[number]), None)
 
     def _expect(self, step: _Step | None) -> None:
         for batch, segment in step.computed if step is not None else ():
@@ -205,7 +219,7 @@ class _Pipeline:
         call = {**batch.call, "timestep": torch.full_like(batch.call["timestep"], step.evaluation.call.timestep)}
         if self._first is not None:
             call["x"] = torch.cat([self._first.x[piece.start : piece.stop] for piece in batch.pieces])
-        self._keys.begin(batch.key)
+        self._keys.begin(batch.key, keep=step.evaluation.keeps)
         self._run.segment = segment.spans
         out = self._stage.forward(arguments_of(self._model, call), wants_output=bool(step.patches))
         return self._model.family.output(out, call) if out is not None else None

@@ -28,7 +28,8 @@ class StaleAttention:
     The buffers hold each layer's keys and values in the order of its streams, whatever the degrees are: of
     the ulysses axis' ranks each has its own heads of all tokens; ranks of the ring axis send each other the
     fresh ones of the segment, as much as a ring sends, and hold all of them.
-    Buffers live until `close`, which the end of a `with` calls. Collective over both axes.
+    Buffers live until `close`, which the end of a `with` calls. most_bytes_held: what they took at most.
+    Collective over both axes.
     """
 
     def __init__(self, context: ParallelContext) -> None:
@@ -36,21 +37,24 @@ class StaleAttention:
         self._ulysses = context.axis("ulysses")
         self._kept: dict[Hashable, dict[str, tuple[Tensor, Tensor]]] = {}
         self._run: Hashable = None
+        self._keep = False
+        self.most_bytes_held = 0
 
-    def begin(self, run: Hashable) -> None:
-        """What follows computes rows that belong to `run`: it has buffers of its own, which the first forward
-        of all its tokens fills."""
-        self._run = run
+    def begin(self, run: Hashable, *, keep: bool) -> None:
+        """What follows computes rows that belong to `run`, which has buffers of its own.
+
+        A forward of all its tokens fills them if `keep`; those of segments need them filled.
+        """
+        self._run, self._keep = run, keep
 
     def forget(self, run: Hashable) -> None:
+        """No segment of `run` will be computed any more."""
         self._kept.pop(run, None)
 
     def close(self) -> None:
         self._kept.clear()
 
-    @property
-    def bytes_held(self) -> int:
-        """What the buffers of all runs take."""
+    def _bytes_held(self) -> int:
         return sum(x.nbytes for layers in self._kept.values() for pair in layers.values() for x in pair)
 
     def __call__(
@@ -79,17 +83,20 @@ class StaleAttention:
         self, k: Tensor, v: Tensor, layer: Layer, spans: list[tuple[int, int]]
     ) -> tuple[Tensor, Tensor]:
         """The run's whole buffers, with `k` and `v`, which come span after span, in their places."""
-        layers = self._kept.setdefault(self._run, {})
-        if layer.path not in layers:
-            assert layer.spans is None, f"{layer.path}: the first forward of a run is of all its tokens"
+        layers = self._kept.get(self._run, {})
+        pair = layers.get(layer.path)
+        if pair is None:
+            assert layer.spans is None, f"{layer.path}: nothing was kept of the other tokens"
             length = sum(layer.lengths)
-            shapes = [(*x.shape[:2], length, x.shape[3]) for x in (k, v)]
-            layers[layer.path] = (k.new_empty(shapes[0]), v.new_empty(shapes[1]))
-        for whole, fresh in zip(layers[layer.path], (k, v), strict=True):
+            pair = (k.new_empty((*k.shape[:2], length, k.shape[3])), v.new_empty((*v.shape[:2], length, v.shape[3])))
+            if self._keep:
+                self._kept.setdefault(self._run, {})[layer.path] = pair
+                self.most_bytes_held = max(self.most_bytes_held, self._bytes_held())
+        for whole, fresh in zip(pair, (k, v), strict=True):
             parts = fresh.split([size for _, size in spans], 2)
             for (first, size), part in zip(spans, parts, strict=True):
                 whole.narrow(2, first, size).copy_(part)
-        return layers[layer.path]
+        return pair
 
     def _group(self, ring: int) -> range:
         """Places on the sequence axis of the ranks that differ on the ulysses axis only."""
