@@ -89,7 +89,8 @@ def predict(network: Network, work: Work, spec: ParallelSpec, link: Link, device
     compute_s, waiting_s = max(times, key=sum)
     step_s = compute_s + waiting_s
     if spec.pipe > 1:
-        serial_s = spec.pipe * sum(map(sum, times)) / len(times)
+        busy = [sum(time) for time in times if time[0]]
+        serial_s = spec.pipe * sum(busy) / len(busy)
         step_s = _pipelined(network, work, spec, link, step_s, serial_s)
     worst = max((memory(network, work, spec, rank) for rank in range(spec.num_ranks)), key=lambda m: m.total)
     return Prediction(

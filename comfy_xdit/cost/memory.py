@@ -8,6 +8,7 @@ from comfy_xdit.parallel.spec import ParallelSpec
 
 from .arithmetic import Network
 from .arithmetic import Part as Block
+from .formulas import key_bytes
 from .work import Part, Work, part_of
 
 LIVE_WIDTHS = 16
@@ -34,7 +35,7 @@ def memory(network: Network, work: Work, spec: ParallelSpec, rank: int) -> Memor
     return Memory(
         parameters=round(parameters(network, part) * network.param_bytes),
         activations=activations(network, work, part),
-        buffers=buffers(network, work, part),
+        buffers=exchanged(network, work, part) + kept_keys(network, work, part),
     )
 
 
@@ -49,27 +50,32 @@ def activations(network: Network, work: Work, part: Part) -> int:
     return part.rows * tokens * network.hidden * work.element_bytes * LIVE_WIDTHS
 
 
-def buffers(network: Network, work: Work, part: Part) -> int:
-    """Keys and values beside those of the rank's own tokens; of pipe and distri to the byte."""
-    spec = part.spec
-    per_token = 2 * part.rows * part.own_heads * network.head_dim * work.element_bytes
-    group = part.group_tokens(("image", "text"))
-    layers = [streams for number in part.blocks for streams in network.blocks[number].attention]
+def exchanged(network: Network, work: Work, part: Part) -> int:
+    """What is on its way between ranks in one attention."""
+    per_token, group = key_bytes(network, work, part), part.group_tokens(("image", "text"))
     total = 0
-    if spec.ulysses > 1:
+    if part.spec.ulysses > 1:
         # Sent and received at once: queries, keys and values, twice.
         total += 3 * per_token * group
-    if spec.ring > 1 and spec.pipe == 1:
+    if part.spec.ring > 1 and part.spec.pipe == 1:
         # One block is attended to while the next one comes.
-        total += 2 * per_token * group * spec.distri
+        total += 2 * per_token * group * part.spec.distri
+    return total
+
+
+def kept_keys(network: Network, work: Work, part: Part) -> int:
+    """Keys and values that stale attention keeps from one evaluation to the next, to the byte."""
+    spec, per_token = part.spec, key_bytes(network, work, part)
+    layers = [streams for number in part.blocks for streams in network.blocks[number].attention]
     if spec.distri > 1:
+        # What comes from every rank, and once more what goes to them.
         places = range(spec.distri)
         longest = (max(part.group_tokens(streams, distri=place) for place in places) for streams in layers)
-        total += per_token * sum(longest) * (spec.distri + 1)
+        return per_token * sum(longest) * (spec.distri + 1)
     if spec.pipe > 1:
         # Of all tokens, wherever they are computed.
-        total += per_token * sum(sum(part.shards[stream]) for streams in layers for stream in streams)
-    return total
+        return per_token * sum(sum(part.shards[stream]) for streams in layers for stream in streams)
+    return 0
 
 
 def _share(block: Block, degree: int) -> int:
