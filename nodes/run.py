@@ -12,7 +12,6 @@ from comfy_xdit_nodes.pool import connect
 from comfy_xdit_nodes.refuse import refuse_inside
 from torch import Tensor
 
-from comfy_xdit.cost.on_pool import cost_on
 from comfy_xdit.messages import LoadModel
 from comfy_xdit.parallel.spec import ParallelSpec, auto
 
@@ -49,6 +48,9 @@ def chooser(
         by_rule = auto(num_ranks, requested=requested, shape=checkpoint.shape, num_chunks=num_chunks)
         if math.prod(degree for degree in requested.values() if degree) == num_ranks:
             return by_rule
+        # Here, not at import: like the pool it takes modules that only Linux has.
+        from comfy_xdit.cost.on_pool import cost_on
+
         cost = cost_on(
             pool,
             load.path,
