@@ -121,7 +121,7 @@ def account(
     heads, tables = _gathered(head, rows, world)
     ranks = []
     for place, ((begin, end, held, _), table) in enumerate(zip(heads.tolist(), tables, strict=True)):
-        idle = _idle(tables, place)
+        idle = idle_seconds(tables, place)
         inside = float((table[:, 3] - table[:, 2]).sum())
         ranks.append(
             {
@@ -189,8 +189,11 @@ def _gathered(
     return heads, tables
 
 
-def _idle(tables: list[Tensor], place: int) -> float:
-    """Seconds in which the rank at `place` waited for others to come."""
+def idle_seconds(tables: list[Tensor], place: int) -> float:
+    """Seconds in which the rank at `place` waited for others to come.
+
+    tables: of each rank, its collectives in order: line, kind, begin and end.
+    """
     own = tables[place]
     idle = float((own[:, 3] - own[:, 2])[own[:, 1] == IDLE].sum())
     for line in own[own[:, 1] == MATCHED, 0].unique().tolist():
