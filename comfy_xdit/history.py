@@ -22,6 +22,10 @@ TOLERANCE = 1e-10
 """Of a row's largest coefficient: below it two float64 rows are the same."""
 
 
+MAX_WEIGHT = 4.0
+"""Of an input in a row: larger ones only cancel with others, and multiply the rounding of what is held in fp32."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Column:
     """A term of the traced rows. born: the number of calls answered when it appeared; None: constant."""
@@ -44,14 +48,19 @@ class History:
         self._inputs.append(row)
 
     def shorten(self, row: np.ndarray) -> Row:
-        """`row` over the fewest and latest terms, exact to 1e-10. The given row itself if none is found."""
+        """`row` over the fewest and latest terms, exact to 1e-10. The given row itself if none is found.
+
+        Small weights go before few terms.
+        """
         limit = TOLERANCE * np.abs(row).max(initial=0.0)
         windows = range(min(MAX_WINDOW, len(self._inputs)))
-        for constants_too, window in itertools.product((False, True), windows):
+        for most, constants_too, window in itertools.product((MAX_WEIGHT, np.inf), (False, True), windows):
             # Born with the answers of the calls in the window, or drawn since: may be added directly.
             recent = self._born >= len(self._inputs) - window
             old = ~(recent | self._constant) if constants_too else ~recent
             for used, weights in self._solutions(row, old, window, limit):
+                if np.abs(weights).max(initial=0.0) > most:
+                    continue
                 rest = row - sum((w * self._inputs[i] for i, w in zip(used, weights, strict=True)), 0.0)
                 short = {f"x{i}": float(w) for i, w in zip(used, weights, strict=True)}
                 return short | self._named(np.where(old, 0.0, rest), limit)

@@ -241,6 +241,16 @@ def test_the_start_may_come_back_in_every_step():
     assert history.shorten(np.array([0.5, 0.5, 0.0])) == {"x0": 0.5, "d0": 0.5}
 
 
+def test_rows_do_not_magnify_what_is_held():
+    """A hundred of the latest input would do, and would make a hundred of its rounding."""
+    columns = [Column(term="noise", born=None), Column(term="d0", born=1), Column(term="d1", born=2)]
+    history = History(columns)
+    for row in ([1.0, 0.0, 0.0], [0.01, 0.99, 0.0]):
+        history.add_input(np.array(row))
+    short = history.shorten(np.array([1.0, 0.5, -0.5]))
+    assert short == pytest.approx({"x0": 1.0, "d0": 0.5, "d1": -0.5})
+
+
 @pytest.mark.parametrize("term", ["x1", "d1", "e1.0", "e0", "d0.1", "y0", "", "x-1"])
 def test_unknown_terms_are_refused(term):
     program = Multistep(1, steps=2, order=1, states=1, pure=False, noisy=False).program()
