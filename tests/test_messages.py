@@ -41,7 +41,8 @@ def test_a_parameter_travels_as_a_plain_tensor():
         "", "[]", "null", "{", '{"$": "os.system"}', '{"$": ["x"]}', '{"$": "Hold", "name": "a"}',
         '{"$": "Hold", "name": "a", "value": 1, "extra": 2}', '{"$": "ParallelSpec"}',
         '{"$": "Hold", "name": "a", "value": {"$tensor": 0}}', '{"$": "Hold", "name": "a", "value": {"$tensor": -1}}',
-        '{"$": "Denoise", "model": "", "patches_id": "", "chunks": [], "calls": [], "spec": {"$": "ParallelSpec", "dp": 0}}',
+        '{"$": "LoadModel", "model": "", "path": "", "prefix": "", "family": "", "storage_dtype": "", '
+        '"compute_dtype": "", "spec": {"$": "ParallelSpec", "dp": 0}}',
         "[" * 100_000,
     ],
 )
