@@ -185,12 +185,24 @@ def lonely_program(*, steps: int, cfg: float) -> SamplerProgram:
     return dataclasses.replace(program, calls=calls)
 
 
+def plus_program(*, steps: int, cfg: float) -> SamplerProgram:
+    """Euler of the CFG++ kind: noise is put back along the negative conditioning's own direction."""
+    program = flow_program(steps=steps, cfg=cfg)
+    rows = [{"noise": 1.0}]
+    for number, call in enumerate(program.calls):
+        kept = program.calls[number + 1].sigma / call.sigma if number + 1 < steps else 0.0
+        rows.append({f"d{number}": 1.0, f"x{number}": kept, f"e{number}.1": -kept})
+    calls = [dataclasses.replace(call, input=row) for call, row in zip(program.calls, rows, strict=False)]
+    return dataclasses.replace(program, calls=calls, output=rows[-1])
+
+
 PROGRAMS = {
     "euler": lambda: flow_program(steps=4, cfg=2.5),
     "euler without cfg": lambda: flow_program(steps=4),
     "multistep": lambda: flow_program(steps=5, cfg=2.5, kind="multistep"),
     "ancestral": lambda: flow_program(steps=4, cfg=2.5, noisy=True),
     "multistep with noise": lambda: flow_program(steps=5, cfg=2.5, kind="multistep", noisy=True),
+    "cfg++": lambda: plus_program(steps=4, cfg=1.5),
     "two evaluations a step": lambda: heun_program(steps=3, cfg=2.5),
     "negative left out": lambda: lonely_program(steps=6, cfg=2.5),
 }
