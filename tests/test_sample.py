@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 from harness import private_home
 from programs import flow_program
 
+from comfy_xdit import cli
 from comfy_xdit.messages import Cancel, Denoise, LoadModel, Peek, Sample
 from comfy_xdit.parallel.spec import ParallelSpec
 from comfy_xdit.pool.client import Pool, PoolError
@@ -136,3 +138,12 @@ def test_a_wrong_shape_is_a_sentence_and_the_workers_stay(pool):
             pool.call(dataclasses.replace(message, **broken))
     assert pool.call(message).value is not None
     assert pool.generation == generation
+
+
+def test_status_shows_the_model_in_words(pool, capsys):
+    assert pool.call(job("status", flow_program(steps=1), degrees={"dp": 2})).value is not None
+    deadline = time.monotonic() + 30
+    while "flux m: blocks 0 to 3" not in capsys.readouterr().out:
+        assert time.monotonic() < deadline, "the model never showed in the status"
+        assert cli.main(["pool", "status", "--name", "sample"]) == 0
+        time.sleep(0.1)

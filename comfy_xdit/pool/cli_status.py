@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from .client import status
@@ -46,17 +47,27 @@ def _rank_line(rank: dict[str, Any]) -> str:
     if "device_bytes" in rank:
         held, total = rank["device_bytes"] / 2**30, rank["device_total_bytes"] / 2**30
         memory += f", {held:.1f} of {total:.0f} GiB on the device"
-    resident = [str(item) for key in ("models", "loras", "vaes") for item in _items(rank.get(key))]
+    resident = [_model(model) for model in rank.get("models") or ()]
+    resident += [f"VAE {_file(key)}" for key in rank.get("vaes") or ()]
     return (
         f"  rank {rank['rank']}  {rank['device']:<8} pid {rank['pid'] or '-':<8} {rank['state']:<9}"
         f"{memory}  {', '.join(resident) or 'nothing resident'}"
     )
 
 
-def _items(value: Any) -> list[Any]:
-    if isinstance(value, dict):
-        return [f"{key}: {item}" if isinstance(item, str) else key for key, item in value.items()]
-    return list(value or [])
+def _model(model: Any) -> str:
+    """A resident model in a few words; services other than ours may list plain names."""
+    if not isinstance(model, dict):
+        return str(model)
+    first, end = model.get("blocks", (0, 0))
+    size = sum(model["bytes"].values()) / 2**20
+    text = f"{model['family']} {_file(model['model'])}: blocks {first} to {end - 1}, {size:.0f} MiB"
+    return f"{text}, LoRA on {model['patches']} weights" if model["patches"] else text
+
+
+def _file(key: str) -> str:
+    """The file's name in a key that a client made of its path and more."""
+    return Path(str(key).partition("|")[0]).name
 
 
 def _duration(seconds: float) -> str:
