@@ -153,7 +153,7 @@ def contact_sheet(
 ) -> Image.Image:
     """One column of pictures for each label, one row for each title."""
     width, height = rows[0][0].width * scale, rows[0][0].height * scale
-    left, top = 90, 36
+    left, top = 90, 50
     sheet = Image.new("RGB", (left + len(labels) * (width + 6), top + len(rows) * (height + 6)), "white")
     pen = ImageDraw.Draw(sheet)
     for column, label in enumerate(labels):
