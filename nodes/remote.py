@@ -19,6 +19,7 @@ from torch import Tensor
 
 from comfy_xdit import messages as m
 from comfy_xdit.parallel.spec import ParallelSpec
+from comfy_xdit.pool.errors import PoolError
 
 if TYPE_CHECKING:
     from comfy_xdit_nodes.trajectory import Job
@@ -146,7 +147,7 @@ class RemoteModel:
         The workers say which patches they hold: another MODEL of the same file may have changed them.
         """
         self._resident[pool.name] = _Resident(pool=pool, model=load.model.model)
-        status = pool.call(load.model, poll=poll).value
+        status = _made_resident(pool, load.model)
         if status["patches_id"] != load.patches_id:
             patches = m.SetPatches(
                 model=load.model.model, patches_id=load.patches_id, patches=load.patches()
@@ -165,6 +166,18 @@ class RemoteModel:
                 held.pool.call(m.Unload(keys=[held.model]), poll=_patience(UNLOAD_PATIENCE_S))
             except (RuntimeError, TimeoutError) as error:  # Freeing memory must not fail another job.
                 log.warning("could not unload a model from pool %s: %s", name, error)
+
+
+def _made_resident(pool: Pool, message: m.LoadModel) -> dict[str, Any]:
+    """The model's status on the workers; what else they hold makes room for it when it must."""
+    try:
+        return pool.call(message, poll=poll).value
+    except PoolError as error:
+        if error.kind != "memory":
+            raise
+        log.info("pool %s has no room for the model beside what it holds: unloading that", pool.name)
+    pool.call(m.Unload(keys=[]), poll=poll)
+    return pool.call(message, poll=poll).value
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,8 @@ from comfy_xdit_nodes.patcher import from_checkpoint, parallelize
 from comfy_xdit_nodes.pool import PoolSetting
 from comfy_xdit_nodes.samplers import XDiTKSampler
 
+from comfy_xdit.pool.errors import PoolError
+
 KINDS = ("sd3", "sd35", "flux", "schnell")
 
 
@@ -61,6 +63,21 @@ def test_memory_is_free_without_the_model(models, fake):
     mm.unload_all_models()
     assert not fake.models
     assert torch.equal(tiny.sample(model), tiny.sample(tiny.load(path)))
+
+
+def test_another_model_makes_room(models, fake, monkeypatch):
+    load = type(fake).on_LoadModel
+
+    def on_a_small_device(self, message):
+        if self.models.keys() - {message.model}:
+            raise PoolError("worker 0 ran out of memory", kind="memory")
+        return load(self, message)
+
+    monkeypatch.setattr(type(fake), "on_LoadModel", on_a_small_device)
+    for kind in ("sd3", "flux", "sd3"):
+        path = models / f"{kind}.safetensors"
+        assert torch.equal(tiny.sample(ours(path)), tiny.sample(tiny.load(path)))
+        assert len(fake.models) == 1
 
 
 def test_skeleton_holds_no_weights(models):

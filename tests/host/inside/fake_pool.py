@@ -73,7 +73,7 @@ class FakePool:
             del self.held[name]
 
     def on_Unload(self, message):
-        for key in message.keys:
+        for key in message.keys or list(self.models):
             self.models.pop(key, None)
 
     def on_Probe(self, message):
