@@ -19,13 +19,14 @@ class Mailbox:
         self._lock = threading.Lock()
         self._job = ""
         self._entries: list[dict[str, Any]] = []
+        self._is_abandoned = False
         # Remembered, since a cancel may overtake the job that it is for.
         self._cancelled: OrderedDict[str, None] = OrderedDict()
 
     def open(self, job: str) -> None:
         """The job begins; what an earlier one left is dropped."""
         with self._lock:
-            self._job, self._entries = job, []
+            self._job, self._entries, self._is_abandoned = job, [], False
 
     def post(self, entry: dict[str, Any]) -> None:
         """Add an entry that `take` will hand out, once."""
@@ -46,6 +47,11 @@ class Mailbox:
             while len(self._cancelled) > MAX_CANCELLED:
                 self._cancelled.popitem(last=False)
 
+    def cancel_current(self) -> None:
+        """Cancel the job that runs, whatever it is called; not one that opens later."""
+        with self._lock:
+            self._is_abandoned = True
+
     def is_cancelled(self, job: str) -> bool:
         with self._lock:
-            return job in self._cancelled
+            return job in self._cancelled or (self._is_abandoned and job == self._job)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,11 +14,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "faults"))
 
 import tiny
 import torch
-from harness import private_home
+from harness import private_home, worker_pids
 from programs import flow_program
 
 from comfy_xdit import cli
-from comfy_xdit.messages import Cancel, Denoise, LoadModel, Peek, Sample
+from comfy_xdit.messages import Cancel, Denoise, LoadModel, Peek, Sample, encode
 from comfy_xdit.parallel.spec import ParallelSpec
 from comfy_xdit.pool.client import Pool, PoolError
 from comfy_xdit.trajectory import Replay
@@ -147,3 +148,47 @@ def test_status_shows_the_model_in_words(pool, capsys):
         assert time.monotonic() < deadline, "the model never showed in the status"
         assert cli.main(["pool", "status", "--name", "sample"]) == 0
         time.sleep(0.1)
+
+
+CLIENT = """
+import runpy, sys
+runpy.run_path(sys.argv[1])["mount"]("comfy_xdit", "comfy_xdit_worker")
+import torch
+from comfy_xdit import messages, trajectory  # noqa: F401: the kinds of messages
+from comfy_xdit.pool.client import Pool
+text, tensors = torch.load(sys.argv[2])
+message = messages.decode(text, tensors)
+pool = Pool.connect("sample", "auto", start=False)
+def poll():
+    answer = pool.aside(messages.Peek(job=message.job))
+    if answer is not None and answer.value:
+        sys.stdout.write("running\\n")
+        sys.stdout.flush()
+pool.call(message, poll=poll)
+"""
+
+
+def test_the_job_of_a_killed_client_ends_with_its_step(tmp_path):
+    path = str(tmp_path / "flux.safetensors")
+    tiny.write(Path(path), tiny.random_weights(tiny.flux_shapes()))
+    load = LoadModel(model="m", path=path, prefix="", family="flux", storage_dtype="float32", compute_dtype="float32")
+    endless = job("endless", flow_program(steps=20_000), degrees={"ulysses": 2})
+    endless = dataclasses.replace(endless, noises=[])
+    torch.save(encode(endless), tmp_path / "job")
+    mount = Path(__file__).resolve().parent.parent / "comfy_xdit" / "mount.py"
+    with private_home():
+        pool = Pool.connect("sample", "cpu:2")
+        pool.call(load)
+        pids = worker_pids(pool)
+        client = subprocess.Popen(
+            [sys.executable, "-c", CLIENT, str(mount), str(tmp_path / "job")], stdout=subprocess.PIPE, text=True
+        )
+        try:
+            assert client.stdout.readline().strip() == "running"
+        finally:
+            client.kill()
+            client.communicate()
+        short = job("short", flow_program(steps=2), degrees={"ulysses": 2})
+        assert pool.call(short).value is not None
+        assert worker_pids(pool) == pids, "the workers went on, nobody had to restart them"
+        pool.close()

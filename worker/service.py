@@ -73,6 +73,10 @@ class Service:
             return m.Result()
         raise ValueError(f"{type(message).__name__} is not answered beside a job; send it as a job")
 
+    def abandon(self) -> None:
+        """The client is gone: end its job after the current step. Any thread may call."""
+        self._mailbox.cancel_current()
+
     def residents(self) -> list[m.Message]:
         """The loads to repeat in a worker that replaces this one."""
         return list(self._loads.values())

@@ -33,7 +33,7 @@ def main(action: str) -> None:
     with pool.turn():
         say("turn")
         if action == "sleep":
-            pool.call(Sleep(seconds=600))
+            pool.call(Sleep(seconds=20.0))
         if action == "slow":
             pool.call(Sleep(seconds=1.0))
         if action == "hold":

@@ -61,6 +61,9 @@ class FaultService:
         self.kept: list[Message] = []
         self.journal: list[str] = []
 
+    def abandon(self) -> None:
+        """A sleeping rank cannot be woken."""
+
     def handle(self, message: Message) -> Result:
         self.journal.append(type(message).__name__)
         if isinstance(message, Echo):
