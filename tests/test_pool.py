@@ -160,7 +160,7 @@ def test_a_killed_client_loses_its_job_and_the_pool_takes_the_next(pool):
 
 def test_status_tells_what_a_user_wants_to_know(pool):
     pool.call(Keep(name="flux"))
-    wait_until(lambda: all(r["models"] == ["flux"] for r in pool.status()["ranks"]), "a beat of each rank")
+    wait_until(lambda: all(r.get("models") == ["flux"] for r in pool.status()["ranks"]), "a beat of each rank")
     found = pool.status()
     assert found["state"] in ("ready", "busy")
     assert found["devices"] == ["cpu", "cpu"]
@@ -261,3 +261,10 @@ def test_no_pool_is_told_when_none_may_be_started():
     with private_home() as home, pytest.raises(PoolError, match="no pool 'test' runs; start it with"):
         Pool.connect(NAME, "cpu:2", start=False)
     assert not home.exists()
+
+
+def test_a_pool_made_anew_counts_from_one_again_in_the_same_process():
+    for _ in range(2):
+        with private_pool() as pool:
+            assert pool.call(Reduce(value=1.0)).value == 2.0
+            assert pool.generation == 1

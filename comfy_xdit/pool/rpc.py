@@ -169,10 +169,13 @@ class Group:
         handler: runs what others send here, on one of RPC's threads; None on a client.
         """
         from torch.distributed import rpc
-        from torch.distributed.rpc import internal
+        from torch.distributed.rpc import api, internal
 
         with _agent_lock:
             _leave_current()
+            # torch remembers joins by the members' names; a pool that was removed and made anew counts from 1.
+            api._all_gather_sequence_id.clear()
+            api._all_gather_sequence_id_to_states.clear()
             internal._unpickler = make_unpickler(_allow_list(handler))  # type: ignore[misc]
             rpc._init_counter = 0  # type: ignore[attr-defined]
             options = rpc.TensorPipeRpcBackendOptions(
