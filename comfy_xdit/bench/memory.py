@@ -13,6 +13,8 @@ from comfy_xdit.parallel.spec import ParallelSpec
 
 from .bench_pool import Contest, bench_pool
 from .checkpoint import FluxSize, random_call
+from .hosts import checkouts
+from .parity import inside
 from .show import json_argument, show
 
 
@@ -77,7 +79,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     json_argument(parser)
     parser.add_argument("--ranks", type=int, default=2, help="CPU ranks (default: 2)")
+    parser.add_argument("--comfyui", help="measure ComfyUI's process too (default: the first checkout found, if any)")
 
 
 def run(args: argparse.Namespace) -> int:
-    return show(memory(num_ranks=args.ranks), as_json=args.json)
+    result = memory(num_ranks=args.ranks)
+    found = [Path(args.comfyui)] if args.comfyui else checkouts()
+    if found:
+        (skeleton,) = inside(found[0], ["--skeleton"])
+        result |= {f"flux_dev_in_comfyui_{name}": value for name, value in skeleton.items()}
+    return show(result, as_json=args.json)

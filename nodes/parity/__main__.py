@@ -20,6 +20,7 @@ def main() -> None:
     parser.add_argument("--comfyui", required=True)
     parser.add_argument("--samplers", nargs="*")
     parser.add_argument("--lora", nargs=2, type=int, metavar=("RANKS", "TURNS"), help="time LoRA switching instead")
+    parser.add_argument("--skeleton", action="store_true", help="measure what a MODEL costs ComfyUI instead")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="comfy-xdit-parity-") as base:
         # These pools are not the user's.
@@ -28,7 +29,11 @@ def main() -> None:
         enter(args.comfyui, f"{base}/comfyui")
         try:
             folder = Path(base) / "comfyui" / "models" / "diffusion_models"
-            if args.lora:
+            if args.skeleton:
+                from comfy_xdit_nodes.parity.skeleton_memory import skeleton_memory
+
+                sys.stdout.write(json.dumps(skeleton_memory(folder)) + "\n")
+            elif args.lora:
                 measure_lora(folder, *args.lora)
             else:
                 measure_all(folder, args.samplers)
