@@ -36,6 +36,11 @@ class Cancelled(Exception):
     """What a client's `poll` raises to interrupt."""
 
 
+def models_of(pool):
+    """What each rank said in its last beat; None before its first."""
+    return [rank.get("models") for rank in pool.status()["ranks"]]
+
+
 @pytest.fixture(scope="module")
 def pool():
     with private_pool() as pool:
@@ -153,7 +158,7 @@ def test_a_killed_client_loses_its_job_and_the_pool_takes_the_next(pool):
         other.kill()
         assert pool.call(Reduce(value=1.0)).value == 2.0
     assert worker_pids(pool) == pids
-    assert [rank["models"] for rank in pool.status()["ranks"]] == [["warm"], ["warm"]]
+    wait_until(lambda: models_of(pool) == [["warm"], ["warm"]], "a beat that tells what is held")
     assert pool.call(Journal()).value[-3:] == ["Reduce", "forgot", "Journal"]
     pool.call(Keep(name=""))
 
@@ -207,7 +212,7 @@ def test_two_clients_that_start_at_once_share_one_pool_that_outlives_them():
         with_them = Pool.connect(NAME, "auto", start=False)
         try:
             assert with_them.call(Journal()).value.count("Keep") == 2
-            assert [rank["models"] for rank in with_them.status()["ranks"]] == [["kept"], ["kept"]]
+            wait_until(lambda: models_of(with_them) == [["kept"], ["kept"]], "a beat that tells what is held")
         finally:
             with_them.close()
 
