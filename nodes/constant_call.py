@@ -11,9 +11,9 @@ from typing import Any
 import comfy.model_patcher
 import comfy.samplers
 import torch
-from comfy_xdit_nodes.trace import NotLinear
 from torch import Tensor
 
+from comfy_xdit.tape import NotAProgram
 from comfy_xdit.trajectory import SamplerCall, SamplerProgram
 
 NEAR = {"x": 1e-2, "timestep": 1e-6}
@@ -39,7 +39,7 @@ def constant_calls(
     """For each of the program's conditionings, the network's arguments but for "x" and "timestep".
 
     guider: as in its `inner_sample`, of a model on the pool; inside the pool's turn. noise: of the
-    latent's shape. Tensors have the latent's batch. Raises NotLinear when a program's numbers don't say
+    latent's shape. Tensors have the latent's batch. Raises NotAProgram when a program's numbers don't say
     what the network is given: when the host adds channels to the latent, or changes arguments by step.
     """
     first, last = program.calls[0], program.calls[-1]
@@ -47,7 +47,7 @@ def constant_calls(
     for name in program.conds:
         constant = _caught(guider, name, first, noise, model_options)
         if not _same(constant, _caught(guider, name, last, noise * 0.5, model_options)):
-            raise NotLinear(f"the network's arguments for the {name} conditioning change with the step")
+            raise NotAProgram(f"the network's arguments for the {name} conditioning change with the step")
         made.append(constant)
     return made
 
@@ -61,15 +61,18 @@ def _caught(guider: Any, name: str, call: SamplerCall, x: Tensor, model_options:
             comfy.samplers.calc_cond_batch(model, [guider.conds[name]], x, sigma, options)
         except RuntimeError as error:
             # Zeros of the network's input don't fit the latent: more channels went in.
-            raise NotLinear(f"the host does not give the network the latent alone: {error}") from error
+            raise NotAProgram(f"the host does not give the network the latent alone: {error}") from error
     if len(catcher.calls) != 1:
-        raise NotLinear(f"the host evaluates the {name} conditioning in {len(catcher.calls)} calls")
+        raise NotAProgram(f"the host evaluates the {name} conditioning in {len(catcher.calls)} calls")
     caught = dict(catcher.calls[0])
-    foreseen = {"x": x * call.input_scale, "timestep": torch.full_like(sigma, call.timestep)}
+    foreseen = {
+        "x": model.model_sampling.calculate_input(sigma, x),
+        "timestep": torch.full_like(sigma, call.timestep),
+    }
     for part, expected in foreseen.items():
         got = caught.pop(part).float()
         if got.shape != expected.shape or (got - expected).abs().max() > NEAR[part] * expected.abs().max():
-            raise NotLinear("the host prepares the network's input in a way that the program does not know")
+            raise NotAProgram("the host prepares the network's input in a way that the program does not know")
     return caught
 
 

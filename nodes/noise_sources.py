@@ -25,29 +25,18 @@ _trees = threading.Lock()
 
 
 class Tap(TorchFunctionMode):
-    """Hands every draw of a tensor of `shape` to `answer`, and returns what that makes of it.
+    """Hands every draw of a tensor of `shape` to `answer`, and returns what that makes of it."""
 
-    answer(drawn) gets the real draw, or None where making it was left out (a Brownian tree, unless `real`).
-    Mixed precision: traced tensors are float64, and some operations refuse them beside the sampler's
-    float32 scalars; unless `real`, those are then done in float64.
-    """
-
-    def __init__(self, shape: torch.Size, answer: Callable[[Tensor | None], Tensor], *, real: bool) -> None:
+    def __init__(self, shape: torch.Size, answer: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self._shape = shape
         self._answer = answer
-        self._real = real
         self._quiet = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if self._quiet or func not in DRAWS:
-            return func(*args, **kwargs) if self._real else _promoted(func, args, kwargs)
-        drawn = func(*args, **kwargs)
-        if drawn.shape != self._shape:
-            return drawn
-        answer = self._answer(drawn)
-        return drawn.copy_(answer) if func in IN_PLACE else answer
+        made = func(*args, **(kwargs or {}))
+        taps = func in DRAWS and not self._quiet and made.shape == self._shape
+        return self._answer(made) if taps else made
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
@@ -69,7 +58,8 @@ class Tap(TorchFunctionMode):
     def whole(self, draw: Callable[[], Tensor]) -> Tensor:
         """Take `draw` as one noise, however many draws it makes inside."""
         with self.quiet():
-            return self._answer(draw() if self._real else None)
+            drawn = draw()
+        return self._answer(drawn)
 
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:
@@ -80,11 +70,8 @@ class Tap(TorchFunctionMode):
             owner = threading.get_ident()
 
             def tapped_grow(this: Any, *args: Any, **kwargs: Any) -> None:
-                if threading.get_ident() != owner:
+                with self.quiet() if threading.get_ident() == owner else contextlib.nullcontext():
                     grow(this, *args, **kwargs)
-                elif self._real:
-                    with self.quiet():
-                        grow(this, *args, **kwargs)
 
             def tapped_query(this: Any, t0: Tensor, t1: Tensor) -> Tensor:
                 if threading.get_ident() != owner:
@@ -98,22 +85,3 @@ class Tap(TorchFunctionMode):
             finally:
                 tree.__init__, tree.__call__ = grow, query
 
-
-def _promoted(func: Any, args: Any, kwargs: Any) -> Any:
-    try:
-        return func(*args, **kwargs)
-    except RuntimeError:
-        wide = [_wide(value) for value in args]
-        if all(a is b for a, b in zip(wide, args, strict=True)):
-            raise
-        return func(*wide, **kwargs)
-
-
-def _wide(value: Any) -> Any:
-    if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64:
-        return value.double()
-    if isinstance(value, (list, tuple)):
-        wide = [_wide(item) for item in value]
-        if any(a is not b for a, b in zip(wide, value, strict=True)):
-            return type(value)(wide)
-    return value

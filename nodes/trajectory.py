@@ -4,7 +4,7 @@ To be used by a SAMPLER_SAMPLE wrapper, where the guider is prepared and nothing
 
     reason = why_step_mode(guider, sampler, sigmas, noise, latent_image, denoise_mask)
     if reason is None:
-        job = plan(sampler, guider, sigmas, extra_args, noise, latent_image, denoise_mask)   # or NotLinear
+        job = plan(sampler, guider, sigmas, extra_args, noise, latent_image, denoise_mask)   # or NotAProgram
 
 `job` has the fields of the `Sample` message. Previews come back as (step, total, denoised); ComfyUI's
 callback is then callback(step, denoised, denoised, total): nothing of the host's looks at its third
@@ -22,7 +22,7 @@ import comfy.samplers
 import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from comfy_xdit_nodes.constant_call import constant_calls
-from comfy_xdit_nodes.trace import NotLinear, Start, run, trace
+from comfy_xdit_nodes.trace import NotAProgram, as_it_was, trace
 from torch import Tensor
 
 from comfy_xdit.trajectory import SamplerProgram
@@ -89,61 +89,19 @@ def plan(
 
     Call it inside the pool's turn. constants: finds the network's constant arguments.
     Afterwards torch's random generators are where the host's own run would have left them.
-    Raises NotLinear (and leaves the generators alone) when the run has to stay in the host's loop.
+    Raises NotAProgram (and leaves the generators alone) when the run has to stay in the host's loop.
     """
     latent = torch.zeros_like(noise) if latent_image is None else latent_image
-    masked = denoise_mask is not None
-    program = trace(sampler, guider, sigmas, extra_args=extra_args, num_dims=noise.ndim, masked=masked)
-    reason = next(_ranges(guider.conds, [call.sigma for call in program.calls]), None)
-    if reason is not None:
-        raise NotLinear(reason)
-    conds = constants(guider, program, noise, extra_args.get("model_options", {}))
-    # Last: from here on the generators have moved, and step mode would make another image.
-    drawn = draw(sampler, guider, sigmas, extra_args, noise, latent, set(program.noises()))
     mask = None if denoise_mask is None else denoise_mask.to(noise).expand(noise.shape)
+    with as_it_was(noise.device):
+        program, drawn = trace(
+            sampler, guider, sigmas, extra_args=extra_args, noise=noise, latent=latent, mask=mask
+        )
+        reason = next(_ranges(guider.conds, [call.sigma for call in program.calls]), None)
+        if reason is not None:
+            raise NotAProgram(reason)
+        conds = constants(guider, program, noise, extra_args.get("model_options", {}))
     return Job(program=program, noise=noise, latent=latent, mask=mask, noises=drawn, conds=conds)
-
-
-class _Draws:
-    """Lets the noise sources be themselves; the model says zero, for nobody looks."""
-
-    real = True
-
-    def __init__(self, used: set[int]) -> None:
-        self._used = used
-        self.kept: list[Tensor | None] = []
-
-    def noise(self, j: int, drawn: Tensor | None) -> Tensor:
-        assert drawn is not None
-        # A copy: samplers scale their noise in place.
-        self.kept.append(drawn.clone() if j in self._used else None)
-        return drawn
-
-    def output(self, i: int, k: int, x: Tensor) -> Tensor:
-        return torch.zeros_like(x)
-
-    def guided(self, i: int, made: Tensor) -> Tensor:
-        return made
-
-
-def draw(
-    sampler: Any,
-    guider: Any,
-    sigmas: Tensor,
-    extra_args: dict[str, Any],
-    noise: Tensor,
-    latent: Tensor,
-    used: set[int],
-) -> list[Tensor | None]:
-    """The noises of a run, drawn by the host's sampler itself: its seeds, its order, its devices.
-
-    The sampler runs once more with a model that costs nothing. Noises not in `used` are drawn, since
-    the later ones depend on it, and dropped.
-    """
-    draws = _Draws(used)
-    with torch.no_grad():
-        run(sampler, guider, sigmas, extra_args, Start(noise=noise, latent=latent, mask=None), draws)
-    return draws.kept
 
 
 def why_step_mode(

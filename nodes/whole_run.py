@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from comfy_xdit_nodes.remote import poll
 from comfy_xdit_nodes.run import count_chunks
-from comfy_xdit_nodes.trace import NotLinear
+from comfy_xdit_nodes.trace import NotAProgram
 from comfy_xdit_nodes.trajectory import Job, plan, why_step_mode
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("comfy_xdit")
 
 MAX_STEPS = 1000
-"""Tracing a sampler takes time with the square of its steps: 0.1 s for 30, 1 s for 300, 7 s for 1000 on a busy core."""
+"""A step takes a millisecond to record, and its record a few kilobytes of the message."""
 
 PEEK_EVERY_S = 0.1
 
@@ -56,7 +56,7 @@ def sample_whole(
     if reason is None:
         try:
             job = plan(sampler, guider, sigmas, extra_args, *given)
-        except NotLinear as found:
+        except NotAProgram as found:
             reason = str(found)
         else:
             _say(guider, sampler, _num_chunks(job), f"as a whole on the workers, {len(job.program.calls)} evaluations")
@@ -71,7 +71,7 @@ def _why_not(guider: Any, sampler: Any, sigmas: Tensor, *given: Tensor | None) -
     if guider.model_patcher.setting.sampling == "step":
         return "the pool's `sampling` is set to 'step'"
     if len(sigmas) - 1 > MAX_STEPS:
-        return f"it has {len(sigmas) - 1} steps, more than the {MAX_STEPS} whose coefficients are worth finding"
+        return f"it has {len(sigmas) - 1} steps, more than the {MAX_STEPS} whose record is worth sending"
     return why_step_mode(guider, sampler, sigmas, *given)
 
 

@@ -114,7 +114,7 @@ def pipefusion(
             whole = number < warmup_steps or (key, 0) not in kept
             outputs += evaluate(model, x, call.timestep, [job["conds"][i] for i in group], key, kept,
                                 0 if whole else num_patches)
-        replay.answer(number, replay.denoised(number, outputs))
+        replay.answer(number, outputs)
         previews += [preview.denoised for preview in replay.previews(number)]
     return replay.output(), previews
 

@@ -1,10 +1,31 @@
-"""Sampler programs written out by hand, as the host's tracing would give them."""
+"""Samplers written out, and the programs that the tape makes of them."""
 
 from __future__ import annotations
 
-import torch
+import itertools
+from collections.abc import Iterator
 
-from comfy_xdit.trajectory import SamplerCall, SamplerPreview, SamplerProgram
+import torch
+from torch import Tensor
+
+from comfy_xdit.tape import Tape
+from comfy_xdit.trajectory import SamplerProgram
+
+
+def levels(steps: int) -> Iterator[tuple[float, float]]:
+    """Each step's noise level and the next one's, from 1 to 0."""
+    return itertools.pairwise(torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist())
+
+
+def guided(tape: Tape, x: Tensor, sigma: float, cfg: float) -> tuple[Tensor, Tensor]:
+    """A flow model's denoised latent, and that of its last conditioning alone."""
+    outputs = tape.call(x, sigma=sigma, timestep=sigma, conds=[0, 1] if cfg != 1 else [0])
+    denoised = [x - output * sigma for output in outputs]
+    return denoised[-1] + (denoised[0] - denoised[-1]) * cfg if cfg != 1 else denoised[0], denoised[-1]
+
+
+def named(cfg: float) -> list[str]:
+    return ["positive", "negative"] if cfg != 1 else ["positive"]
 
 
 def flow_program(*, steps: int, cfg: float = 1.0, kind: str = "euler", noisy: bool = False) -> SamplerProgram:
@@ -12,23 +33,54 @@ def flow_program(*, steps: int, cfg: float = 1.0, kind: str = "euler", noisy: bo
 
     With cfg the calls have two conditionings, "positive" and "negative".
     """
-    sigmas = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
-    calls, previews = [], []
-    row = {"noise": 1.0}
-    for i, sigma in enumerate(sigmas[:-1]):
-        guide = {"0": cfg, "1": 1.0 - cfg} if cfg != 1 else {"0": 1.0}
-        calls.append(
-            SamplerCall(
-                sigma=sigma, timestep=sigma, input=row, known={}, input_scale=1.0, skip=1.0, gain=-sigma,
-                conds=[0, 1] if cfg != 1 else [0], guide=guide,
-            )
-        )
-        previews.append(SamplerPreview(after=i, step=i + 1, total=steps, denoised={f"d{i}": 1.0}))
-        kept = sigmas[i + 1] / sigma
-        row = {f"x{i}": kept, f"d{i}": 1.0 - kept}
-        if kind == "multistep" and i:
-            row = {f"x{i}": kept, f"d{i}": 1.5 * (1.0 - kept), f"d{i - 1}": -0.5 * (1.0 - kept)}
-        if noisy and i + 1 < steps:
-            row[f"n{i}"] = 0.1
-    conds = ["positive", "negative"] if cfg != 1 else ["positive"]
-    return SamplerProgram(conds=conds, calls=calls, previews=previews, output=row)
+    tape = Tape()
+    x: Tensor = tape.value("noise")
+    before: Tensor | None = None
+    for step, (sigma, lower) in enumerate(levels(steps)):
+        denoised, _ = guided(tape, x, sigma, cfg)
+        tape.preview(step + 1, steps, denoised)
+        kept = lower / sigma
+        ahead = denoised if kind == "euler" or before is None else 1.5 * denoised - 0.5 * before
+        x, before = kept * x + (1.0 - kept) * ahead, denoised
+        if noisy and step + 1 < steps:
+            x = x + 0.1 * tape.value(f"n{step}")
+    return tape.program(named(cfg), x)
+
+
+def heun_program(*, steps: int, cfg: float) -> SamplerProgram:
+    """Two evaluations for each step but the last: there and back, the mean of both slopes is taken."""
+    tape = Tape()
+    x: Tensor = tape.value("noise")
+    for step, (now, then) in enumerate(levels(steps)):
+        denoised, _ = guided(tape, x, now, cfg)
+        tape.preview(step + 1, steps, denoised)
+        slope = (x - denoised) / now
+        there = x + slope * (then - now)
+        if then == 0:
+            x = there
+            continue
+        denoised, _ = guided(tape, there, then, cfg)
+        x = x + (slope + (there - denoised) / then) / 2 * (then - now)
+    return tape.program(named(cfg), x)
+
+
+def lonely_program(*, steps: int, cfg: float) -> SamplerProgram:
+    """Euler whose middle steps do without the negative conditioning."""
+    tape = Tape()
+    x: Tensor = tape.value("noise")
+    for step, (sigma, lower) in enumerate(levels(steps)):
+        denoised, _ = guided(tape, x, sigma, 1.0 if step in (2, 3) else cfg)
+        tape.preview(step + 1, steps, denoised)
+        x = denoised + (x - denoised) * (lower / sigma)
+    return tape.program(named(cfg), x)
+
+
+def plus_program(*, steps: int, cfg: float) -> SamplerProgram:
+    """Euler of the CFG++ kind: noise is put back along the negative conditioning's own direction."""
+    tape = Tape()
+    x: Tensor = tape.value("noise")
+    for step, (sigma, lower) in enumerate(levels(steps)):
+        denoised, negative = guided(tape, x, sigma, cfg)
+        tape.preview(step + 1, steps, denoised)
+        x = denoised + (x - negative) * (lower / sigma)
+    return tape.program(named(cfg), x)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from typing import Any
 
 import torch
-from programs import flow_program
+from programs import flow_program, heun_program, lonely_program, plus_program
 from ranks import groups, tiny_model
 
 from comfy_xdit.messages import LoadModel, Sample
@@ -16,7 +15,7 @@ from comfy_xdit.parallel.denoise import denoise
 from comfy_xdit.parallel.pipefusion import pipefusion
 from comfy_xdit.parallel.spec import ParallelSpec
 from comfy_xdit.parallel.stages import Absent, block_costs, block_paths, stages
-from comfy_xdit.trajectory import SamplerCall, SamplerPreview, SamplerProgram
+from comfy_xdit.trajectory import Operation, SamplerProgram
 from comfy_xdit.weights.resident import load
 
 
@@ -136,64 +135,30 @@ def sampling_job(
 
 
 def inpainting(program: SamplerProgram) -> SamplerProgram:
-    """The program as with a mask: each call knows the noised latent."""
-    calls = [
-        dataclasses.replace(call, known={"noise": call.sigma, "latent": 1 - call.sigma}) for call in program.calls
-    ]
-    return dataclasses.replace(program, calls=calls)
+    """The program as with a mask: the network is given, and the run ends with, the known latent where the mask is 0."""
 
+    def blend(made: str, known: str, name: str) -> list[Operation]:
+        return [
+            Operation(function="mul", operands=[made, "mask"], result=name + "m"),
+            Operation(function="sub", operands=[1.0, "mask"], result=name + "r"),
+            Operation(function="mul", operands=[known, name + "r"], result=name + "k"),
+            Operation(function="add", operands=[name + "m", name + "k"], result=name),
+        ]
 
-def heun_program(*, steps: int, cfg: float) -> SamplerProgram:
-    """Two evaluations for each step but the last: there and back, the mean of both slopes is taken."""
-    sigmas = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
-    calls: list[SamplerCall] = []
-    previews = []
-    row = {"noise": 1.0}
+    def noised(sigma: float, name: str) -> list[Operation]:
+        return [
+            Operation(function="mul", operands=["noise", sigma], result=name + "n"),
+            Operation(function="mul", operands=["latent", 1.0 - sigma], result=name + "l"),
+            Operation(function="add", operands=[name + "n", name + "l"], result=name),
+        ]
 
-    def call(sigma: float, row: dict[str, float]) -> int:
-        calls.append(
-            SamplerCall(
-                sigma=sigma, timestep=sigma, input=row, known={}, input_scale=1.0, skip=1.0, gain=-sigma,
-                conds=[0, 1], guide={"0": cfg, "1": 1 - cfg},
-            )
-        )
-        return len(calls) - 1
-
-    for step, (now, then) in enumerate(itertools.pairwise(sigmas)):
-        first = call(now, row)
-        previews.append(SamplerPreview(after=first, step=step + 1, total=steps, denoised={f"d{first}": 1.0}))
-        euler = {f"x{first}": then / now, f"d{first}": 1 - then / now}
-        if then == 0:
-            row = euler
-            continue
-        second = call(then, euler)
-        half = (then - now) / 2
-        row = {
-            f"x{first}": 1 + half / now, f"d{first}": -half / now, f"x{second}": half / then,
-            f"d{second}": -half / then,
-        }
-    return SamplerProgram(conds=["positive", "negative"], calls=calls, previews=previews, output=row)
-
-
-def lonely_program(*, steps: int, cfg: float) -> SamplerProgram:
-    """Euler whose middle steps do without the negative conditioning."""
-    program = flow_program(steps=steps, cfg=cfg)
-    calls = [
-        dataclasses.replace(call, conds=[0], guide={"0": 1.0}) if number in (2, 3) else call
-        for number, call in enumerate(program.calls)
-    ]
-    return dataclasses.replace(program, calls=calls)
-
-
-def plus_program(*, steps: int, cfg: float) -> SamplerProgram:
-    """Euler of the CFG++ kind: noise is put back along the negative conditioning's own direction."""
-    program = flow_program(steps=steps, cfg=cfg)
-    rows = [{"noise": 1.0}]
+    calls = []
     for number, call in enumerate(program.calls):
-        kept = program.calls[number + 1].sigma / call.sigma if number + 1 < steps else 0.0
-        rows.append({f"d{number}": 1.0, f"x{number}": kept, f"e{number}.1": -kept})
-    calls = [dataclasses.replace(call, input=row) for call, row in zip(program.calls, rows, strict=False)]
-    return dataclasses.replace(program, calls=calls, output=rows[-1])
+        known, made = f"known{number}", f"made{number}"
+        before = [*call.before, *noised(call.sigma, known), *blend(call.x, known, made)]
+        calls.append(dataclasses.replace(call, before=before, x=made))
+    after = [*program.after, *blend(program.output, "latent", "end")]
+    return dataclasses.replace(program, calls=calls, after=after, output="end")
 
 
 PROGRAMS = {

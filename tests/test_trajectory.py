@@ -1,5 +1,6 @@
-"""Sampler programs: short rows, eager freeing and slices give what the whole recurrence gives."""
+"""Recorded samplers: eager freeing and slices give what the sampler itself gives, bit for bit."""
 
+import dataclasses
 import itertools
 import json
 
@@ -10,84 +11,66 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from comfy_xdit import messages
-from comfy_xdit.history import Column, History
-from comfy_xdit.trajectory import Replay, SamplerCall, SamplerPreview, SamplerProgram
+from comfy_xdit.tape import NotAProgram, Tape
+from comfy_xdit.trajectory import Constant, Operation, Replay, SamplerProgram
 
 FEW = settings(max_examples=25, deadline=None)
 
 
 class Multistep:
-    """A made-up sampler: x' = a·x + b·x_before + Σ c_k·d_{i-k} + u·e_i.1 + s·noise, with random coefficients.
+    """A made-up sampler: x' = a·x + b·x_before + Σ c_k·d_{i-k} + u·uncond + s·noise, with random coefficients.
 
-    order: answers read by a step. states: inputs read by a step (1 or 2).
+    order: answers read by a step. states: inputs read by a step (1 or 2). masked: as the host inpaints.
     """
 
-    def __init__(self, seed, *, steps, order, states, pure, noisy):
+    def __init__(self, seed, *, steps, order, states, pure, noisy, masked=False):
         random = np.random.default_rng(seed)
         self.steps, self.order, self.states, self.pure, self.noisy = steps, order, states, pure, noisy
-        self.a = random.uniform(0.3, 0.9, steps)
-        self.b = random.uniform(-0.5, 0.5, steps)
-        self.c = random.uniform(0.1, 0.9, (steps, order))
-        self.u = random.uniform(0.1, 0.5, steps)
-        self.s = random.uniform(0.1, 0.5, steps)
-        self.scale = random.uniform(0.5, 3.0, (steps, 3))
+        self.masked = masked
+        self.a = random.uniform(0.3, 0.9, steps).tolist()
+        self.b = random.uniform(-0.5, 0.5, steps).tolist()
+        # Tensors, as a host's sigmas are, of no dim and of as many as the latent's.
+        self.c = torch.from_numpy(random.uniform(0.1, 0.9, (steps, order))).float()
+        self.u = torch.from_numpy(random.uniform(0.1, 0.5, (steps, 1, 1, 1, 1))).float()
+        self.s = random.uniform(0.1, 0.5, steps).tolist()
+        self.scale = random.uniform(0.5, 3.0, (steps, 3)).tolist()
 
-    def columns(self):
-        columns = [Column(term="noise", born=None), Column(term="latent", born=None)]
+    def run(self, value, model, show=lambda i, denoised: None):
+        """value(name) and model(i, x) → both outputs; the same code for numbers and on a tape."""
+        noise, latent = value("noise"), value("latent")
+        mask = value("mask") if self.masked else None
+        x = 2.0 * noise + 0.5 * latent
+        before, answers = x, []
         for i in range(self.steps):
-            columns += [Column(term=name, born=i + 1) for name in (f"d{i}", f"e{i}.0", f"e{i}.1", f"n{i}")]
-        return columns
-
-    def run(self, vector, model):
-        """vector(term) and model(i, x) → (d, uncond); the same code for numbers and for coordinates."""
-        x = 2.0 * vector("noise") + 0.5 * vector("latent")
-        before, answers, inputs = x, [], []
-        for i in range(self.steps):
-            inputs.append(x)
-            d, uncond = model(i, x)
-            answers.insert(0, d)
-            after = self.a[i] * x + sum(c * d for c, d in zip(self.c[i], answers, strict=False))
+            scale, skip, gain = self.scale[i]
+            if self.masked:
+                x = x * mask + (noise * self.s[i] + latent) * (1.0 - mask)
+            both = [x * skip + output * gain for output in model(i, x * scale)]
+            denoised = both[1] + (both[0] - both[1]) * 3.0
+            if self.masked:
+                denoised = denoised * mask + latent * (1.0 - mask)
+            show(i, denoised)
+            answers.insert(0, denoised)
+            after = self.a[i] * x
+            for c, d in zip(self.c[i], answers, strict=False):
+                after = after + c * d
             if self.states == 2:
-                after = after + self.b[i] * before
+                after += self.b[i] * before
             if self.pure:
-                after = after + self.u[i] * uncond
+                after = torch.add(after, both[1] * self.u[i], alpha=-0.5)
             if self.noisy:
-                after = after + self.s[i] * vector(f"n{i}")
+                after = after + self.s[i] * value(f"n{i}")
             before, x = x, after
-        return inputs, x
+        return x
 
     def program(self):
-        columns = self.columns()
-        index = {column.term: j for j, column in enumerate(columns)}
+        tape = Tape()
 
-        def vector(term):
-            return np.eye(len(columns))[index[term]]
+        def model(i, x):
+            return tape.call(x, sigma=1.0 - i / self.steps, timestep=1000.0 - i, conds=[0, 1])
 
-        inputs, output = self.run(vector, lambda i, x: (vector(f"d{i}"), vector(f"e{i}.1")))
-        history = History(columns)
-        calls, previews = [], []
-        for i, row in enumerate(inputs):
-            scale, skip, gain = map(float, self.scale[i])
-            short = history.shorten(row)
-            history.add_input(row)
-            calls.append(
-                SamplerCall(
-                    sigma=1.0 - i / self.steps,
-                    timestep=1000.0 - i,
-                    input=short,
-                    known={},
-                    input_scale=scale,
-                    skip=skip,
-                    gain=gain,
-                    conds=[0, 1],
-                    guide={"0": 3.0, "1": -2.0},
-                )
-            )
-            preview = history.shorten(vector(f"d{i}"))
-            previews.append(SamplerPreview(after=i, step=i, total=self.steps, denoised=preview))
-        return SamplerProgram(
-            conds=["positive", "negative"], calls=calls, previews=previews, output=history.shorten(output)
-        )
+        output = self.run(tape.value, model, lambda i, denoised: tape.preview(i, self.steps, denoised))
+        return tape.program(["positive", "negative"], output)
 
 
 @st.composite
@@ -99,6 +82,7 @@ def samplers(draw):
         states=draw(st.integers(1, 2)),
         pure=draw(st.booleans()),
         noisy=draw(st.booleans()),
+        masked=draw(st.booleans()),
     )
 
 
@@ -108,102 +92,85 @@ def network(x, k):
 
 
 def tensors(program, shape=(2, 4, 6, 5)):
+    """noise, latent and mask by name, and the noises by index."""
     generator = torch.Generator().manual_seed(3)
     names = ("noise", "latent", *range(len(program.calls)))
-    made = {name: torch.randn(shape, generator=generator) for name in names}
-    return made.pop("noise"), made.pop("latent"), made
+    noises = {name: torch.randn(shape, generator=generator) for name in names}
+    mask = torch.rand(shape, generator=generator)
+    return {"noise": noises.pop("noise"), "latent": noises.pop("latent"), "mask": mask}, noises
 
 
-def replay(program, noise, latent, noises, **options):
+def replay(program, begin, noises, **options):
     """Output, previews, and the most tensors held while the network ran."""
-    run = Replay(program, noise=noise, latent=latent, noises=noises, **options)
+    run = Replay(program, **begin, noises=noises, **options)
     shown, peak = [], 0
     for i, call in enumerate(program.calls):
         x = run.model_input(i)
         peak = max(peak, run.num_held)
-        run.answer(i, run.denoised(i, [network(x, k) for k in call.conds]))
+        run.answer(i, [network(x, k) for k in call.conds])
         shown += [progress.denoised for progress in run.previews(i)]
     return run.output(), shown, peak
 
 
 @FEW
 @given(samplers())
-def test_replay_equals_the_recurrence(sampler):
+def test_replay_equals_the_sampler_bit_for_bit(sampler):
     program = sampler.program()
-    noise, latent, noises = tensors(program)
-    given_terms = {"noise": noise.double(), "latent": latent.double()}
-    given_terms |= {f"n{j}": tensor.double() for j, tensor in noises.items()}
-
-    def model(i, x):
-        scale, skip, gain = sampler.scale[i]
-        both = [skip * x + gain * network(scale * x, k) for k in (0, 1)]
-        return 3.0 * both[0] - 2.0 * both[1], both[1]
-
-    _, expected = sampler.run(given_terms.__getitem__, model)
-    double = [tensor.double() for tensor in (noise, latent)]
-    output, shown, _ = replay(program, *double, noises, dtype=torch.float64)
-    torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-9)
+    begin, noises = tensors(program)
+    values = begin | {f"n{j}": tensor for j, tensor in noises.items()}
+    seen = []
+    expected = sampler.run(
+        values.__getitem__, lambda i, x: [network(x, k) for k in (0, 1)], lambda i, denoised: seen.append(denoised)
+    )
+    output, shown, _ = replay(program, begin, noises)
+    assert torch.equal(output, expected)
     assert len(shown) == sampler.steps
+    assert all(torch.equal(a, b) for a, b in zip(shown, seen, strict=True))
 
 
 @FEW
 @given(samplers())
-def test_only_recent_history_is_held(sampler):
+def test_only_what_is_read_again_is_held(sampler):
     program = sampler.program()
-    noise, latent, noises = tensors(program)
-    eager, shown, peak = replay(program, noise, latent, noises)
-    full, shown_full, everything = replay(program, noise, latent, noises, keep=True)
+    begin, noises = tensors(program)
+    eager, shown, peak = replay(program, begin, noises)
+    full, shown_full, everything = replay(program, begin, noises, keep=True)
     assert torch.equal(eager, full)
     assert all(torch.equal(a, b) for a, b in zip(shown, shown_full, strict=True))
     assert peak == program.peak_held() <= everything
-    # A state and the answers but the newest; twice that at most where two states are carried.
-    assert peak <= sampler.states * (1 + sampler.order + sampler.pure)
+    # The network's input, the states that a step reads, and the answers but the newest.
+    assert peak <= 1 + sampler.states + (sampler.order - 1)
     assert program.noises() == (list(range(sampler.steps)) if sampler.noisy else [])
-    last_call = max(program.last_use().items(), key=lambda item: item[1])
-    assert last_call[1] <= 2 * sampler.steps
 
 
 @FEW
 @given(samplers(), st.data())
 def test_a_slice_replays_as_the_whole_bit_for_bit(sampler, data):
     program = sampler.program()
-    noise, latent, noises = tensors(program)
-    generator = torch.Generator().manual_seed(4)
-    mask = torch.rand(noise.shape, generator=generator) if data.draw(st.booleans()) else None
-    if mask is not None:
-        program = masked(program)
-    whole, shown, _ = replay(program, noise, latent, noises, mask=mask)
+    begin, noises = tensors(program)
+    whole, shown, _ = replay(program, begin, noises)
     rows = sorted(data.draw(st.sets(st.integers(1, 5), max_size=3)) | {0, 6})
-    for begin, end in itertools.pairwise(rows):
-        cut = [tensor[:, :, begin:end] for tensor in (noise, latent)]
-        patch = None if mask is None else mask[:, :, begin:end]
+    for top, end in itertools.pairwise(rows):
         part, part_shown, _ = replay(
-            program, *cut, lambda j, begin=begin, end=end: noises[j][:, :, begin:end], mask=patch
+            program,
+            {name: tensor[:, :, top:end] for name, tensor in begin.items()},
+            lambda j, top=top, end=end: noises[j][:, :, top:end],
         )
-        assert torch.equal(part, whole[:, :, begin:end])
+        assert torch.equal(part, whole[:, :, top:end])
         pairs = zip(part_shown, shown, strict=True)
-        assert all(torch.equal(a, b[:, :, begin:end]) for a, b in pairs)
-
-
-def masked(program):
-    known = [{"noise": call.sigma, "latent": 1.0 - call.sigma} for call in program.calls]
-    changed = [{**vars(call), "known": row} for call, row in zip(program.calls, known, strict=True)]
-    calls = [SamplerCall(**fields) for fields in changed]
-    return SamplerProgram(**{**vars(program), "calls": calls})
+        assert all(torch.equal(a, b[:, :, top:end]) for a, b in pairs)
 
 
 def test_mask_keeps_the_known_latent():
-    program = masked(Multistep(5, steps=4, order=2, states=1, pure=False, noisy=True).program())
-    noise, latent, noises = tensors(program)
-    run = Replay(program, noise=noise, latent=latent, noises=noises, mask=torch.zeros_like(noise))
-    for i, call in enumerate(program.calls):
-        expected = call.sigma * noise + (1.0 - call.sigma) * latent
-        torch.testing.assert_close(run.input(i), expected, rtol=1e-6, atol=1e-6)
-        run.answer(i, [torch.full_like(noise, float("inf")).nan_to_num(posinf=7.0)] * 2)
-        torch.testing.assert_close(run.previews(i)[0].denoised, latent, rtol=0, atol=0)
-    free = replay(program, noise, latent, noises, mask=torch.ones_like(noise))[0]
-    plain = Multistep(5, steps=4, order=2, states=1, pure=False, noisy=True).program()
-    assert torch.equal(free, replay(plain, noise, latent, noises)[0])
+    sampler = Multistep(5, steps=4, order=2, states=1, pure=False, noisy=True, masked=True)
+    program = sampler.program()
+    begin, noises = tensors(program)
+    run = Replay(program, **begin | {"mask": torch.zeros_like(begin["noise"])}, noises=noises)
+    for i in range(4):
+        run.answer(i, [torch.full_like(begin["noise"], 7.0)] * 2)
+        assert torch.equal(run.previews(i)[0].denoised, begin["latent"])
+    with pytest.raises(AssertionError, match="without a mask"):
+        Replay(program, noise=begin["noise"], latent=begin["latent"])
 
 
 @FEW
@@ -215,55 +182,151 @@ def test_travels_as_json(sampler):
     assert messages.decode(text, []) == program
 
 
-def test_long_rows_become_short():
-    program = Multistep(1, steps=40, order=2, states=1, pure=False, noisy=True).program()
-    assert all(
-        set(call.input) == {f"x{i}", f"d{i}", f"d{i - 1}", f"n{i}"}
-        for i, call in [(i, program.calls[i + 1]) for i in range(1, 39)]
-    )
-    assert program.peak_held() == 2
+def test_what_nobody_reads_is_not_recorded():
+    tape = Tape()
+    x = tape.value("noise")
+    (output,) = tape.call(x, sigma=1.0, timestep=1.0, conds=[0])
+    unread = (x - output) * tape.value("n0")
+    x.mul_(0.5)
+    assert unread is not x
+    program = tape.program(["positive"], x + output)
+    assert [operation.function for operation in program.after] == ["mul", "add"]
+    assert program.noises() == []
 
 
-def test_a_row_with_no_short_form_stays_whole():
-    columns = [Column(term="noise", born=None)]
-    columns += [Column(term=f"d{i}", born=i + 1) for i in range(20)]
-    history = History(columns)
-    for i in range(20):
-        history.add_input(np.eye(21)[i])
-    row = np.linspace(1.0, 2.0, 21)
-    assert list(history.shorten(row).values()) == list(row)
+def on_tape(change):
+    """What `change(x, d)` makes of random numbers by itself, and replayed."""
+    generator = torch.Generator().manual_seed(1)
+    noise, output = torch.randn((2, 2, 4, 3, 5), generator=generator)
+    tape = Tape(noise)
+    (traced,) = tape.call(tape.value("noise", noise), sigma=1.0, timestep=1.0, conds=[0])
+    result = change(tape.value("noise", noise), traced)
+    program = tape.program(["positive"], result)
+    run = Replay(program, noise=noise, latent=0 * noise)
+    run.answer(0, [output])
+    return run.output(), change(noise.clone(), output.clone()), program
 
 
-def test_the_start_may_come_back_in_every_step():
-    columns = [Column(term="noise", born=None), Column(term="d0", born=1), Column(term="d1", born=2)]
-    history = History(columns)
-    history.add_input(np.array([1.0, 0.0, 0.0]))
-    assert history.shorten(np.array([0.5, 0.5, 0.0])) == {"x0": 0.5, "d0": 0.5}
+EXACT = {
+    "numbers": lambda x, d: (2 * x + 1) / 3 - d * 0.3 + 1.0 / 7,
+    "number first": lambda x, d: 1.0 - (2.5 / (d + 10) - x),
+    "no dim": lambda x, d: x + (x - d) / torch.tensor(0.003) * torch.tensor(-0.2, dtype=torch.float64),
+    "all dims": lambda x, d: x * torch.full((2, 1, 1, 1), 0.7) - d,
+    "whole numbers": lambda x, d: x * torch.tensor(3) + d,
+    "in place": lambda x, d: x.mul_(0.5).add_(d).sub_(0.1).div_(torch.tensor(3.0)),
+    "a view shares": lambda x, d: (x.view(x.shape).mul_(2.0), x + d)[1],
+    "a copy does not": lambda x, d: (x.clone().mul_(2.0), x + d)[1],
+    "copied into": lambda x, d: (x.copy_(d), x + 1.0)[1],
+    "negative": lambda x, d: -x + d.neg(),
+    "limits": lambda x, d: (x * d).clamp(-0.5, 0.5).clamp(min=-0.1) + x.clamp(max=0.2),
+    "wider": lambda x, d: (x.double() * 0.1 + d).to(torch.float32) * torch.ones(1, 1, 1, 1, dtype=torch.float64),
+    "of its shape": lambda x, d: x * torch.zeros_like(d) + torch.full_like(x, 0.3) * d,
+}
+CLOSE = {
+    "lerp": lambda x, d: torch.lerp(x, d, 0.3) + torch.lerp(x, d, torch.tensor(0.7)),
+    "alpha": lambda x, d: torch.add(x, d, alpha=0.3) - torch.sub(d, x, alpha=0.7),
+    "addcmul": lambda x, d: torch.addcmul(x, x, d, value=0.3) + torch.addcdiv(d, x, torch.tensor(3.0), value=2.0),
+    "tensordot": lambda x, d: torch.tensordot(
+        torch.stack([x, d, x + d], dim=1), torch.tensor([0.2, 0.7, -0.4]), dims=([1], [0])
+    ),
+    "einsum": lambda x, d: torch.einsum("k,bkchw->bchw", torch.tensor([0.2, 0.7]), torch.stack([x, d], dim=1)),
+}
+"""Fused in torch; recorded an operation at a time, they may differ by a rounding."""
 
 
-def test_rows_do_not_magnify_what_is_held():
-    """A hundred of the latest input would do, and would make a hundred of its rounding."""
-    columns = [Column(term="noise", born=None), Column(term="d0", born=1), Column(term="d1", born=2)]
-    history = History(columns)
-    for row in ([1.0, 0.0, 0.0], [0.01, 0.99, 0.0]):
-        history.add_input(np.array(row))
-    short = history.shorten(np.array([1.0, 0.5, -0.5]))
-    assert short == pytest.approx({"x0": 1.0, "d0": 0.5, "d1": -0.5})
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("name", EXACT)
+def test_operations_are_replayed_bit_for_bit(name, inference):
+    with torch.inference_mode(inference):
+        ours, expected, _ = on_tape(EXACT[name])
+    assert ours.dtype == expected.dtype
+    assert torch.equal(ours, expected)
 
 
-@pytest.mark.parametrize("term", ["x1", "d1", "e1.0", "e0", "d0.1", "y0", "", "x-1"])
-def test_unknown_terms_are_refused(term):
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("name", CLOSE)
+def test_fused_operations_are_replayed(name, inference):
+    with torch.inference_mode(inference):
+        ours, expected, _ = on_tape(CLOSE[name])
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=5e-7)
+
+
+def test_constants_keep_what_decides_on_dtypes():
+    _, _, program = on_tape(EXACT["no dim"])
+    constants = [operand for op in program.after for operand in op.operands if isinstance(operand, Constant)]
+    assert [(c.dtype, c.num_dims) for c in constants] == [("float32", 0), ("float64", 0)]
+
+
+REFUSED = {
+    "mean": (lambda x, d: x - d.mean(), "mean on the latent"),
+    "std": (lambda x, d: x / x.std(), "std on the latent"),
+    "branch": (lambda x, d: x if x.clamp(0, 1) > 0.5 else d, "gt on the latent"),
+    "equal": (lambda x, d: x if torch.equal(x, d) else d, "looks at the latent's numbers"),
+    "a part": (lambda x, d: x[:, :1] + d, "a part of the latent, of 2x1x3x5"),
+    "flip": (lambda x, d: x.flip(-1), "flip on the latent"),
+    "blur": (lambda x, d: torch.nn.functional.avg_pool2d(x, 3, 1, 1), "avg_pool2d on the latent"),
+    "own noise": (lambda x, d: x + torch.bernoulli(torch.full_like(x, 0.5)), "a tensor of its own"),
+    "own tensor": (lambda x, d: torch.zeros_like(x).copy_(d), "writes the latent into a tensor of its own"),
+    "other size": (lambda x, d: x + torch.zeros(3, 1, 1, 1, 1), "3x2x4x3x5, not of the latent's 2x4x3x5"),
+    "infinite": (lambda x, d: x * float("inf"), "computes with inf"),
+    "rounded": (lambda x, d: torch.div(x, 3.0, rounding_mode="floor"), "in a way that a program does not know"),
+    "stacked": (lambda x, d: torch.stack([x, d]).mean(0), "mean on stacked tensors"),
+    "otherwise stacked": (lambda x, d: torch.cat([torch.stack([x, d])]), "cat on stacked tensors"),
+    "nothing": (lambda x, d: torch.ones(2, 4, 3, 5), "not made of the model's answers"),
+}
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_program_is_refused(name, inference):
+    change, sentence = REFUSED[name]
+    with torch.inference_mode(inference), pytest.raises(NotAProgram, match=sentence):
+        on_tape(change)
+
+
+@FEW
+@given(st.integers(1, 10_000), st.integers(0, 30))
+def test_a_look_at_the_numbers_is_found_wherever_it_is(seed, place):
+    """The linear part of a sampler may be anything; one branch on a value makes it no program."""
+    random = np.random.default_rng(seed)
+    moves = [
+        lambda x, d: x * float(random.uniform(0.5, 1.5)) + d,
+        lambda x, d: torch.lerp(x, d, float(random.uniform())),
+        lambda x, d: x.add_(d) / 3.0,
+        lambda x, d: x - torch.tensor(float(random.uniform())) * d,
+    ]
+
+    def change(x, d):
+        for step in range(31):
+            if step == place:
+                x = x if bool((x.reshape(-1)[0] > 0).item()) else -x
+            x = moves[random.integers(len(moves))](x, d)
+        return x
+
+    with pytest.raises(NotAProgram):
+        on_tape(change)
+
+
+@pytest.mark.parametrize("name", ["o1.0", "o0.2", "v999", "x0", "", "nn"])
+def test_unknown_values_are_refused(name):
     program = Multistep(1, steps=2, order=1, states=1, pure=False, noisy=False).program()
-    fields = vars(program.calls[1]) | {"input": {term: 1.0}}
-    with pytest.raises(ValueError, match="before it is known"):
-        SamplerProgram(**{**vars(program), "calls": [program.calls[0], SamplerCall(**fields)]})
+    first = dataclasses.replace(program.calls[1], x=name)
+    with pytest.raises(ValueError, match=f"uses '{name}' before call 1, where it is not known yet"):
+        SamplerProgram(**{**vars(program), "calls": [program.calls[0], first]})
+
+
+def test_unknown_operations_are_refused():
+    program = Multistep(1, steps=2, order=1, states=1, pure=False, noisy=False).program()
+    after = [*program.after, Operation(function="eval", operands=["noise"], result="w")]
+    with pytest.raises(ValueError, match="'eval', which is no known operation"):
+        dataclasses.replace(program, after=after)
 
 
 def test_calls_out_of_order_are_caught():
     program = Multistep(1, steps=3, order=1, states=1, pure=False, noisy=False).program()
-    noise, latent, noises = tensors(program)
-    run = Replay(program, noise=noise, latent=latent, noises=noises)
+    begin, noises = tensors(program)
+    run = Replay(program, **begin, noises=noises)
     with pytest.raises(AssertionError, match="call 1 asked for while call 0 is next"):
-        run.input(1)
+        run.model_input(1)
     with pytest.raises(AssertionError, match="only 0 calls"):
         run.output()

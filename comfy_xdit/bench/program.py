@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from comfy_xdit.trajectory import SamplerCall, SamplerPreview, SamplerProgram
+from torch import Tensor
+
+from comfy_xdit.tape import Tape
+from comfy_xdit.trajectory import SamplerProgram
 
 
 def euler(num_steps: int, *, cfg: float | None = None) -> SamplerProgram:
@@ -14,25 +17,11 @@ def euler(num_steps: int, *, cfg: float | None = None) -> SamplerProgram:
     """
     levels = [1 - step / num_steps for step in range(num_steps)] + [0.0]
     conds = ["positive"] if cfg is None else ["positive", "negative"]
-    guide = {"0": 1.0} if cfg is None else {"0": cfg, "1": 1 - cfg}
-    calls, previews = [], []
-    state = {"noise": 1.0}
+    tape = Tape()
+    x: Tensor = tape.value("noise")
     for number, (level, lower) in enumerate(pairwise(levels)):
-        calls.append(
-            SamplerCall(
-                sigma=level,
-                timestep=level,
-                input=state,
-                known={},
-                input_scale=1.0,
-                skip=1.0,
-                gain=-level,
-                conds=list(range(len(conds))),
-                guide=guide,
-            )
-        )
-        previews.append(
-            SamplerPreview(after=number, step=number + 1, total=num_steps, denoised={f"d{number}": 1.0})
-        )
-        state = {f"x{number}": lower / level, f"d{number}": 1 - lower / level}
-    return SamplerProgram(conds=conds, calls=calls, previews=previews, output=state)
+        outputs: list[Tensor] = [*tape.call(x, sigma=level, timestep=level, conds=range(len(conds)))]
+        velocity = outputs[0] if cfg is None else outputs[1] + cfg * (outputs[0] - outputs[1])
+        tape.preview(number + 1, num_steps, x - level * velocity)
+        x = x + (lower - level) * velocity
+    return tape.program(conds, x)

@@ -124,7 +124,8 @@ class FirstStage:
             mask=message.mask,
             dtype=replies.loop_dtype,
         )
-        self.x = whole.model_input(0).to(replies.x_dtype)
+        # A copy: patches will be written into it, and it may be the job's own noise.
+        self.x = whole.model_input(0).to(replies.x_dtype, copy=True)
         self.result = torch.empty_like(message.noise, dtype=replies.loop_dtype)
         self._previews: list[list[Tensor]] = []
 
@@ -175,7 +176,7 @@ class LastStage:
         lanes = deal([x.shape[0]] * len(call.conds), cfg=spec.cfg, dp=spec.dp)
         parts = [self._patches.cut(output, patch) for output in outputs]
         whole = share([{"x": x} for _ in call.conds], lanes, parts, self._replies.x_dtype, self._context)
-        replay.answer(evaluation.number, replay.denoised(evaluation.number, whole))
+        replay.answer(evaluation.number, whole)
         shown = iter(replay.previews(evaluation.number))
         for what in self._replies.to(evaluation):
             if what == "preview":

@@ -75,7 +75,7 @@ def sample(
             keys.begin(number)
             x = replay.model_input(number)
             outputs = _outputs(model, call, x, conds, context)
-            replay.answer(number, replay.denoised(number, outputs))
+            replay.answer(number, outputs)
             for preview in replay.previews(number):
                 if context.rank == 0:
                     post({"step": preview.step, "total": preview.total, "denoised": preview.denoised})

@@ -16,7 +16,7 @@ from comfy_xdit_nodes.checkpoint import open_checkpoint
 from comfy_xdit_nodes.constant_call import Catcher
 from comfy_xdit_nodes.parity import models as tiny
 from comfy_xdit_nodes.patcher import from_checkpoint
-from comfy_xdit_nodes.trace import NotLinear, trace
+from comfy_xdit_nodes.trace import NotAProgram
 from comfy_xdit_nodes.trajectory import plan, why_step_mode
 
 from comfy_xdit import messages
@@ -25,9 +25,12 @@ from comfy_xdit.trajectory import Replay
 HERE = Path(__file__).parent
 toy = import_path(HERE / "toy.py", root=HERE, mode="importlib", consider_namespace_packages=False)
 
-LIMIT = 1e-6
-LINEAR = [name for name in comfy.samplers.SAMPLER_NAMES if name != "dpm_adaptive"]
-PEAK = {"euler": 1, "ddim": 1, "euler_ancestral": 1, "heun": 2, "dpmpp_2m": 2, "dpmpp_2m_sde": 2, "lcm": 1}
+PROGRAMS = [name for name in comfy.samplers.SAMPLER_NAMES if name != "dpm_adaptive"]
+FUSED, ROUNDING = ("sample_seeds_2",), 3e-7
+"""Samplers with torch's lerp, whose operations the program has one by one; and how far they may be off, of the norm."""
+
+PEAK = {"euler": 2, "ddim": 2, "euler_ancestral": 2, "heun": 4, "dpmpp_2m": 3, "dpmpp_2m_sde": 3, "lcm": 2}
+"""Latents held while the network runs, at most: the sampler's state, what it remembers, and the network's scaled input."""
 
 
 @dataclasses.dataclass
@@ -73,7 +76,7 @@ def replayed(guider, job):
     for i in range(len(job.program.calls)):
         outputs = toy.evaluate(guider, job.program, i, run.model_input(i))
         peak = max(peak, run.num_held)
-        run.answer(i, run.denoised(i, outputs))
+        run.answer(i, outputs)
         shown += run.previews(i)
     assert peak == job.program.peak_held()
     return run.output(), shown
@@ -97,19 +100,20 @@ def compare(guider, sampler, *, steps=8, masked=False, scheduler=None):
     assert torch.equal(torch.get_rng_state(), state)
     job = dataclasses.replace(job, program=messages.decode(*messages.encode(job.program)))
     ours, shown = replayed(guider, job)
-    assert distance(ours, samples) < LIMIT
+    limit = ROUNDING if getattr(sampler.sampler_function, "__name__", "") in FUSED else 0.0
+    assert distance(ours, samples) <= limit
     assert [(p.step, p.total) for p in shown] == [preview[:2] for preview in previews]
-    assert all(distance(p.denoised, preview[2]) < LIMIT for p, preview in zip(shown, previews, strict=True))
+    assert all(distance(p.denoised, preview[2]) <= limit for p, preview in zip(shown, previews, strict=True))
     return job
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "inpaint"])
 @pytest.mark.parametrize("kind", ["flow", "eps"])
-@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize("name", PROGRAMS)
 def test_every_sampler(name, kind, masked):
     job = compare(toy.guider(kind), comfy.samplers.sampler_object(name), masked=masked)
     assert job.program.conds == ["positive", "negative"]
-    assert job.program.peak_held() <= PEAK.get(name, 7) + masked
+    assert job.program.peak_held() <= PEAK.get(name, 8) + 2 * masked
     assert [noise is not None for noise in job.noises] == [j in job.program.noises() for j in range(len(job.noises))]
 
 
@@ -169,7 +173,7 @@ def test_a_noise_sampler_of_ones_own():
     samples, _, state = stock(guider, sampler(), sigmas, start())
     begin, ours = start(), sampler()
     job = plan(ours, guider, sigmas, arguments(guider), begin.noise, begin.latent, constants=none)
-    assert distance(replayed(guider, job)[0], samples) < LIMIT
+    assert distance(replayed(guider, job)[0], samples) == 0.0
     assert torch.equal(torch.get_rng_state(), state)
     assert ours.extra_options["noise_sampler"].drawn == 5
 
@@ -200,8 +204,9 @@ def test_dual_cfg(nested):
 
 
 def traced(guider, sampler, *, masked=False):
-    sigmas = toy.sigmas(guider, 6)
-    return trace(sampler, guider, sigmas, extra_args=arguments(guider), num_dims=4, masked=masked)
+    begin, sigmas = start(masked=masked), toy.sigmas(guider, 6)
+    given = (begin.noise, begin.latent, begin.mask)
+    return plan(sampler, guider, sigmas, arguments(guider), *given, constants=none).program
 
 
 def looking(change):
@@ -219,28 +224,35 @@ def looking(change):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda x, d: x.clamp(-1, 1),
         lambda x, d: x / x.std(),
         lambda x, d: x - d.mean(),
-        lambda x, d: x * d,
         lambda x, d: x if x.abs().max() > 1.0 else x * 0.5,
-        lambda x, d: x + 0.01,
         lambda x, d: x + 0.01 * torch.bernoulli(torch.full_like(x, 0.5)),
         lambda x, d: torch.nn.functional.avg_pool2d(x, 3, 1, 1),
         lambda x, d: x.flip(-1),
+        lambda x, d: x + torch.from_numpy(d.numpy()),
     ],
-    ids=["clamp", "std", "mean", "product", "branch", "offset", "bernoulli", "blur", "flip"],
+    ids=["std", "mean", "branch", "bernoulli", "blur", "flip", "numpy"],
 )
 def test_a_sampler_that_looks_at_values_is_found(change):
-    state = torch.get_rng_state()
-    with pytest.raises(NotLinear):
+    state = start() and torch.get_rng_state()
+    with pytest.raises(NotAProgram):
         traced(toy.guider("flow"), looking(change))
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [lambda x, d: x.clamp(-1, 1), lambda x, d: x * d * 0.3, lambda x, d: x + 0.01, lambda x, d: x.mul_(0.9).sub_(d)],
+    ids=["clamp", "product", "offset", "in place"],
+)
+def test_a_sampler_that_is_elementwise_need_not_be_linear(change):
+    compare(toy.guider("flow"), looking(change))
+
+
 def test_adaptive_steps_are_found():
     for kind in ("flow", "eps"):
-        with pytest.raises(NotLinear, match="other steps"):
+        with pytest.raises(NotAProgram, match="abs on the latent"):
             traced(toy.guider(kind), comfy.samplers.sampler_object("dpm_adaptive"))
 
 
@@ -250,19 +262,52 @@ def test_guiders_that_go_their_own_way_are_found():
             made = super().predict_noise(*args, **kwargs)
             return made / made.norm()
 
-    class Twice(comfy.samplers.CFGGuider):
-        def predict_noise(self, *args, **kwargs):
-            return super().predict_noise(*args, **kwargs) + super().predict_noise(*args, **kwargs)
-
     class Direct(comfy.samplers.CFGGuider):
         def predict_noise(self, x, timestep, model_options=None, seed=None):
             return self.inner_model.apply_model(x, timestep)
 
-    for cls, reason in ((Nonlinear, "weighted sum|mixes in"), (Twice, "more than once"), (Direct, "apply_model")):
+    class Made(comfy.samplers.CFGGuider):
+        def predict_noise(self, x, timestep, model_options=None, seed=None):
+            self.conds = {name: list(entries) for name, entries in self.conds.items()}
+            made = [list(self.conds["positive"]), None]
+            return comfy.samplers.calc_cond_batch(self.inner_model, made, x, timestep, model_options)[0]
+
+    reasons = {Nonlinear: "on the latent", Direct: "apply_model", Made: "conditioning of its own"}
+    for cls, reason in reasons.items():
         guider = toy.guider("flow", cls=cls)
-        with pytest.raises(NotLinear, match=reason):
+        with pytest.raises(NotAProgram, match=reason):
             traced(guider, comfy.samplers.sampler_object("euler"))
         assert guider.inner_model.diffusion_model.calls == 0
+
+
+def test_a_guider_may_evaluate_more_than_once_and_remember():
+    """Each evaluation is a call of its own, at the place that the guider chose."""
+
+    class Twice(comfy.samplers.CFGGuider):
+        before = None
+
+        def predict_noise(self, x, *args, **kwargs):
+            first = super().predict_noise(x, *args, **kwargs)
+            made = 0.5 * (first + super().predict_noise(x * 0.9 + 0.1 * first, *args, **kwargs))
+            self.before, old = made, made if self.before is None else self.before
+            return 0.8 * made + 0.2 * old
+
+    def guider():
+        return toy.guider("flow", cls=Twice)
+
+    sampler = comfy.samplers.sampler_object("dpmpp_2m")
+    sigmas, begin = toy.sigmas(guider(), 5), start()
+    samples, _, _ = stock(guider(), sampler, sigmas, begin)
+    begin, ours = start(), guider()
+    job = plan(sampler, ours, sigmas, arguments(ours), begin.noise, begin.latent, constants=none)
+    assert len(job.program.calls) == 10
+    assert distance(replayed(ours, job)[0], samples) == 0.0
+
+
+def test_the_weight_of_conditioning():
+    guider = toy.guider("flow")
+    guider.conds["negative"][0]["strength"] = 0.7
+    compare(guider, comfy.samplers.sampler_object("euler"))
 
 
 def test_tapping_ends_with_the_run_and_stays_in_its_thread():
@@ -283,7 +328,7 @@ def test_tapping_ends_with_the_run_and_stays_in_its_thread():
 
     traced(toy.guider("flow"), looking(nosy))
     assert elsewhere and all(torch.equal(drawn, expected) for drawn in elsewhere)
-    with pytest.raises(NotLinear):
+    with pytest.raises(NotAProgram):
         traced(toy.guider("flow"), looking(lambda x, d: 1 / 0))
     assert (tree.__init__, tree.__call__) == before
     assert torch.equal(draw(), expected)
@@ -386,7 +431,7 @@ def trajectory(seen):
             timestep = torch.full((x.shape[0],), call.timestep)
             moving = {"x": x, "timestep": timestep}
             outputs = [guider.inner_model.remote.run.evaluate(job.conds[k] | moving, 1) for k in call.conds]
-            run.answer(i, run.denoised(i, outputs))
+            run.answer(i, outputs)
             for preview in run.previews(i):
                 callback(preview.step, preview.denoised, preview.denoised, preview.total)
         seen.append(job)
@@ -429,7 +474,7 @@ def test_a_host_that_prepares_its_calls_otherwise_is_found(change, reason, model
     found = []
 
     def wrapper(executor, guider, sigmas, extra_args, callback, noise, latent, *rest, **kwargs):
-        with pytest.raises(NotLinear, match=reason):
+        with pytest.raises(NotAProgram, match=reason):
             plan(executor.class_obj, guider, sigmas, extra_args, noise, latent)
         found.append(torch.get_rng_state())
         return noise
