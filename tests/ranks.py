@@ -1,19 +1,17 @@
-"""N gloo ranks that run jobs for the tests, and the jobs they know; also run as the ranks' own script.
+"""N gloo ranks that run jobs for the tests, and the jobs they know.
 
 A job is a function of this file, by name, and its keyword arguments; every rank runs it, and the tests get
-every rank's answer. Ranks stay for many jobs, since starting one takes seconds.
+every rank's answer. Ranks stay for many jobs; they are forked by `nursery.py`.
 """
 
 from __future__ import annotations
 
 import gc
 import importlib
+import itertools
 import os
 import pickle
-import runpy
 import select
-import subprocess
-import sys
 import tempfile
 import traceback
 import weakref
@@ -23,6 +21,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from nursery import nursery
 
 JOB_TIMEOUT_S = 120
 
@@ -36,31 +35,28 @@ class Ranks:
     def __enter__(self) -> Ranks:
         self._folder = tempfile.TemporaryDirectory()
         self._num_starts = 0
-        self._processes: list[subprocess.Popen] = []
+        self._processes: list[int] = []
         return self
 
     def _start(self) -> None:
         self._num_starts += 1
         store = str(Path(self._folder.name) / f"store{self._num_starts}")
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        self._processes = [
-            subprocess.Popen(
-                [sys.executable, __file__, str(rank), str(self.num_ranks), store],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env=environment,
-            )
-            for rank in range(self.num_ranks)
-        ]
+        jobs, answers = ([os.pipe() for _ in range(self.num_ranks)] for _ in range(2))
+        theirs = [(job[0], answer[1]) for job, answer in zip(jobs, answers, strict=True)]
+        self._processes = nursery().fork(store, theirs)
+        for end in itertools.chain(*theirs):
+            os.close(end)
+        self._jobs = [os.fdopen(job[1], "wb") for job in jobs]
+        self._answers = [os.fdopen(answer[0], "rb") for answer in answers]
 
     def run(self, job: str, **arguments: Any) -> list[Any]:
         """Raises AssertionError with the trace of the first rank that failed, or when one takes too long."""
         if not self._processes:
             self._start()
-        for process in self._processes:
-            pickle.dump((job, arguments), process.stdin)
-            process.stdin.flush()
-        streams = {process.stdout: rank for rank, process in enumerate(self._processes)}
+        for stream in self._jobs:
+            pickle.dump((job, arguments), stream)
+            stream.flush()
+        streams = {stream: rank for rank, stream in enumerate(self._answers)}
         answers: dict[int, Any] = {}
         while streams:
             ready, _, _ = select.select(list(streams), [], [], JOB_TIMEOUT_S)
@@ -76,11 +72,10 @@ class Ranks:
         return [answers[rank] for rank in range(self.num_ranks)]
 
     def _stop(self) -> None:
-        for process in self._processes:
-            process.kill()
-            process.wait()
-            process.stdin.close()
-            process.stdout.close()
+        if self._processes:
+            nursery().end(self._processes)
+            for stream in (*self._jobs, *self._answers):
+                stream.close()
         self._processes = []
 
     def __exit__(self, *exception: object) -> None:
@@ -326,27 +321,20 @@ def groups() -> Any:
     return groups.cache
 
 
-def main(rank: int, num_ranks: int, store: str) -> None:
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what libraries print must not mix with the answers
-    root = Path(__file__).resolve().parent.parent
-    runpy.run_path(str(root / "comfy_xdit" / "mount.py"))["mount"]("comfy_xdit")
-    torch.set_num_threads(1)
+def serve(rank: int, num_ranks: int, store: str, jobs: int, answers: int) -> None:
+    """Do what comes in at the descriptor `jobs`, until its end."""
     torch.distributed.init_process_group(
         "gloo", store=torch.distributed.FileStore(store, num_ranks), rank=rank, world_size=num_ranks
     )
-    while True:
-        try:
-            job, arguments = pickle.load(sys.stdin.buffer)
-        except EOFError:
-            return
-        try:
-            answer = globals()[job](**arguments), ""
-        except Exception:
-            answer = None, traceback.format_exc()
-        pickle.dump(answer, answers)
-        answers.flush()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    with os.fdopen(jobs, "rb") as asked, os.fdopen(answers, "wb") as told:
+        while True:
+            try:
+                job, arguments = pickle.load(asked)
+            except EOFError:
+                return
+            try:
+                answer = globals()[job](**arguments), ""
+            except Exception:
+                answer = None, traceback.format_exc()
+            pickle.dump(answer, told)
+            told.flush()
