@@ -3,14 +3,13 @@
 These files run inside ComfyUI and are the only ones that import it. They hold no weights.
 """
 
-import importlib.util
-
 from comfy_xdit_nodes.conditioning import XDiTLoadConditioning
 from comfy_xdit_nodes.load_vae import XDiTLoadVAE
 from comfy_xdit_nodes.loader import XDiTLoadDiffusionModel
 from comfy_xdit_nodes.parallel_model import XDiTParallelModel
 from comfy_xdit_nodes.pool import XDiTWorkerPool
 from comfy_xdit_nodes.samplers import XDiTKSampler, XDiTKSamplerAdvanced, XDiTSamplerCustomAdvanced
+from comfy_xdit_nodes.vae import XDiTVAEDecode, XDiTVAEEncode
 
 NODE_CLASS_MAPPINGS = {
     "XDiTWorkerPool": XDiTWorkerPool,
@@ -21,6 +20,8 @@ NODE_CLASS_MAPPINGS = {
     "XDiTKSampler": XDiTKSampler,
     "XDiTKSamplerAdvanced": XDiTKSamplerAdvanced,
     "XDiTSamplerCustomAdvanced": XDiTSamplerCustomAdvanced,
+    "XDiTVAEDecode": XDiTVAEDecode,
+    "XDiTVAEEncode": XDiTVAEEncode,
 }
 
 NODE_DISPLAY_NAME_MAPPINGS = {
@@ -32,13 +33,6 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "XDiTKSampler": "KSampler (xDiT)",
     "XDiTKSamplerAdvanced": "KSampler Advanced (xDiT)",
     "XDiTSamplerCustomAdvanced": "SamplerCustomAdvanced (xDiT)",
+    "XDiTVAEDecode": "VAE Decode (xDiT)",
+    "XDiTVAEEncode": "VAE Encode (xDiT)",
 }
-
-if importlib.util.find_spec("comfy_xdit_nodes.vae") is not None:
-    from comfy_xdit_nodes.vae import XDiTVAEDecode, XDiTVAEEncode
-
-    NODE_CLASS_MAPPINGS |= {"XDiTVAEDecode": XDiTVAEDecode, "XDiTVAEEncode": XDiTVAEEncode}
-    NODE_DISPLAY_NAME_MAPPINGS |= {
-        "XDiTVAEDecode": "VAE Decode (xDiT)",
-        "XDiTVAEEncode": "VAE Encode (xDiT)",
-    }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -66,21 +66,19 @@ def heun_program(*, steps: int, cfg: float) -> SamplerProgram:
 
 def lonely_program(*, steps: int, cfg: float) -> SamplerProgram:
     """Euler whose middle steps do without the negative conditioning."""
-    tape = Tape()
-    x: Tensor = tape.value("noise")
-    for step, (sigma, lower) in enumerate(levels(steps)):
-        denoised, _ = guided(tape, x, sigma, 1.0 if step in (2, 3) else cfg)
-        tape.preview(step + 1, steps, denoised)
-        x = denoised + (x - denoised) * (lower / sigma)
-    return tape.program(named(cfg), x)
+    return _euler(steps, lambda step: 1.0 if step in (2, 3) else cfg, plus=False)
 
 
 def plus_program(*, steps: int, cfg: float) -> SamplerProgram:
     """Euler of the CFG++ kind: noise is put back along the negative conditioning's own direction."""
+    return _euler(steps, lambda step: cfg, plus=True)
+
+
+def _euler(steps: int, cfg_at: Callable[[int], float], *, plus: bool) -> SamplerProgram:
     tape = Tape()
     x: Tensor = tape.value("noise")
     for step, (sigma, lower) in enumerate(levels(steps)):
-        denoised, negative = guided(tape, x, sigma, cfg)
+        denoised, negative = guided(tape, x, sigma, cfg_at(step))
         tape.preview(step + 1, steps, denoised)
-        x = denoised + (x - negative) * (lower / sigma)
-    return tape.program(named(cfg), x)
+        x = denoised + (x - (negative if plus else denoised)) * (lower / sigma)
+    return tape.program(["positive", "negative"], x)

@@ -19,7 +19,7 @@ from comfy_xdit.demo.pictures import (
     random_scene,
 )
 from comfy_xdit.demo.run import TOLERANCE, Row, modes, row_difference, table
-from comfy_xdit.demo.sampling import Settings, decode, load, sample
+from comfy_xdit.demo.sampling import Settings, decode, load_model, load_vae, sample
 from comfy_xdit.demo.through_comfyui import WORKFLOW, variant
 from comfy_xdit.demo.timeline import timeline
 from comfy_xdit.demo.vae_training import ldm_state_dict, new_vae, normalise
@@ -45,7 +45,8 @@ class OneRank:
 @pytest.fixture(scope="module")
 def rank():
     one = OneRank()
-    load(one)
+    load_model(one)
+    load_vae(one)
     return one
 
 

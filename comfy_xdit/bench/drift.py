@@ -13,26 +13,15 @@ from torch import Tensor
 
 from comfy_xdit.demo import assets, conditioning
 from comfy_xdit.demo.pictures import as_pictures, contact_sheet
-from comfy_xdit.demo.sampling import DTYPE, MODEL_KEY, VAE_KEY, by_length, decode
+from comfy_xdit.demo.sampling import MODEL_KEY, Settings, by_length, decode, load_model, load_vae
 from comfy_xdit.demo.words import PROMPTS
-from comfy_xdit.messages import LoadModel, LoadVAE, Sample, SetPatches
+from comfy_xdit.messages import Sample, SetPatches
 from comfy_xdit.parallel.spec import ParallelSpec
 from comfy_xdit.pool.client import Pool
 
 from .bench_pool import bench_pool
 from .program import euler
 from .show import json_argument, show
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What is sampled. side: pixels, a multiple of 16; cfg: guidance."""
-
-    prompts: tuple[str, ...] = PROMPTS[:4]
-    num_steps: int = 20
-    side: int = 128
-    cfg: float = 2.5
-    seed: int = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,7 +64,7 @@ def drift(
     cases += [Case(spec=ParallelSpec(distri=num_ranks), num_patches=None, warmup_steps=warmup) for warmup in warmups]
     found = []
     with bench_pool(num_ranks) as pool, pool.turn():
-        pool.call(LoadVAE(vae=VAE_KEY, path=str(assets.VAE), dtype=DTYPE))
+        load_vae(pool)
         exact = sampled(pool, Case(spec=ParallelSpec(ulysses=num_ranks), num_patches=None, warmup_steps=0), settings)
         for case in cases:
             pictures = sampled(pool, case, settings)
@@ -85,17 +74,7 @@ def drift(
 
 def sampled(pool: Pool, case: Case, settings: Settings) -> Tensor:
     """Pictures of all prompts, sampled on the workers."""
-    pool.call(
-        LoadModel(
-            model=MODEL_KEY,
-            path=str(assets.MODEL),
-            prefix="",
-            family="flux",
-            storage_dtype=DTYPE,
-            compute_dtype=DTYPE,
-            spec=case.spec,
-        )
-    )
+    load_model(pool, case.spec)
     pool.call(SetPatches(model=MODEL_KEY, patches_id="", patches=[]))
     side = settings.side // assets.PIXELS
     generator = torch.Generator().manual_seed(settings.seed)

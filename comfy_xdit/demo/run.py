@@ -25,7 +25,7 @@ from comfy_xdit.weights.lora_file import read_lora
 from . import assets
 from .chrome import chrome_trace
 from .pictures import as_pictures, contact_sheet
-from .sampling import Job, Settings, decode, load, sample
+from .sampling import Job, Settings, decode, load_model, load_vae, sample
 from .timeline import timeline
 from .words import PROMPTS
 
@@ -120,7 +120,8 @@ def demo_pool(name: str, devices: list[str]) -> Iterator[Pool]:
     pool = Pool.connect(name, describe(devices))
     try:
         with pool.turn():
-            load(pool)
+            load_model(pool)
+            load_vae(pool)
             yield pool
     finally:
         pool.close()

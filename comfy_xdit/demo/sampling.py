@@ -73,8 +73,8 @@ class Job:
     began: float = 0.0
 
 
-def load(ranks: Ranks) -> None:
-    """Make the demo's model and VAE resident."""
+def load_model(ranks: Ranks, spec: ParallelSpec | None = None) -> None:
+    """Make the demo's model resident, spread for `spec`."""
     ranks.call_all(
         LoadModel(
             model=MODEL_KEY,
@@ -83,8 +83,13 @@ def load(ranks: Ranks) -> None:
             family="flux",
             storage_dtype=DTYPE,
             compute_dtype=DTYPE,
+            spec=spec or ParallelSpec(),
         )
     )
+
+
+def load_vae(ranks: Ranks) -> None:
+    """Make the demo's VAE resident."""
     ranks.call_all(LoadVAE(vae=VAE_KEY, path=str(assets.VAE), dtype=DTYPE))
 
 

@@ -30,7 +30,7 @@ FUSED, ROUNDING = ("sample_seeds_2",), 3e-7
 """Samplers with torch's lerp, whose operations the program has one by one; and how far they may be off, of the norm."""
 
 PEAK = {"euler": 2, "ddim": 2, "euler_ancestral": 2, "heun": 4, "dpmpp_2m": 3, "dpmpp_2m_sde": 3, "lcm": 2}
-"""Latents held while the network runs, at most: the sampler's state, what it remembers, and the network's scaled input."""
+"""Latents held while the network runs, at most: the sampler's state, what it remembers, the network's scaled input."""
 
 
 @dataclasses.dataclass
