@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from comfy_xdit.messages import Denoise, LoadModel, Result
+from comfy_xdit.messages import Denoise, LoadModel, Result, Sample
 from comfy_xdit.parallel.context import GroupCache, ParallelContext
 from comfy_xdit.parallel.denoise import denoise
+from comfy_xdit.parallel.sample import sample
 from comfy_xdit.parallel.spec import ParallelSpec
 from comfy_xdit.pool.client import Pool
 from comfy_xdit.weights.resident import ResidentModel, load
@@ -79,6 +80,16 @@ class Contest:
             outputs, _ = denoise(self.model, [call], [chunks], context)
         assert outputs is not None
         return outputs[0]
+
+    def run_in_process(self, message: Sample, *, num_threads: int = 1) -> Tensor:
+        """What the whole run gives on this process's own threads; the message's degrees don't count."""
+        torch.set_num_threads(num_threads)
+        with torch.inference_mode(), ParallelContext(ParallelSpec(), self._groups) as context:
+            samples, _ = sample(
+                self.model, message, message.conds, context, post=lambda entry: None, wish_to_stop=lambda: False
+            )
+        assert samples is not None
+        return samples
 
     def on_pool(self, pool: Pool, call: dict[str, Any], spec: ParallelSpec, *, chunks: int = 1) -> Result:
         """The pool's answer: value [output], report of rank 0."""

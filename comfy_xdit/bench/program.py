@@ -1,13 +1,45 @@
-"""Euler's method as a program for the workers, for benchmarks that have no ComfyUI."""
+"""Euler's method as a program for the workers, and runs of it, for benchmarks that have no ComfyUI."""
 
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from comfy_xdit.messages import Sample
+from comfy_xdit.parallel.spec import ParallelSpec
 from comfy_xdit.tape import Tape
 from comfy_xdit.trajectory import SamplerProgram
+
+GUIDANCE = 2.0
+"""Of the prompt over nothing, where a run has both."""
+
+
+def whole_run(
+    model: str, call: dict[str, Any], spec: ParallelSpec, *, num_evaluations: int, chunks: int = 1, **options: Any
+) -> Sample:
+    """A sampling run by Euler's method from a call's noise and conditioning.
+
+    call: as `checkpoint.random_call`; its rows are `chunks` (1, or 2 for cond and uncond) of all images.
+    options: other fields of `Sample`.
+    """
+    noise = call["x"][: call["x"].shape[0] // chunks]
+    rows = {name: value.chunk(chunks) for name, value in call.items() if name not in ("x", "timestep")}
+    return Sample(
+        job="bench",
+        model=model,
+        patches_id="",
+        spec=spec,
+        program=euler(num_evaluations, cfg=GUIDANCE if chunks == 2 else None),
+        noise=noise,
+        latent=torch.zeros_like(noise),
+        mask=None,
+        noises=[],
+        conds=[{name: parts[chunk] for name, parts in rows.items()} for chunk in range(chunks)],
+        **options,
+    )
 
 
 def euler(num_steps: int, *, cfg: float | None = None) -> SamplerProgram:

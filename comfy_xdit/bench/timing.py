@@ -18,19 +18,26 @@ class Timing:
     num_turns: int
 
 
-def take_turns(contestants: Mapping[str, Callable[[], object]], *, num_turns: int) -> dict[str, Timing]:
+def take_turns(
+    contestants: Mapping[str, Callable[[], object]],
+    *,
+    num_turns: int,
+    warm: Mapping[str, Callable[[], object]] | None = None,
+) -> dict[str, Timing]:
     """Time each contestant once a turn, in turn, after one turn that is not counted.
 
     The order is reversed every other turn, so that a machine that slows down favours nobody.
+    warm: what runs in the turn that is not counted, where contestants themselves take long.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(num_turns + 1):
+    for run in (contestants if warm is None else warm).values():
+        run()
+    for turn in range(num_turns):
         names = list(contestants)
-        for name in names if turn % 2 else reversed(names):
+        for name in reversed(names) if turn % 2 else names:
             start = time.perf_counter()
             contestants[name]()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(time.perf_counter() - start)
     return {
         name: Timing(
             median_s=statistics.median(values),

@@ -7,19 +7,16 @@ import dataclasses
 import json
 import time
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from comfy_xdit.demo.chrome import chrome_trace
 from comfy_xdit.demo.sampling import Job, Step
 from comfy_xdit.demo.timeline import timeline
-from comfy_xdit.messages import LoadModel, Sample
+from comfy_xdit.messages import LoadModel
 from comfy_xdit.parallel.spec import AXES, ParallelSpec
 
 from .bench_pool import bench_pool
 from .checkpoint import FluxSize, random_call, write_flux
-from .program import euler
+from .program import whole_run
 from .show import json_argument, show
 
 MODEL = "trace"
@@ -41,8 +38,8 @@ def trace(
     with bench_pool(specs[0].num_ranks) as pool, pool.turn():
         for spec in specs:
             pool.call(dataclasses.replace(load, spec=spec))
-            message = _message(call, spec, num_steps, num_patches)
-            pool.call(dataclasses.replace(message, program=euler(2), trace=False))
+            pool.call(whole_run(MODEL, call, spec, num_evaluations=2, num_patches=num_patches))
+            message = whole_run(MODEL, call, spec, num_evaluations=num_steps, num_patches=num_patches, trace=True)
             begin = time.perf_counter()
             results = pool.call_all(message)
             seconds = time.perf_counter() - begin
@@ -50,24 +47,6 @@ def trace(
             step = Step(begin=0.0, end=seconds, reports=reports)
             jobs[str(spec)] = Job(latents=results[0].value, seconds=seconds, steps=(step,), began=begin)
     return jobs
-
-
-def _message(call: dict[str, Any], spec: ParallelSpec, num_steps: int, num_patches: int) -> Sample:
-    noise = call["x"]
-    return Sample(
-        job="trace",
-        model=MODEL,
-        patches_id="",
-        spec=spec,
-        program=euler(num_steps),
-        noise=noise,
-        latent=torch.zeros_like(noise),
-        mask=None,
-        noises=[],
-        conds=[{name: value for name, value in call.items() if name not in ("x", "timestep")}],
-        num_patches=num_patches,
-        trace=True,
-    )
 
 
 def spec_named(text: str) -> ParallelSpec:

@@ -9,8 +9,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from comfy_xdit.cost.arithmetic import Network, read_network
 from comfy_xdit.cost.document import TABLE, bytes_sent
 from comfy_xdit.cost.job import sent_in_job
@@ -21,7 +19,7 @@ from comfy_xdit.pool.client import Pool
 
 from .bench_pool import bench_pool
 from .checkpoint import FluxSize, random_call, write_flux
-from .program import euler
+from .program import whole_run
 from .show import json_argument, show
 
 MODEL = "wire"
@@ -87,7 +85,7 @@ def _row(pool: Pool, path: str, network: Network, size: Size, spec: ParallelSpec
     if any(getattr(spec, axis) > 1 for axis in APPROXIMATE):
         # What they send depends on the evaluation before, so it takes a run.
         work = dataclasses.replace(work, num_evaluations=NUM_EVALUATIONS)
-        message = run_of(call, work, spec)
+        message = whole_run(MODEL, call, spec, num_evaluations=NUM_EVALUATIONS, chunks=chunks)
     else:
         work = dataclasses.replace(work, num_evaluations=1)
         message = Denoise(model=MODEL, patches_id="", spec=spec, calls=[call], chunks=[chunks])
@@ -95,26 +93,6 @@ def _row(pool: Pool, path: str, network: Network, size: Size, spec: ParallelSpec
         pool.call(load)
         results = pool.call_all(message)
     return compare(results, network, work, spec)
-
-
-def run_of(call: dict[str, Any], work: Work, spec: ParallelSpec) -> Sample:
-    """A sampling run from the call's noise and conditioning; its rows are the chunks of all images."""
-    noise = call["x"][: work.images]
-    rows = {name: value.chunk(work.chunks) for name, value in call.items() if name not in ("x", "timestep")}
-    return Sample(
-        job="wire",
-        model=MODEL,
-        patches_id="",
-        spec=spec,
-        program=euler(work.num_evaluations, cfg=2.0 if work.chunks == 2 else None),
-        noise=noise,
-        latent=torch.zeros_like(noise),
-        mask=None,
-        noises=[],
-        conds=[{name: parts[chunk] for name, parts in rows.items()} for chunk in range(work.chunks)],
-        num_patches=work.num_patches,
-        warmup_steps=work.warmup,
-    )
 
 
 def compare(results: list[Result], network: Network, work: Work, spec: ParallelSpec) -> dict[str, Any]:
