@@ -229,7 +229,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--evaluations", type=int, default=28, help=f"in a run of {', '.join(WHOLE)}, the others make one (default: 28)"
     )
     parser.add_argument("--warmup", type=int, default=1, help="exact evaluations of pipe and distri (default: 1)")
-    parser.add_argument("--patches", type=int, default=0, help="of pipe (default: two a stage)")
+    parser.add_argument("--patches", type=int, default=0, help="of pipe (default: as many as suit the image)")
 
 
 def run(args: argparse.Namespace) -> int:

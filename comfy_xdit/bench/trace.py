@@ -67,7 +67,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=1024, help="image tokens (default: 1024)")
     parser.add_argument("--steps", type=int, default=6, help="steps of the sampler (default: 6)")
     parser.add_argument("--hidden", type=int, default=256, help="width of the model (default: 256)")
-    parser.add_argument("--patches", type=int, default=0, help="of PipeFusion (default: two a stage)")
+    parser.add_argument("--patches", type=int, default=0, help="of PipeFusion (default: as many as suit the image)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 
-from comfy_xdit.parallel.segments import PATCHES_PER_STAGE
+from comfy_xdit.parallel.segments import usual_patches
 from comfy_xdit.parallel.spec import APPROXIMATE, MAX_CFG, ParallelSpec, check, products
 
 from .arithmetic import Network, attention_flops
@@ -185,8 +185,8 @@ def _pipelined(
 
     stage_s: the slowest stage's time for all segments; serial_s: of all stages, one after the other.
     """
-    stages, patches = spec.pipe, work.num_patches or PATCHES_PER_STAGE * spec.pipe
-    part = part_of(network, work, spec, 0)
+    stages, part = spec.pipe, part_of(network, work, spec, 0)
+    patches = work.num_patches or usual_patches(part.shard_tokens(("image",)), stages)
     hop_bytes = part.rows * part.shard_tokens(("image", "text")) * network.hidden * work.element_bytes
     serial = serial_s + (stages - 1) * link.seconds({"p2p": hop_bytes})
     full = max(stage_s, link.seconds({"p2p": hop_bytes}, patches + 1))

@@ -25,6 +25,7 @@ from .apply import Application, applied
 from .context import ParallelContext
 from .denoise import Piece, arguments_of, deal, rows_of
 from .links import Inbox, Outbox, Shelf
+from .once import OncePerEvaluation
 from .patches import Evaluation, FirstStage, LastStage, Patches, Replies
 from .sample import batched, calls_argument
 from .segments import WHOLE, Segment, segments_of
@@ -61,9 +62,10 @@ def pipefusion(
     patches = Patches.of(message, model.family.plan.token_side, context)
     report: dict[str, Any] = {"num_patches": len(patches.rows), "buffer_bytes": 0}
     result = None
-    keys = StaleAttention(context)
-    with keys, applied(model.module, model.family.plan, context, keys) as run, Stage(model, context) as stage:
-        pipeline = _Pipeline(model, message, conds, context, patches, keys, run, stage, post)
+    keys, plan = StaleAttention(context), model.family.plan
+    once = OncePerEvaluation(model.module, plan)
+    with keys, once, applied(model.module, plan, context, keys) as run, Stage(model, context) as stage:
+        pipeline = _Pipeline(model, message, conds, context, patches, keys, once, run, stage, post)
         if Agreement(wish_to_stop, context.world).go_on():
             result = pipeline.run(wish_to_stop)
         report["buffer_bytes"] = keys.most_bytes_held
@@ -101,12 +103,13 @@ class _Pipeline:
         context: ParallelContext,
         patches: Patches,
         keys: StaleAttention,
+        once: OncePerEvaluation,
         run: Application,
         stage: Stage,
         post: Post,
     ) -> None:
         self._model, self._message, self._conds, self._context = model, message, conds, context
-        self._patches, self._keys, self._run, self._stage = patches, keys, run, stage
+        self._patches, self._keys, self._once, self._run, self._stage = patches, keys, once, run, stage
         self._program: SamplerProgram = message.program
         self._shards = context.axis("sequence")
         replies, back = Replies.of(model, message, context), context.axis("pipe back")
@@ -220,6 +223,7 @@ class _Pipeline:
         if self._first is not None:
             call["x"] = torch.cat([self._first.x[piece.start : piece.stop] for piece in batch.pieces])
         self._keys.begin(batch.key, keep=step.evaluation.keeps)
+        self._once.begin(step.evaluation.number, batch.key)
         self._run.segment = segment.spans
         out = self._stage.forward(arguments_of(self._model, call), wants_output=bool(step.patches))
         return self._model.family.output(out, call) if out is not None else None

@@ -14,7 +14,8 @@ from .sequence import shard_sizes, shard_starts
 Spans = dict[str, tuple[int, int]]
 """Stream → its first token, and how many."""
 
-PATCHES_PER_STAGE = 2
+LARGE = 1024
+"""Tokens of a patch from which on larger ones aren't faster, by the token."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,9 +46,8 @@ class Grid:
 def cut_rows(grid: Grid, *, num_patches: int, num_stages: int, num_shards: int) -> list[range]:
     """Rows of tokens of each patch: of equal height, the first ones one row higher where they can't be.
 
-    num_patches: 0 makes two for each stage: as many as stages are computed at any time, the others are on
-    their way. Fewer are made when there are too few rows, or rows of too few tokens to give one to each of
-    `num_shards` ranks. Raises ValueError when there are too few for a single patch.
+    num_patches: 0 makes `usual_patches`. Fewer are made when there are too few rows, or rows of too few tokens to
+    give one to each of `num_shards` ranks. Raises ValueError when there are too few for a single patch.
     """
     if num_patches < 0:
         raise ValueError(f"{num_patches} patches are none; use 1 or more, or 0 to have the number chosen")
@@ -57,8 +57,19 @@ def cut_rows(grid: Grid, *, num_patches: int, num_stages: int, num_shards: int) 
             f"use ring and ulysses of {grid.rows * grid.columns} or less together"
         )
     limit = grid.rows // -(-num_shards // grid.columns)
-    sizes = shard_sizes(grid.rows, min(num_patches or PATCHES_PER_STAGE * num_stages, limit))
+    wanted = num_patches or usual_patches(grid.rows * grid.columns // num_shards, num_stages)
+    sizes = shard_sizes(grid.rows, min(wanted, limit))
     return [range(start, start + size) for start, size in zip(shard_starts(sizes), sizes, strict=True)]
+
+
+def usual_patches(num_tokens: int, num_stages: int) -> int:
+    """How many patches for an image of which each rank computes `num_tokens`, when nobody says.
+
+    One for each stage at least: as many are computed at any time, and the text goes between two steps, while the
+    first patch is on its way back. At most two, and only as far as they are `LARGE`: small matrices are slow,
+    and fewer patches are nearer to the exact result.
+    """
+    return min(max(num_tokens // LARGE, num_stages), 2 * num_stages)
 
 
 def segments_of(grid: Grid, patches: list[range], lengths: dict[str, int], *, num_shards: int) -> list[Segment]:
