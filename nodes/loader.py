@@ -23,7 +23,7 @@ class XDiTLoadDiffusionModel:
 
     DESCRIPTION = (
         "Loads a diffusion model for the pool: this process reads the file's header only, the workers "
-        "map the weights. Takes Flux.1 and SD3 / SD3.5 as safetensors, also inside an all-in-one checkpoint."
+        "map the weights. Takes Flux.1, SD3 / SD3.5 and PixArt as safetensors, also inside an all-in-one checkpoint."
     )
     CATEGORY = CATEGORY
     RETURN_TYPES = ("MODEL",)

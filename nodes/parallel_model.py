@@ -23,7 +23,7 @@ class XDiTParallelModel:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        tooltip = "A MODEL from any loader, with or without LoRA. Flux.1 and SD3 / SD3.5 can run on a pool."
+        tooltip = "A MODEL from any loader, with or without LoRA. Flux.1, SD3 / SD3.5 and PixArt can run on a pool."
         return {"required": {"model": ("MODEL", {"tooltip": tooltip})}, "optional": {"pool": POOL_INPUT}}
 
     def parallelize(self, model: Any, pool: PoolSetting | None = None) -> tuple[Any]:

@@ -33,7 +33,7 @@ def config_from_header(checkpoint: Checkpoint, *, dtype: torch.dtype | None = No
         config = comfy.model_detection.model_config_from_unet(weights, "") if weights else None
     if config is None:
         raise ValueError("ComfyUI does not know a model with these weights; check that the file is whole")
-    _fix_flux_sizes(config.unet_config, checkpoint.config)
+    _fix_sizes(config.unet_config, checkpoint.config)
 
     load_device = comfy.model_management.get_torch_device()
     supported = list(config.supported_inference_dtypes)
@@ -48,14 +48,19 @@ def config_from_header(checkpoint: Checkpoint, *, dtype: torch.dtype | None = No
     return config
 
 
-def _fix_flux_sizes(unet_config: dict[str, Any], found: dict[str, Any]) -> None:
-    """Put in what the header says where ComfyUI takes it for granted: 24 heads of 128 channels."""
-    if unet_config.get("image_model") != "flux":
+def _fix_sizes(unet_config: dict[str, Any], found: dict[str, Any]) -> None:
+    """Put in what the header says where ComfyUI takes the sizes of the published models for granted."""
+    kind = unet_config.get("image_model")
+    if kind not in ("flux", "pixart_alpha", "pixart_sigma"):
         return
     unet_config["num_heads"] = found["num_attention_heads"]
     unet_config["hidden_size"] = found["num_attention_heads"] * found["attention_head_dim"]
-    unet_config["axes_dim"] = list(found["axes_dims_rope"])
-    unet_config["context_in_dim"] = found["joint_attention_dim"]
+    if kind == "flux":
+        unet_config["axes_dim"] = list(found["axes_dims_rope"])
+        unet_config["context_in_dim"] = found["joint_attention_dim"]
+    else:
+        unet_config["in_channels"] = found["in_channels"]
+        unet_config["caption_channels"] = found["caption_channels"]
 
 
 def config_of(model: Any) -> Any:

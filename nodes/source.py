@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import comfy.model_base
 import torch
 from comfy_xdit_nodes.checkpoint import Checkpoint, open_checkpoint
 from comfy_xdit_nodes.export import export
@@ -13,6 +14,7 @@ from comfy_xdit_nodes.refuse import name_of
 from torch import Tensor
 
 from comfy_xdit.weights.mapped import MappedFile
+from comfy_xdit.weights.slices import is_unused
 
 LOADERS = ("load_diffusion_model", "load_checkpoint_guess_config")
 """Functions of comfy.sd whose first argument is the file that a MODEL came from."""
@@ -27,7 +29,7 @@ def checkpoint_of(patcher: Any, owner: Any) -> Checkpoint:
     Its own file where the MODEL says which and nothing contradicts it, else a copy in shared memory
     that lives as long as `owner`. Raises ValueError when the model can't run on a pool.
     """
-    return _own_file(patcher) or export(owner, pristine(patcher))
+    return _own_file(patcher) or export(owner, pristine(patcher) | _forgotten(patcher.model))
 
 
 def pristine(patcher: Any) -> dict[str, Tensor]:
@@ -47,6 +49,14 @@ def pristine(patcher: Any) -> dict[str, Tensor]:
     return weights
 
 
+def _forgotten(model: Any) -> dict[str, Tensor]:
+    """What a checkpoint says with weights that ComfyUI drops: PixArt's table of positions, whose size it looks at."""
+    density = getattr(model.diffusion_model, "pe_interpolation", None)
+    if not isinstance(model, comfy.model_base.PixArt) or density is None:
+        return {}
+    return {"pos_embed": torch.zeros(1, (32 * density) ** 2, 1)}
+
+
 def _own_file(patcher: Any) -> Checkpoint | None:
     init = getattr(patcher, "cached_patcher_init", None)
     if not init or getattr(init[0], "__name__", "") not in LOADERS or init[0].__module__ != "comfy.sd":
@@ -61,7 +71,9 @@ def _own_file(patcher: Any) -> Checkpoint | None:
 def _same(checkpoint: Checkpoint, weights: dict[str, Tensor]) -> bool:
     """Whether the file has these weights: all names and shapes, and the numbers of some small ones."""
     shapes = {key: tuple(weight.shape) for key, weight in weights.items()}
-    if any(shapes.get(key) != info.shape for key, info in checkpoint.infos.items()):
+    table = checkpoint.family.table(checkpoint.infos)
+    used = {key: info for key, info in checkpoint.infos.items() if not is_unused(table, key)}
+    if any(shapes.get(key) != info.shape for key, info in used.items()):
         return False
     small = sorted(weights, key=lambda key: (weights[key].numel(), key))[:NUM_PROBES]
     mapped = MappedFile(checkpoint.path)

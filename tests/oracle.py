@@ -26,6 +26,9 @@ Remember = Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 All [batch, heads, tokens, head dim]; the places are in the order of the model's streams.
 """
 
+STREAMS = {"flux": ("text", "image"), "sd3": ("image", "text"), "pixart": ("image",)}
+"""What a model's blocks compute, in the order in which attention joins it. PixArt's text is what it is."""
+
 
 def compute(model: Any, arguments: dict[str, Any], rows: Rows | None, remember: Remember) -> Tensor:
     """The model's output tokens [batch, image rows, ...] for `rows` of its tokens, or for all of them.
@@ -35,11 +38,16 @@ def compute(model: Any, arguments: dict[str, Any], rows: Rows | None, remember: 
     kind, module = model.family.name, model.module
     lengths = token_counts(model, arguments)
     rows = rows or {stream: (0, length) for stream, length in lengths.items()}
-    order = ("text", "image") if kind == "flux" else ("image", "text")
-    starts = {order[0]: 0, order[1]: lengths[order[0]]}
+    order = STREAMS[kind]
+    starts = {order[0]: 0, order[-1]: lengths[order[0]] if len(order) > 1 else 0}
     places = torch.cat([torch.arange(rows[s][1]) + rows[s][0] + starts[s] for s in order])
-    with attention_with(lambda layer, k, v: remember(layer, k, v, places[: k.shape[2]])):
-        return (flux_rows if kind == "flux" else sd3_rows)(module, arguments, rows)
+
+    def keys(layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        # Of each PixArt block's two attentions the second is to the text.
+        return (k, v) if kind == "pixart" and layer % 2 else remember(layer, k, v, places[: k.shape[2]])
+
+    with attention_with(keys):
+        return {"flux": flux_rows, "sd3": sd3_rows, "pixart": pixart_rows}[kind](module, arguments, rows)
 
 
 def token_counts(model: Any, arguments: dict[str, Any]) -> dict[str, int]:
@@ -69,6 +77,20 @@ def sd3_rows(module: Any, arguments: dict[str, Any], rows: Rows) -> Tensor:
     for block in module.transformer_blocks:
         context, hidden = block(hidden_states=hidden, encoder_hidden_states=context, temb=time)
     return module.proj_out(module.norm_out(hidden, time))
+
+
+def pixart_rows(module: Any, arguments: dict[str, Any], rows: Rows) -> Tensor:
+    """PixArt makes tokens inside too; the text is whole for any rows."""
+    first, size = rows["image"]
+    hidden = module.pos_embed(arguments["hidden_states"])[:, first : first + size]
+    context = module.caption_projection(arguments["encoder_hidden_states"])
+    modulation, time = module.adaln_single(
+        arguments["timestep"], arguments.get("added_cond_kwargs"), batch_size=len(hidden), hidden_dtype=hidden.dtype
+    )
+    for block in module.transformer_blocks:
+        hidden = block(hidden, encoder_hidden_states=context, timestep=modulation)
+    shift, scale = (module.scale_shift_table[None] + time[:, None]).chunk(2, dim=1)
+    return module.proj_out(module.norm_out(hidden) * (1 + scale) + shift)
 
 
 @contextlib.contextmanager
@@ -142,7 +164,8 @@ def evaluate(
     else:
         extra = counts["image"] - height * width
         assert not extra, "the oracle knows no reference images"
-        compute(model, arguments, {"text": (0, counts["text"]), "image": (0, 0)}, remember)
+        if "text" in STREAMS[model.family.name]:
+            compute(model, arguments, {"text": (0, counts["text"]), "image": (0, 0)}, remember)
         parts, first = [], 0
         for lines in torch.arange(height).tensor_split(patches):
             size = len(lines) * width
@@ -153,10 +176,11 @@ def evaluate(
 
 
 def latent_of(model: Any, tokens: Tensor, height: int, width: int) -> Tensor:
-    """Tokens to pixels: Flux has a token's channels outermost, SD3 innermost."""
+    """Tokens to pixels: Flux has a token's channels outermost, SD3 innermost, PixArt beside as many of a variance."""
     square = tokens.reshape(len(tokens), height, width, -1)
     if model.family.name == "flux":
         square = square.unflatten(-1, (-1, 2, 2)).permute(0, 3, 1, 4, 2, 5)
     else:
         square = square.unflatten(-1, (2, 2, -1)).permute(0, 5, 1, 3, 2, 4)
-    return square.reshape(len(tokens), -1, 2 * height, 2 * width)
+    pixels = square.reshape(len(tokens), -1, 2 * height, 2 * width)
+    return pixels[:, :4] if model.family.name == "pixart" else pixels

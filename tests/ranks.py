@@ -85,13 +85,16 @@ class Ranks:
 
 def tiny_model(family: str, *, heads: int, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     """A random model of `family`, the same in every process."""
-    from comfy_xdit.models.flux import FLUX
-    from comfy_xdit.models.sd3 import SD3
+    from comfy_xdit.models import FAMILIES
     from comfy_xdit.parallel.spec import ModelShape
 
-    config = {"attention_head_dim": 8, "num_attention_heads": heads, "joint_attention_dim": 12}
-    config["num_layers"] = layers = options.get("layers", 2)
-    if family == "flux":
+    layers = options.get("layers", 2)
+    config = {"attention_head_dim": 8, "num_attention_heads": heads, "num_layers": layers}
+    config |= {"joint_attention_dim": 12} if family != "pixart" else {}
+    if family == "pixart":
+        config |= {"attention_head_dim": 12, "cross_attention_dim": 12 * heads, "caption_channels": 12}
+        config |= {"use_additional_conditions": options.get("alpha", False), "interpolation_scale": None}
+    elif family == "flux":
         config |= {"in_channels": 16, "num_single_layers": layers, "axes_dims_rope": (4, 2, 2)}
         config |= {"pooled_projection_dim": 10, "guidance_embeds": options.get("guidance", True)}
     else:
@@ -99,7 +102,7 @@ def tiny_model(family: str, *, heads: int, dtype: torch.dtype = torch.float32, *
         config |= {"caption_projection_dim": 8 * heads, "pooled_projection_dim": 10}
         config |= {"dual_attention_layers": (0,), "qk_norm": "rms_norm"} if options.get("dual") else {}
     torch.manual_seed(0)
-    kind = FLUX if family == "flux" else SD3
+    kind = FAMILIES[family]
     module = kind.model_class()(**config).to(dtype).eval().requires_grad_(False)
     shape = ModelShape(title=kind.title, num_heads=heads, num_blocks=2)
     return SimpleNamespace(family=kind, module=module, shape=shape, compute_dtype=dtype)
@@ -108,13 +111,20 @@ def tiny_model(family: str, *, heads: int, dtype: torch.dtype = torch.float32, *
 def tiny_call(
     family: str, *, seed: int, batch: int, size: tuple[int, int], text: int, dtype: torch.dtype = torch.float32
 ) -> dict[str, Any]:
-    """A call as ComfyUI makes it."""
+    """A call as ComfyUI makes it; size: of the latent, for Flux (see `tiny.picture`)."""
+    from tiny import picture
+
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(dtype)
 
-    call = {"x": random(batch, 4, *size), "context": random(batch, text, 12), "y": random(batch, 10)}
+    size = picture(family, size)
+    call = {"x": random(batch, 4, *size), "context": random(batch, text, 12)}
+    if family == "pixart":
+        call |= {"c_size": 300 + 9 * random(batch, 2).abs(), "c_ar": random(batch, 1).abs()}
+    else:
+        call["y"] = random(batch, 10)
     call["timestep"] = torch.rand(batch, generator=generator) * (1 if family == "flux" else 1000)
     if family == "flux":
         call["guidance"] = torch.rand(batch, generator=generator).to(dtype) * 4

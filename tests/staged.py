@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from programs import flow_program, heun_program, lonely_program, plus_program
 from ranks import groups, tiny_model
+from tiny import picture
 
 from comfy_xdit.messages import LoadModel, Sample
 from comfy_xdit.parallel.context import ParallelContext
@@ -25,7 +26,8 @@ def staged_model(*, stage: int = 0, num_stages: int = 1, **options: Any) -> Any:
     plan, module = model.family.plan, model.module
     model.block_paths = block_paths(module, plan)
     model.shape = dataclasses.replace(model.shape, num_blocks=len(model.block_paths))
-    model.stage = stages(block_costs(module, plan, hidden=8 * options["heads"]), num_stages)[stage]
+    hidden = module.config["num_attention_heads"] * module.config["attention_head_dim"]
+    model.stage = stages(block_costs(module, plan, hidden=hidden), num_stages)[stage]
     for number, path in enumerate(model.block_paths):
         if number not in model.stage:
             blocks, _, name = path.rpartition(".")
@@ -105,7 +107,8 @@ def sampling_job(
 ) -> dict[str, Any]:
     """The fields of a `Sample` that a program needs, of random numbers in the model's dtype.
 
-    widths: of the text's tokens and of pooled text. references: sizes of reference latents.
+    size: of the latent, for Flux (see `tiny.picture`). widths: of the text's tokens and of pooled text.
+    references: sizes of reference latents.
     """
     generator = torch.Generator().manual_seed(seed)
     dtype = model.get("dtype", torch.float32)
@@ -113,10 +116,14 @@ def sampling_job(
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(dtype)
 
-    latent = (batch, 4, *size)
+    latent = (batch, 4, *picture(model["family"], size))
     conds = []
     for number, _ in enumerate(program.conds):
-        cond: dict[str, Any] = {"context": random(1, texts[number], widths[0]), "y": random(1, widths[1])}
+        cond: dict[str, Any] = {"context": random(1, texts[number], widths[0])}
+        if model["family"] == "pixart":
+            cond |= {"c_size": 300 * random(1, 2).abs(), "c_ar": random(1, 1).abs()}
+        else:
+            cond["y"] = random(1, widths[1])
         if model["family"] == "flux":
             cond["guidance"] = random(1).abs()
         if references:
@@ -125,7 +132,7 @@ def sampling_job(
     if model["family"] != "flux":
         calls = [dataclasses.replace(call, timestep=1000 * call.timestep) for call in program.calls]
         program = dataclasses.replace(program, calls=calls)
-    mask = (random(batch, 4, *size) > 0).to(dtype) if masked else None
+    mask = (random(*latent) > 0).to(dtype) if masked else None
     if masked:
         program = inpainting(program)
     return {

@@ -26,17 +26,21 @@ from comfy_xdit.parallel.sequence import shard_sizes
 from comfy_xdit.parallel.spec import ParallelSpec, auto
 from comfy_xdit.weights.resident import load
 
-SHAPES = {"flux": tiny.flux_shapes(), "sd3": tiny.sd3_shapes()}
+SHAPES = {
+    "flux": tiny.flux_shapes(),
+    "sd3": tiny.sd3_shapes(),
+    "pixart": tiny.pixart_shapes(positions=32),
+}
 GPU = Device(name="gpu", flops_per_s=200e12, memory_bytes=80e9)
 
 
-def call(batch):
-    x, context = torch.randn(batch, 4, 10, 14), torch.randn(batch, 9, 24)
+def call(batch, width=14):
+    x, context = torch.randn(batch, 4, 10, width), torch.randn(batch, 9, 24)
     numbers = {"timestep": torch.rand(batch), "guidance": torch.rand(batch)}
     return {"x": x, "context": context, "y": torch.randn(batch, 20), **numbers}
 
 
-@pytest.fixture(params=["flux", "sd3"])
+@pytest.fixture(params=SHAPES)
 def checkpoint(request, tmp_path):
     return request.param, tiny.write(tmp_path / "model.safetensors", tiny.random_weights(SHAPES[request.param]))
 
@@ -62,7 +66,8 @@ def test_flops_are_torchs(checkpoint):
         LoadModel(model="m", path=path, prefix="", family=family, storage_dtype="float32", compute_dtype="float32"),
         torch.device("cpu"),
     )
-    arguments = model.family.inputs(dict(model.module.config), call(2))
+    width = tiny.picture(family, (10, 14))[1]
+    arguments = model.family.inputs(dict(model.module.config), call(2, width))
 
     def attention(q, k, v, *args, out_val=None, **kwargs):
         # Shapes, as the counter hands them over.
@@ -71,17 +76,19 @@ def test_flops_are_torchs(checkpoint):
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     with FlopCounterMode(display=False, custom_mapping={kernel: attention}) as counter, torch.inference_mode():
         model.module(**arguments, return_dict=False)
-    assert counter.get_total_flops() == 2 * read_network(path).flops({"image": 35, "text": 9})
+    assert counter.get_total_flops() == 2 * read_network(path).flops({"image": 5 * width // 2, "text": 9})
 
 
 def test_a_header_says_what_the_file_holds(checkpoint):
     family, path = checkpoint
     found = read_network(path)
-    params = sum(torch.Size(shape).numel() for shape in SHAPES[family].values())
+    unused = ("pos_embed", "y_embedder.y_embedding") if family == "pixart" else ()
+    params = sum(torch.Size(shape).numel() for key, shape in SHAPES[family].items() if key not in unused)
     assert found.params == params and found.param_bytes == 4
-    assert (found.latent_patch, found.token_outputs) == (2, 16)
+    assert (found.latent_patch, found.latent_outputs) == (2, 4)
+    assert found.token_outputs == (32 if family == "pixart" else 16)
     assert found.guided == (family == "flux")
-    assert len(found.blocks) == found.shape.num_blocks == {"flux": 4, "sd3": 3}[family]
+    assert len(found.blocks) == found.shape.num_blocks == {"flux": 4, "sd3": 3, "pixart": 3}[family]
 
 
 def test_flux_dev_has_the_size_that_is_known(flux_dev):

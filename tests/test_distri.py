@@ -28,6 +28,7 @@ PROGRAMS = {
 MODELS = {
     "flux": {"family": "flux", "heads": HEADS, "dtype": torch.float64},
     "sd3.5": {"family": "sd3", "dual": True, "heads": HEADS, "dtype": torch.float64},
+    "pixart": {"family": "pixart", "alpha": True, "heads": HEADS, "dtype": torch.float64},
 }
 
 
@@ -51,7 +52,8 @@ def job(program, *, family="flux", texts=(7, 7), batch=1, size=(7, 6), seed=0, d
     ]
     conds = [{name: value for name, value in call.items() if name not in ("x", "timestep")} for call in calls]
     generator = torch.Generator().manual_seed(seed)
-    noise, latent, *noises = torch.randn((2 + len(program.calls), batch, 4, *size), generator=generator, dtype=dtype)
+    shape = (2 + len(program.calls), batch, 4, *tiny.picture(family, size))
+    noise, latent, *noises = torch.randn(shape, generator=generator, dtype=dtype)
     return {"program": program, "noise": noise, "latent": latent, "noises": noises, "conds": conds}
 
 
@@ -163,9 +165,9 @@ def test_exact_variants_equal_one_rank(two, four, kind, method) -> None:
         assert difference(sampled(ranks, model, degrees, fields, **method), serial) <= EXACT
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", ["flux", "sd3.5"])
 def test_fewer_tokens_than_ranks(four, kind) -> None:
-    """Some ranks hold no token of the image, or none at all."""
+    """Some ranks hold no token of the image, or none at all. (PixArt has no picture of so few.)"""
     model = MODELS[kind]
     fields = job(flow_program(steps=3, kind="multistep", cfg=2.0), family=model["family"], size=(2, 5), texts=(1, 1))
     serial, _, _ = run_sample(model, {}, **fields)

@@ -8,9 +8,12 @@ from hypothesis import strategies as st
 
 from comfy_xdit.models import FAMILIES, comfy_layout, detect
 from comfy_xdit.models.flux import FLUX, axes_dims
+from comfy_xdit.models.pixart import PIXART
 from comfy_xdit.models.sd3 import SD3
 from comfy_xdit.weights.header import TensorInfo
 from comfy_xdit.weights.slices import slice_map
+
+TINY = {"flux": tiny.flux_shapes(), "sd3": tiny.sd3_shapes(), "pixart": tiny.pixart_shapes()}
 
 
 def header(shapes, prefix="", dtype="BF16"):
@@ -20,6 +23,8 @@ def header(shapes, prefix="", dtype="BF16"):
 REAL_FLUX = tiny.flux_shapes(
     heads=24, head_dim=128, depth=19, depth_single=38, context=4096, vec=768, channels=64, out_channels=64
 )
+REAL_SIGMA = tiny.pixart_shapes(heads=16, depth=28, context=4096, positions=64, null_tokens=300)
+REAL_ALPHA = tiny.pixart_shapes(heads=16, depth=28, context=4096, alpha=True, null_tokens=120)
 REAL_MEDIUM = tiny.sd3_shapes(heads=24, depth=24, context=4096, vec=2048, channels=16, side=384, dual=tuple(range(13)))
 
 
@@ -59,7 +64,23 @@ def test_sd35_medium_is_diffusers_sd35_medium():
     }
 
 
-@pytest.mark.parametrize(("family", "shapes"), [(FLUX, REAL_FLUX), (SD3, REAL_MEDIUM)], ids=["flux", "sd35"])
+def test_pixart_is_diffusers_pixart():
+    """Of 1024 pixels: the sizes are the class' own defaults, but for the text's."""
+    from diffusers import PixArtTransformer2DModel
+
+    with torch.device("meta"):
+        published = dict(PixArtTransformer2DModel(caption_channels=4096).config)
+    for shapes, scale, sized in ((REAL_SIGMA, 2, False), (REAL_ALPHA, None, True)):
+        config = PIXART.config(header(shapes))
+        changes = {"interpolation_scale": scale, "use_additional_conditions": sized}
+        assert published | config == published | changes
+
+
+@pytest.mark.parametrize(
+    ("family", "shapes"),
+    [(FLUX, REAL_FLUX), (SD3, REAL_MEDIUM), (PIXART, REAL_SIGMA), (PIXART, REAL_ALPHA)],
+    ids=["flux", "sd35", "sigma", "alpha"],
+)
 def test_real_sizes_fill_the_diffusers_model(family, shapes):
     """Every weight of the model, in its shape: nothing is left on the meta device after loading."""
     infos = header(shapes)
@@ -78,6 +99,8 @@ def test_variants():
     assert (fill["in_channels"], fill["out_channels"], fill["guidance_embeds"]) == (96, 16, False)
     plain = SD3.config(header(tiny.sd3_shapes(qk_norm=False, dual=(), heads=3)))
     assert (plain["qk_norm"], plain["dual_attention_layers"], plain["num_attention_heads"]) == (None, (), 3)
+    for positions, scale in ((None, None), (32, 1), (64, 2), (128, 4)):
+        assert PIXART.config(header(tiny.pixart_shapes(positions=positions)))["interpolation_scale"] == scale
 
 
 @given(head_dim=st.integers(1, 128).map(lambda half: 2 * half))
@@ -88,14 +111,15 @@ def test_axes_fill_the_head_with_even_parts(head_dim):
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])
-@pytest.mark.parametrize(("name", "shapes"), [("flux", tiny.flux_shapes()), ("sd3", tiny.sd3_shapes())])
+@pytest.mark.parametrize(("name", "shapes"), TINY.items())
 def test_detect(name, shapes, prefix):
     beside = {} if not prefix else header({"text_encoders.scaled_fp8": (1,), "vae.x.weight": (4, 4)}, dtype="U8")
     assert detect(header(shapes, prefix) | beside) == (FAMILIES[name], prefix)
 
 
-@pytest.mark.parametrize(("family", "shapes"), [(FLUX, tiny.flux_shapes()), (SD3, tiny.sd3_shapes())])
-def test_detect_diffusers_layout(family, shapes):
+@pytest.mark.parametrize("name", TINY)
+def test_detect_diffusers_layout(name):
+    family, shapes = FAMILIES[name], {k: s for k, s in TINY[name].items() if not k.endswith("y_embedding")}
     infos = header(shapes)
     slices = slice_map(family.table(infos), infos)
     own = {
@@ -106,6 +130,10 @@ def test_detect_diffusers_layout(family, shapes):
     layout, is_comfy = comfy_layout(family, header(own))
     assert not is_comfy and {key: info.shape for key, info in layout.items()} == shapes
     assert comfy_layout(family, infos) == (infos, True)
+    if name == "pixart":
+        older = header(own | {"pos_embed.pos_embed": (1, 64, 144), "caption_projection.y_embedding": (9, 24)})
+        layout, _ = comfy_layout(family, older)
+        assert {key: info.shape for key, info in layout.items()} == shapes
 
 
 @pytest.mark.parametrize(
@@ -145,7 +173,7 @@ def test_other_models_are_named(key, says):
     assert says in str(caught.value) and "supported are Flux.1" in str(caught.value)
 
 
-@pytest.mark.parametrize("shapes", [tiny.flux_shapes(), tiny.sd3_shapes()], ids=["flux", "sd3"])
+@pytest.mark.parametrize("shapes", [*TINY.values(), tiny.pixart_shapes(positions=32, alpha=True)], ids=[*TINY, "alpha"])
 def test_odd_shapes_are_sentences(shapes):
     """Every weight in turn missing, empty, or with other dims: a config, or a ValueError of ours."""
     family, _ = detect(header(shapes))
@@ -173,6 +201,10 @@ def test_odd_shapes_are_sentences(shapes):
         ),
         (tiny.sd3_shapes(), {"pos_embed": (1, 145, 128)}, "not square"),
         (tiny.sd3_shapes(), {"x_embedder.proj.weight": (100, 4, 2, 2)}, "no multiple of 64"),
+        (tiny.pixart_shapes(), {"x_embedder.proj.weight": (100, 4, 2, 2)}, "PixArt's width is 100, no multiple of 72"),
+        (tiny.pixart_shapes(), {"final_layer.linear.weight": (16, 144)}, "16 numbers a token instead of 32"),
+        (tiny.pixart_shapes(positions=64), {"pos_embed": (1, 4095, 144)}, "table of 4095 positions is not square"),
+        (tiny.pixart_shapes(positions=16), {}, "for less than 512 pixels, which ComfyUI has no positions for"),
     ],
 )
 def test_sizes_that_contradict(shapes, change, says):

@@ -50,6 +50,11 @@ def test_rows_of_nested_values() -> None:
         ("flux", {"ref_latents_method": "index_timestep_zero"}, 1, "use offset, index or uxo"),
         ("sd3", {"y": None}, 1, "SD3 needs pooled text"),
         ("sd3", {"x": torch.zeros(3, 4, 26, 8)}, 1, "use 24 or less on each side (192 pixels)"),
+        ("pixart", {"x": torch.zeros(3, 4, 33, 40)}, 1, "a latent of 40x33 does not divide into PixArt's patches"),
+        ("pixart", {"x": torch.zeros(3, 4, 32, 32)}, 1, "use 528 pixels or more, both sides together"),
+        ("pixart", {"x": torch.zeros(3, 16, 64, 64)}, 1, "a latent of 16 channels does not fit this PixArt"),
+        ("pixart", {"context": torch.zeros(3, 2, 9)}, 1, "text of 9 channels does not fit this PixArt"),
+        ("pixart", {"control": {}}, 1, "takes no ControlNet yet"),
     ],
 )
 def test_refusals(family: str, change: dict, chunks: int, sentence: str) -> None:

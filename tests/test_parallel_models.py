@@ -1,4 +1,4 @@
-"""N ranks equal one: tiny random Flux and SD3 models under dp, cfg, ulysses, ring, distri and their products.
+"""N ranks equal one: tiny random models of each family under dp, cfg, ulysses, ring, distri and their products.
 
 The expected output is diffusers' own forward, without our engine.
 """
@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ranks import Ranks, groups, plain_denoise, run_denoise, tiny_call, tiny_model
 
+from comfy_xdit.models import FAMILIES
 from comfy_xdit.models.flux import FLUX
-from comfy_xdit.models.sd3 import SD3
 from comfy_xdit.parallel.apply import applied, find
 from comfy_xdit.parallel.context import ParallelContext
 from comfy_xdit.parallel.spec import ParallelSpec
@@ -40,6 +40,8 @@ MODELS = {
     "flux without guidance": {"family": "flux", "guidance": False},
     "sd3": {"family": "sd3"},
     "sd3.5": {"family": "sd3", "dual": True},
+    "pixart": {"family": "pixart"},
+    "alpha": {"family": "pixart", "alpha": True},
 }
 
 
@@ -64,7 +66,7 @@ def assert_equal(ranks, model, calls, chunks, degrees) -> None:
 def test_each_product_of_degrees(ranks, kind) -> None:
     """Five heads, which no degree here divides; odd text and image."""
     model = {**MODELS[kind], "heads": 5}
-    call = tiny_call(model["family"], seed=0, batch=2, size=(7, 10), text=7)
+    call = tiny_call(model["family"], seed=0, batch=2, size=(9, 10), text=7)
     for degrees in DEGREES[ranks.num_ranks]:
         assert_equal(ranks, model, [call], [2], degrees)
 
@@ -121,10 +123,11 @@ def test_masks_and_reference_images(ranks) -> None:
         assert_equal(ranks, model, [masked, referring], [2, 2], degrees)
 
 
-def test_fp64(ranks) -> None:
+@pytest.mark.parametrize("kind", ["sd3.5", "alpha"])
+def test_fp64(ranks, kind) -> None:
     """Nothing on the way rounds to fp32."""
-    model = {**MODELS["sd3.5"], "heads": 4, "dtype": torch.float64}
-    call = tiny_call("sd3", seed=0, batch=2, size=(6, 8), text=5, dtype=torch.float64)
+    model = {**MODELS[kind], "heads": 4, "dtype": torch.float64}
+    call = tiny_call(model["family"], seed=0, batch=2, size=(6, 8), text=5, dtype=torch.float64)
     expected = plain_denoise(model, [call])[0]
     for degrees in DEGREES[ranks.num_ranks]:
         ((out,), _), *_ = ranks.run("run_denoise", model=model, calls=[call], chunks=[2], degrees=degrees)
@@ -170,7 +173,8 @@ def test_nothing_stays_on_the_module(kind) -> None:
     model = tiny_model(**MODELS[kind], heads=4)
     call = tiny_call(MODELS[kind]["family"], seed=0, batch=1, size=(4, 4), text=3)
     arguments = model.family.inputs(dict(model.module.config), call)
-    ((_, attention),) = find(model.module, "transformer_blocks.1.attn")
+    name = "attn1" if model.family.name == "pixart" else "attn"
+    ((_, attention),) = find(model.module, f"transformer_blocks.1.{name}")
 
     def fail(*args):
         raise RuntimeError("in attention")
@@ -205,7 +209,7 @@ def test_timesteps_keep_their_precision_in_bfloat16() -> None:
     assert seen[0].item() == pytest.approx(731.3)
 
 
-@pytest.mark.parametrize("family", [FLUX, SD3])
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 def test_plans_name_what_exists(family) -> None:
     model = tiny_model(family.name, heads=4, dual=True)
     plan = family.plan

@@ -22,6 +22,8 @@ MODELS = {
     "flux": {"family": "flux", "heads": 2, "layers": 2, "dtype": torch.float64},
     "sd3": {"family": "sd3", "heads": 2, "layers": 4, "dtype": torch.float64},
     "sd3.5": {"family": "sd3", "heads": 2, "layers": 4, "dtype": torch.float64, "dual": True},
+    "pixart": {"family": "pixart", "heads": 2, "layers": 4, "dtype": torch.float64},
+    "alpha": {"family": "pixart", "heads": 2, "layers": 4, "dtype": torch.float64, "alpha": True},
 }
 
 
@@ -75,26 +77,26 @@ def check_stages(ranks, kind, sampler, num_patches, warmup_steps, **options) -> 
 def test_stages_equal_the_oracle_for_each_sampler(ranks, sampler) -> None:
     """Which model, how many patches and warm-up steps go with it differs by sampler and stages."""
     number = list(PROGRAMS).index(sampler) + ranks.num_ranks
-    kind = sorted(MODELS)[number % 3]
+    kind = sorted(MODELS)[number % len(MODELS)]
     check_stages(ranks, kind, sampler, *METHODS[number % 4], masked=number % 2 == 0)
 
 
 @pytest.mark.parametrize(("num_patches", "warmup_steps"), METHODS)
-@pytest.mark.parametrize("kind", ["flux", "sd3.5"])
+@pytest.mark.parametrize("kind", ["flux", "sd3.5", "alpha"])
 def test_stages_equal_the_oracle_for_each_cut(ranks, kind, num_patches, warmup_steps) -> None:
     """Odd sizes: rows that no number of patches divides, a last row that is half beyond the latent."""
     check_stages(ranks, kind, "multistep with noise", num_patches, warmup_steps, size=(11, 5), texts=(4, 4), batch=2)
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_modulations_are_computed_once_an_evaluation(kind) -> None:
-    """For each batch, whatever the number of segments; nothing is left on the model."""
+def test_what_sees_no_streams_tokens_is_computed_once_an_evaluation(kind) -> None:
+    """Modulations, or keys of a text that is no stream; for each batch. Nothing is left on the model."""
     options = MODELS[kind]
     # The second text makes a batch of its own.
     job = sampling_job(options, flow_program(steps=4, cfg=2.5), texts=(5, 3))
     model = staged_model(**options)
-    name = "transformer_blocks.0.norm1.linear"
-    modulation, calls = model.module.get_submodule(name), []
+    name = "attn2.to_k" if options["family"] == "pixart" else "norm1.linear"
+    modulation, calls = model.module.get_submodule(f"transformer_blocks.0.{name}"), []
     forward = type(modulation).forward
 
     def counted(linear, x):
@@ -111,15 +113,17 @@ def test_modulations_are_computed_once_an_evaluation(kind) -> None:
 
 def test_texts_of_different_length(ranks) -> None:
     """They make no batch: two segments of text, each with buffers of its own."""
-    model = MODELS["flux"]
-    job = sampling_job(model, PROGRAMS["multistep"](), texts=(7, 3))
-    method = {"num_patches": 3, "warmup_steps": 1}
-    answer = run(ranks, {"pipe": ranks.num_ranks}, model, job, **method)
-    assert_same(answer, expected(model, job, **method, together=False))
+    for kind in ("flux", "pixart"):
+        model = MODELS[kind]
+        job = sampling_job(model, PROGRAMS["multistep"](), texts=(7, 3))
+        method = {"num_patches": 3, "warmup_steps": 1}
+        answer = run(ranks, {"pipe": ranks.num_ranks}, model, job, **method)
+        assert_same(answer, expected(model, job, **method, together=False))
 
 
-def test_all_steps_warm_up_is_the_serial_result(ranks) -> None:
-    model = MODELS["sd3"]
+@pytest.mark.parametrize("kind", ["sd3", "pixart"])
+def test_all_steps_warm_up_is_the_serial_result(ranks, kind) -> None:
+    model = MODELS[kind]
     job = sampling_job(model, PROGRAMS["multistep"](), masked=True)
     serial = serial_result(model, job)
     for method in ({"warmup_steps": 100}, {"warmup_steps": 1, "stale": False}):
@@ -196,18 +200,20 @@ def test_refusals_come_from_every_rank(ranks) -> None:
 
 def test_bytes_between_stages(ranks) -> None:
     """Each stage but the last sends its streams once an evaluation, the last the next input of the model."""
-    model = {**MODELS["sd3"], "dtype": torch.float32}
-    job = sampling_job(model, flow_program(steps=6), size=(12, 8))
-    arguments = {"model": model, "job": job, "degrees": {"pipe": ranks.num_ranks}, "num_patches": 3}
-    answers = ranks.run("run_of", module="staged", function="run_pipefusion", arguments=arguments)
-    sent = [report["bytes_sent"]["p2p"] for _, report, _ in answers]
-    assert sent[:-1] == [6 * (24 + 5) * 16 * 4] * (ranks.num_ranks - 1)
-    assert sent[-1] == (5 + 6 + 1) * 4 * 12 * 8 * 4, "inputs but the first, previews, the result"
+    for kind, hidden, text in (("sd3", 16, 5), ("pixart", 24, 0)):
+        model = {**MODELS[kind], "dtype": torch.float32}
+        job = sampling_job(model, flow_program(steps=6), size=(12, 8))
+        arguments = {"model": model, "job": job, "degrees": {"pipe": ranks.num_ranks}, "num_patches": 3}
+        answers = ranks.run("run_of", module="staged", function="run_pipefusion", arguments=arguments)
+        sent = [report["bytes_sent"]["p2p"] for _, report, _ in answers]
+        pixels = job["noise"][0, 0].numel()
+        assert sent[:-1] == [6 * (pixels // 4 + text) * hidden * 4] * (ranks.num_ranks - 1)
+        assert sent[-1] == (5 + 6 + 1) * 4 * pixels * 4, "inputs but the first, previews, the result"
 
 
 def test_single_evaluations_are_exact(ranks) -> None:
     """Step mode: rows follow each other through the stages."""
-    for kind in ("flux", "sd3.5"):
+    for kind in ("flux", "sd3.5", "alpha"):
         model = MODELS[kind]
         call = tiny_call(model["family"], seed=0, batch=3, size=(7, 6), text=5, dtype=torch.float64)
         (want,) = plain_denoise(model, [call])

@@ -12,6 +12,7 @@ from test_pipefusion import expected, run, serial_result
 LIMIT = 1e-12
 FLUX = {"family": "flux", "heads": 3, "layers": 2, "dtype": torch.float64}
 SD3 = {"family": "sd3", "heads": 3, "layers": 2, "dtype": torch.float64, "dual": True}
+PIXART = {"family": "pixart", "heads": 3, "layers": 2, "dtype": torch.float64, "alpha": True}
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,7 @@ def ranks():
 
 
 @pytest.mark.parametrize("axis", ["ulysses", "ring", "cfg", "dp"])
-@pytest.mark.parametrize("model", [FLUX, SD3], ids=["flux", "sd3.5"])
+@pytest.mark.parametrize("model", [FLUX, SD3, PIXART], ids=["flux", "sd3.5", "alpha"])
 def test_two_stages_and_another_axis(ranks, axis, model) -> None:
     """Heads, tokens and rows that two does not divide; buffers meet the oracle's from the first stale step on."""
     batch = 3 if axis == "dp" else 1
@@ -35,21 +36,23 @@ def test_two_stages_and_another_axis(ranks, axis, model) -> None:
 
 
 @pytest.mark.parametrize("axis", ["ulysses", "ring", "cfg"])
-def test_texts_of_different_length(ranks, axis) -> None:
+@pytest.mark.parametrize("model", [FLUX, PIXART], ids=["flux", "alpha"])
+def test_texts_of_different_length(ranks, axis, model) -> None:
     """Cond and uncond one after the other, or on a lane each; after steps without the negative one as well."""
-    job = sampling_job(FLUX, PROGRAMS["negative left out"](), texts=(7, 3), size=(8, 6))
+    job = sampling_job(model, PROGRAMS["negative left out"](), texts=(7, 3), size=(8, 6))
     method = {"num_patches": 2, "warmup_steps": 1}
-    samples, _, _ = run(ranks, {"pipe": 2, axis: 2}, FLUX, job, **method)
-    want, _ = expected(FLUX, job, **method, together=False)
+    samples, _, _ = run(ranks, {"pipe": 2, axis: 2}, model, job, **method)
+    want, _ = expected(model, job, **method, together=False)
     assert (samples - want).abs().max() <= LIMIT * want.abs().max()
 
 
 @pytest.mark.parametrize("axis", ["ulysses", "ring"])
 def test_warm_up_is_exact(ranks, axis) -> None:
-    job = sampling_job(SD3, PROGRAMS["euler"]())
-    samples, _, _ = run(ranks, {"pipe": 2, axis: 2}, SD3, job, stale=False)
-    want = serial_result(SD3, job)
-    assert (samples - want).abs().max() <= LIMIT * want.abs().max()
+    for model in (SD3, PIXART):
+        job = sampling_job(model, PROGRAMS["euler"]())
+        samples, _, _ = run(ranks, {"pipe": 2, axis: 2}, model, job, stale=False)
+        want = serial_result(model, job)
+        assert (samples - want).abs().max() <= LIMIT * want.abs().max()
 
 
 def test_more_lanes_than_rows(ranks) -> None:
@@ -79,7 +82,10 @@ def test_masks_of_attention(ranks) -> None:
     assert (results[0] - exact).abs().max() >= 1e-9
 
 
-@pytest.mark.parametrize(("family", "shapes"), [("flux", tiny.flux_shapes()), ("sd3", tiny.sd3_shapes(depth=4))])
+LOADED = {"flux": tiny.flux_shapes(), "sd3": tiny.sd3_shapes(depth=4), "pixart": tiny.pixart_shapes(depth=4)}
+
+
+@pytest.mark.parametrize(("family", "shapes"), LOADED.items(), ids=LOADED)
 def test_loaded_stages(ranks, tmp_path, family, shapes) -> None:
     """Each rank reads its blocks, or its shards of them, and no others."""
     path = tiny.write(tmp_path / "model.safetensors", tiny.random_weights(shapes, dtype=torch.float64))
@@ -91,6 +97,13 @@ def test_loaded_stages(ranks, tmp_path, family, shapes) -> None:
         (samples, _, _), *_ = ranks.run("run_of", module="staged", function="run_loaded", arguments=job_of)
         assert (samples - alone).abs().max() <= LIMIT * alone.abs().max()
         assert torch.equal(samples, alone) or degrees != {"pipe": 4}
+
+
+def test_a_text_that_no_rank_cuts_may_be_short(ranks) -> None:
+    job = sampling_job(PIXART, PROGRAMS["euler"](), texts=(1, 1))
+    samples, _, _ = run(ranks, {"pipe": 2, "ulysses": 2}, PIXART, job, num_patches=2)
+    want, _ = expected(PIXART, job, num_patches=2, warmup_steps=1)
+    assert (samples - want).abs().max() <= LIMIT * want.abs().max()
 
 
 def test_too_few_tokens_for_the_sequence_axis(ranks) -> None:

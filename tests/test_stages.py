@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from comfy_xdit.messages import LoadModel, Patch, SetPatches
 from comfy_xdit.models.flux import FLUX
 from comfy_xdit.parallel.spec import AXES, ParallelSpec
-from comfy_xdit.parallel.stages import Absent, block_costs, block_paths, stages
+from comfy_xdit.parallel.stages import Absent, block_costs, block_paths, by_name, stages
 from comfy_xdit.weights.resident import load
 
 costs_lists = st.lists(st.integers(1, 50), min_size=1, max_size=9)
@@ -83,7 +83,7 @@ def held(model):
 
 
 @pytest.mark.parametrize("num_stages", [2, 3])
-@pytest.mark.parametrize("kind", ["flux", "sd35"])
+@pytest.mark.parametrize("kind", ["flux", "sd35", "pixart"])
 def test_only_own_blocks_are_held(tmp_path, kind, num_stages) -> None:
     whole, _, models = parts(tmp_path, kind, num_stages)
     everything = held(whole)
@@ -106,7 +106,7 @@ def test_only_own_blocks_are_held(tmp_path, kind, num_stages) -> None:
         assert sum(model.bytes_held().values()) <= (total - outside) / num_stages + outside + largest
 
 
-@pytest.mark.parametrize("kind", ["flux", "sd35"])
+@pytest.mark.parametrize("kind", ["flux", "sd35", "pixart"])
 def test_stages_one_after_the_other_are_the_model(tmp_path, kind) -> None:
     """What the last own block gives enters the next stage in place of what its absent blocks let through."""
     whole, _, models = parts(tmp_path, kind, 3)
@@ -117,14 +117,14 @@ def test_stages_one_after_the_other_are_the_model(tmp_path, kind) -> None:
         given_streams = carried
 
         def enter(block, args, kwargs, given_streams=given_streams):
-            return args, {**kwargs, **(given_streams or {})}
+            return (), {**by_name(streams, args, kwargs), **(given_streams or {})}
 
         class End(Exception):
             pass
 
         def leave(block, args, kwargs, out):
             nonlocal carried
-            carried = dict(zip(streams, out, strict=True))
+            carried = dict(zip(streams, out if isinstance(out, tuple) else (out,), strict=True))
             raise End
 
         handles = [blocks[0].register_forward_pre_hook(enter, with_kwargs=True)]
@@ -136,7 +136,7 @@ def test_stages_one_after_the_other_are_the_model(tmp_path, kind) -> None:
             assert torch.equal(resident.run(model), resident.run(whole))
 
 
-@pytest.mark.parametrize("kind", ["flux", "sd35"])
+@pytest.mark.parametrize("kind", ["flux", "sd35", "pixart"])
 def test_each_stage_wears_its_part_of_the_patches(tmp_path, kind) -> None:
     whole, weights, models = parts(tmp_path, kind, 3)
     before = held(whole)

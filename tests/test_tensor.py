@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from ranks import Ranks, run_resident
 
 from comfy_xdit.messages import LoadModel, Patch, SetPatches
-from comfy_xdit.models.flux import FLUX
-from comfy_xdit.models.sd3 import SD3
+from comfy_xdit.models import FAMILIES
 from comfy_xdit.parallel.apply import find
 from comfy_xdit.parallel.spec import ParallelSpec
 from comfy_xdit.parallel.tensor import Region
@@ -25,6 +24,27 @@ HEADS = 4
 KINDS = {
     "flux": ("flux", tiny.flux_shapes(heads=HEADS, context=12, vec=10)),
     "sd3.5": ("sd3", tiny.sd3_shapes(heads=HEADS, context=12, vec=10)),
+    "pixart": ("pixart", tiny.pixart_shapes(heads=HEADS, context=12, alpha=True)),
+}
+PATCHED = {
+    "flux": (
+        "double_blocks.0.img_attn.qkv",
+        "single_blocks.0.linear2",
+        "double_blocks.0.txt_mlp.0",
+        "double_blocks.1.img_mlp.2",
+    ),
+    "sd3.5": (
+        "joint_blocks.0.x_block.attn2.qkv",
+        "joint_blocks.0.context_block.attn.proj",
+        "joint_blocks.0.x_block.mlp.fc1",
+        "joint_blocks.1.x_block.mlp.fc2",
+    ),
+    "pixart": (
+        "blocks.0.cross_attn.kv_linear",
+        "blocks.0.cross_attn.proj",
+        "blocks.0.mlp.fc1",
+        "blocks.1.mlp.fc2",
+    ),
 }
 DEGREES = {
     2: [{"tensor": 2}],
@@ -60,17 +80,7 @@ def call_of(family, batch=2, size=(6, 7), text=5):
 
 def patches_of(kind: str, weights: dict) -> list[Patch]:
     """Patches of every kind, on weights cut by rows and by columns, whole ones and parts of fused ones."""
-    if kind == "flux":
-        fused, out, up, down = (
-            "double_blocks.0.img_attn.qkv",
-            "single_blocks.0.linear2",
-            "double_blocks.0.txt_mlp.0",
-            "double_blocks.1.img_mlp.2",
-        )
-    else:
-        block = "joint_blocks.0"
-        fused, out = f"{block}.x_block.attn2.qkv", f"{block}.context_block.attn.proj"
-        up, down = f"{block}.x_block.mlp.fc1", "joint_blocks.1.x_block.mlp.fc2"
+    fused, out, up, down = PATCHED[kind]
 
     def size(name):
         return weights[f"{name}.weight"].shape
@@ -282,7 +292,7 @@ def test_a_part_of_a_patch_is_the_patch_of_a_part(data, kind, offset, seed) -> N
     assert torch.allclose(apply_patches(part, [own] if own else []), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", [FLUX, SD3])
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 def test_plans_name_linears(family) -> None:
     from ranks import tiny_model
 
@@ -292,6 +302,6 @@ def test_plans_name_linears(family) -> None:
         assert all(isinstance(part, torch.nn.Linear) for _, part in find(model.module, pattern)), pattern
         assert find(model.module, pattern), pattern
     assert all(part.heads == 4 for pattern in plan.heads for _, part in find(model.module, pattern))
-    assert {path for pattern in plan.heads for path, _ in find(model.module, pattern)} == {
-        path for pattern in family.plan.attention for path, _ in find(model.module, pattern)
-    }
+    # Those that attend to a text that no rank cuts have heads to cut, too.
+    with_heads = {path for path, part in model.module.named_modules() if hasattr(part, "heads")}
+    assert {path for pattern in plan.heads for path, _ in find(model.module, pattern)} == with_heads

@@ -17,6 +17,8 @@ KINDS = {
     "schnell": ("flux", tiny.flux_shapes(guidance=False)),
     "sd3": ("sd3", tiny.sd3_shapes(qk_norm=False, dual=())),
     "sd35": ("sd3", tiny.sd3_shapes()),
+    "pixart": ("pixart", tiny.pixart_shapes()),
+    "alpha": ("pixart", tiny.pixart_shapes(alpha=True, null_tokens=None)),
 }
 DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 
@@ -42,8 +44,13 @@ def run(model, seed=3):
     def rand(*shape):
         return torch.randn(shape, generator=generator).to(model.compute_dtype)
 
-    inputs = {"encoder_hidden_states": rand(2, 5, 24), "pooled_projections": rand(2, 20)}
+    inputs = {"encoder_hidden_states": rand(2, 5, 24)}
     time = torch.rand(2, generator=generator)
+    if model.family.name == "pixart":
+        inputs |= {"hidden_states": rand(2, 4, 64, 4), "timestep": time * 1000}
+        inputs["added_cond_kwargs"] = {"resolution": 500 + rand(2, 2), "aspect_ratio": rand(2, 1)}
+        return model.module(**inputs, return_dict=False)[0]
+    inputs["pooled_projections"] = rand(2, 20)
     if model.family.name == "flux":
         ids = torch.randint(0, 9, (12, 3), generator=generator).float()
         inputs |= {
@@ -107,7 +114,7 @@ def test_diffusers_layout(tmp_path, kind):
     assert other.bytes_held()["private"] == 0
 
 
-@pytest.mark.parametrize("kind", ["flux", "sd35"])
+@pytest.mark.parametrize("kind", ["flux", "sd35", "alpha"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_inside_an_all_in_one_file(tmp_path, kind, dtype):
     alone, weights = make(tmp_path, kind, dtype, compute="float32")
@@ -119,7 +126,7 @@ def test_inside_an_all_in_one_file(tmp_path, kind, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["flux", "sd35"])
+@pytest.mark.parametrize("kind", ["flux", "sd35", "alpha"])
 def test_cast_at_use_equals_weights_cast_before(tmp_path, kind, dtype):
     model, weights = make(tmp_path, kind, dtype, compute="float32")
     path = tiny.write(tmp_path / "wide.safetensors", {key: value.float() for key, value in weights.items()})
@@ -138,7 +145,7 @@ def test_narrower_storage_than_the_file(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["flux", "sd35"])
+@pytest.mark.parametrize("kind", ["flux", "sd35", "alpha"])
 def test_weights_stay_in_the_map(tmp_path, kind, dtype):
     compute = dtype if "8" not in dtype else "bfloat16"
     model, weights = make(tmp_path, kind, dtype, compute=compute)
@@ -156,7 +163,7 @@ def test_weights_stay_in_the_map(tmp_path, kind, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn"])
-@pytest.mark.parametrize("kind", ["flux", "sd35"])
+@pytest.mark.parametrize("kind", ["flux", "sd35", "alpha"])
 def test_patched_weights_are_those_of_a_patched_file(tmp_path, kind, dtype):
     """Patching equals merging into the checkpoint; fp8 weights are left in the compute dtype."""
     model, weights = make(tmp_path, kind, dtype, compute="bfloat16" if dtype != "float32" else "float32")
@@ -240,6 +247,17 @@ def test_buffers_are_not_patched(tmp_path):
     assert wear(model, [table]) == 0 and same(everything(model), before)
 
 
+def test_what_comfyui_leaves_alone_is_not_patched(tmp_path):
+    """Tables of shifts and scales, and a weight that no model uses; whether the file has it or not."""
+    for kind in ("pixart", "alpha"):
+        model, weights = make(tmp_path, kind)
+        before = everything(model)
+        tables = ("blocks.1.scale_shift_table", "final_layer.scale_shift_table", "y_embedder.y_embedding")
+        patches = [Patch(key=key, kind="set", weights=[torch.zeros(2, 2)], strength=1.0) for key in tables]
+        assert wear(model, patches) == 0 and same(everything(model), before)
+        assert wear(model, [*patches, lora("t_block.1.weight", weights["t_block.1.weight"].shape)], "two") == 1
+
+
 def test_the_empty_name_stands_for_none(tmp_path):
     model, weights = make(tmp_path)
     patch = lora("txt_in.weight", weights["txt_in.weight"].shape)
@@ -287,7 +305,7 @@ def test_errors_leave_the_base(tmp_path):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"family": "wan"}, "unknown family 'wan'; known are flux, sd3"),
+        ({"family": "wan"}, "unknown family 'wan'; known are flux, sd3, pixart"),
         (
             {"family": "sd3"},
             "model.safetensors: this checkpoint is not a SD3 and SD3.5 model: it has no pos_embed",

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comfy_xdit.models.flux import FLUX
+from comfy_xdit.models.pixart import PIXART
 from comfy_xdit.models.sd3 import SD3
 from comfy_xdit.weights.slices import (
     Shape,
@@ -15,6 +16,7 @@ from comfy_xdit.weights.slices import (
     block_numbers,
     by_source,
     fused,
+    is_unused,
     respelled,
     slice_map,
     stacked,
@@ -32,9 +34,14 @@ SD3_SHAPES = {
     "large": tiny.sd3_shapes(dual=(), depth=4, heads=3),
     "medium": tiny.sd3_shapes(dual=(0, 1)),
 }
+PIXART_SHAPES = {
+    "sigma": tiny.pixart_shapes(null_tokens=None),
+    "alpha": tiny.pixart_shapes(alpha=True, null_tokens=None),
+}
 CASES = [(FLUX, shapes) for shapes in FLUX_SHAPES.values()] + [
     (SD3, shapes) for shapes in SD3_SHAPES.values()
 ]
+ALL = CASES + [(PIXART, shapes) for shapes in PIXART_SHAPES.values()]
 CONVERT = {
     "flux": single_file.convert_flux_transformer_checkpoint_to_diffusers,
     "sd3": single_file.convert_sd3_transformer_checkpoint_to_diffusers,
@@ -63,7 +70,7 @@ def test_equals_diffusers_converter(family, shapes):
         assert torch.equal(made, expected[target]), target
 
 
-@pytest.mark.parametrize(("family", "shapes"), CASES, ids=[*FLUX_SHAPES, *SD3_SHAPES])
+@pytest.mark.parametrize(("family", "shapes"), ALL, ids=[*FLUX_SHAPES, *SD3_SHAPES, *PIXART_SHAPES])
 def test_diffusers_layout_gives_comfyui_layout_back(family, shapes):
     infos = {key: Shape(shape) for key, shape in shapes.items()}
     slices = slice_map(family.table(infos), infos)
@@ -72,8 +79,9 @@ def test_diffusers_layout_gives_comfyui_layout_back(family, shapes):
         for target, pieces in slices.items()
     }
     assert fused(family.table(own), own) == infos
-    without = {key: info for key, info in own.items() if key != "transformer_blocks.0.attn.to_k.weight"}
-    with pytest.raises(ValueError, match=r"transformer_blocks\.0\.attn\.to_k\.weight is missing"):
+    without = {key: info for key, info in own.items() if not key.endswith("0.attn.to_k.weight")}
+    without.pop("transformer_blocks.0.attn2.to_k.weight", None)
+    with pytest.raises(ValueError, match=r"transformer_blocks\.0\.attn2?\.to_k\.weight is missing"):
         fused(family.table(own), without)
     with pytest.raises(ValueError, match=r"1 weights have no place in this model \(first: odd\.weight"):
         fused(family.table(own), own | {"odd.weight": Shape((3,))})
@@ -126,6 +134,14 @@ def test_names():
     for key in ("c.weight", "b.x.weight", "b.0.y.weight"):
         with pytest.raises(ValueError, match="have no place in this model"):
             slice_map(table, {key: Shape((4, 2))})
+
+
+def test_weights_that_no_model_uses():
+    table = {"a": whole("t"), "table": (), "text.none": (), "t.table": ()}
+    infos = {"a.bias": Shape((3,)), "table": Shape((1, 9, 4)), "text.none": Shape((0,))}
+    assert slice_map(table, infos).keys() == {"t.bias"}
+    assert fused(table, {"t.bias": Shape((3,)), "t.table": Shape(())}) == {"a.bias": Shape((3,))}
+    assert [is_unused(table, key) for key in ("table", "a.bias", "odd")] == [True, False, False]
 
 
 def test_block_numbers():

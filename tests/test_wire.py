@@ -35,6 +35,7 @@ SPECS = [
 SHAPES = {
     "flux": tiny.flux_shapes(heads=6, head_dim=16, context=12, vec=10),
     "sd3": tiny.sd3_shapes(heads=6, context=12, vec=10),
+    "pixart": tiny.pixart_shapes(heads=6, depth=4, context=12, alpha=True),
 }
 
 
@@ -44,7 +45,7 @@ def ranks():
         yield ranks
 
 
-@pytest.fixture(scope="module", params=["flux", "sd3"])
+@pytest.fixture(scope="module", params=SHAPES)
 def checkpoint(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("wire") / f"{request.param}.safetensors"
     return request.param, tiny.write(path, tiny.random_weights(SHAPES[request.param]))
@@ -58,7 +59,8 @@ def test_every_rank_sends_what_the_formula_says(ranks, checkpoint, degrees):
     call = tiny_call(family, seed=1, batch=batch, size=SIZE, text=TEXT)
     chunks = spec.cfg
     answers = ranks.run("run_checkpoint", path=path, family=family, call=call, chunks=chunks, degrees=degrees)
-    work = Work(latent=SIZE, text_tokens=TEXT, images=batch // chunks, chunks=chunks, element_bytes=4)
+    latent = tiny.picture(family, SIZE)
+    work = Work(latent=latent, text_tokens=TEXT, images=batch // chunks, chunks=chunks, element_bytes=4)
     network = read_network(path)
     measured = [Counter(report["bytes_sent"]) for report in answers]
     assert measured == [sent(network, work, spec, rank) for rank in range(NUM_RANKS)]
@@ -103,7 +105,7 @@ def run(ranks, checkpoint, degrees):
         warmup_steps=WARMUP,
     )
     work = Work(
-        latent=SIZE,
+        latent=tiny.picture(family, SIZE),
         text_tokens=TEXT,
         images=2,
         chunks=2,

@@ -93,6 +93,49 @@ def sd3_shapes(
     return shapes | _linear("final_layer.adaLN_modulation.1", 2 * hidden, hidden)
 
 
+def pixart_shapes(
+    *,
+    heads: int = 2,
+    depth: int = 3,
+    context: int = 24,
+    channels: int = 4,
+    alpha: bool = False,
+    positions: int | None = None,
+    null_tokens: int | None = 9,
+) -> Shapes:
+    """PixArt in its authors' layout: heads of 72 channels; alpha: with embedders of the picture's size.
+
+    positions: on a side of the table that some files have; null_tokens: of the text that stands for no prompt.
+    """
+    hidden = 72 * heads
+    shapes: Shapes = {"x_embedder.proj.weight": (hidden, channels, 2, 2), "x_embedder.proj.bias": (hidden,)}
+    embedders = {"t": hidden} | ({"csize": hidden // 3, "ar": hidden // 3} if alpha else {})
+    for name, width in embedders.items():
+        shapes |= _linear(f"{name}_embedder.mlp.0", width, 256) | _linear(f"{name}_embedder.mlp.2", width, width)
+    shapes |= _linear("t_block.1", 6 * hidden, hidden)
+    shapes |= _linear("y_embedder.y_proj.fc1", hidden, context) | _linear("y_embedder.y_proj.fc2", hidden, hidden)
+    for i in range(depth):
+        block = f"blocks.{i}"
+        shapes |= {f"{block}.scale_shift_table": (6, hidden)}
+        shapes |= _linear(f"{block}.attn.qkv", 3 * hidden, hidden) | _linear(f"{block}.attn.proj", hidden, hidden)
+        shapes |= _linear(f"{block}.cross_attn.q_linear", hidden, hidden)
+        shapes |= _linear(f"{block}.cross_attn.kv_linear", 2 * hidden, hidden)
+        shapes |= _linear(f"{block}.cross_attn.proj", hidden, hidden)
+        shapes |= _linear(f"{block}.mlp.fc1", 4 * hidden, hidden) | _linear(f"{block}.mlp.fc2", hidden, 4 * hidden)
+    shapes |= _linear("final_layer.linear", 8 * channels, hidden) | {"final_layer.scale_shift_table": (2, hidden)}
+    shapes |= {"y_embedder.y_embedding": (null_tokens, context)} if null_tokens else {}
+    return shapes | ({"pos_embed": (1, positions**2, hidden)} if positions else {})
+
+
+def picture(family: str, size: tuple[int, int]) -> tuple[int, int]:
+    """A latent's size that the family takes, for one that Flux takes: PixArt has no positions for small ones."""
+    height, width = size
+    if family != "pixart":
+        return size
+    height += height % 2
+    return height, max(width + width % 2, 68 - height)
+
+
 def random_weights(shapes: Shapes, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Weights of a size that keeps activations near one, so that a wrong one shows."""
     generator = torch.Generator().manual_seed(seed)

@@ -10,7 +10,7 @@ from typing import Any
 from comfy_xdit.models import comfy_layout, detect
 from comfy_xdit.parallel.spec import ModelShape
 from comfy_xdit.weights.header import FLOATS, TensorInfo, read_header
-from comfy_xdit.weights.slices import fused
+from comfy_xdit.weights.slices import is_unused
 
 ONCE, IMAGE, TEXT, BOTH = (), ("image",), ("text",), ("image", "text")
 
@@ -25,9 +25,11 @@ class Anatomy:
     streams: start of a weight's name ("*" for the block's number) → the streams whose every token it
     multiplies; () is once for each row of the batch. The first that fits counts.
     attention: part of a name → streams of one attention in the blocks that have a weight so named.
+    crossing: the same, of attentions whose keys are another stream's that every rank has whole: queries', keys'.
+    cut: the streams that ranks cut and blocks hand on; of others every rank has all.
     sums: part of a name → streams whose every token is added up over the ranks, once for each weight so named.
     text_tokens: of a usual prompt. packing: latent pixels on a side that are packed into a token's channels
-    beside the model's own patches.
+    beside the model's own patches. halved: half of what comes out is a variance, which stays where it is made.
     """
 
     blocks: tuple[str, ...]
@@ -35,7 +37,10 @@ class Anatomy:
     attention: Mapping[str, Streams]
     sums: Mapping[str, Streams]
     text_tokens: int
+    crossing: Mapping[str, tuple[Streams, Streams]] = dataclasses.field(default_factory=dict)
+    cut: Streams = BOTH
     packing: int = 1
+    halved: bool = False
 
 
 ANATOMIES: dict[str, Anatomy] = {
@@ -84,6 +89,22 @@ ANATOMIES: dict[str, Anatomy] = {
         },
         text_tokens=154,
     ),
+    "pixart": Anatomy(
+        blocks=("blocks",),
+        streams={
+            "x_embedder.": IMAGE,
+            "y_embedder.": TEXT,
+            "blocks.*.cross_attn.kv_linear.": TEXT,
+            "blocks.*.": IMAGE,
+            "final_layer.linear.": IMAGE,
+        },
+        attention={".attn.qkv.weight": IMAGE},
+        crossing={".cross_attn.q_linear.weight": (IMAGE, TEXT)},
+        cut=IMAGE,
+        sums={".attn.proj.weight": IMAGE, ".cross_attn.proj.weight": IMAGE, ".mlp.fc2.weight": IMAGE},
+        text_tokens=40,  # ComfyUI does not pad its prompts
+        halved=True,
+    ),
 }
 """By the family's name; a family without an entry runs, but cannot be planned."""
 
@@ -93,13 +114,15 @@ class Part:
     """One block, or all that is outside of the blocks.
 
     params: all of its weights. multiplied: streams → the elements of the matrices that multiply each of
-    their tokens. attention: the streams of each of its attentions. sums: those that tensor parallel adds up.
+    their tokens. attention, crossing: the streams of each of its attentions. sums: those that tensor parallel
+    adds up.
     once_outputs: numbers that come out of the matrices that run once for each row.
     """
 
     params: int
     multiplied: Mapping[Streams, int]
     attention: tuple[Streams, ...] = ()
+    crossing: tuple[tuple[Streams, Streams], ...] = ()
     sums: tuple[Streams, ...] = ()
     once_outputs: int = 0
 
@@ -115,9 +138,9 @@ class Part:
 class Network:
     """What the cost of a transformer depends on.
 
-    blocks: in the order in which they run; outside: embedders and final layer.
+    blocks: in the order in which they run; outside: embedders and final layer. cut: as in `Anatomy`.
     latent_patch: latent pixels on a side of one token; latent_pixel: image pixels on a side of one latent pixel.
-    token_outputs: numbers that come out for each image token; latent_outputs: for each latent pixel.
+    token_outputs: numbers that come out for each image token; latent_outputs: of use, for each latent pixel.
     param_bytes: of one parameter as the file keeps it, on average.
     guided: takes guidance as a number, so that one evaluation a step is usual.
     """
@@ -127,8 +150,10 @@ class Network:
     hidden: int
     blocks: tuple[Part, ...]
     outside: Part
+    cut: Streams
     latent_patch: int
     token_outputs: int
+    latent_outputs: int
     param_bytes: float
     text_tokens: int
     guided: bool
@@ -146,21 +171,19 @@ class Network:
     def num_attentions(self) -> int:
         return sum(len(block.attention) for block in self.blocks)
 
-    @property
-    def latent_outputs(self) -> int:
-        return self.token_outputs // self.latent_patch**2
-
     def flops(self, tokens: Mapping[str, int]) -> int:
         """Operations of one evaluation of one row: matrices and attention; what is elementwise isn't counted."""
         return sum(
-            part.linear_flops(tokens) + sum(attention_flops(streams, tokens, self.hidden) for streams in part.attention)
+            part.linear_flops(tokens)
+            + sum(attention_flops(streams, streams, tokens, self.hidden) for streams in part.attention)
+            + sum(attention_flops(*streams, tokens, self.hidden) for streams in part.crossing)
             for part in (self.outside, *self.blocks)
         )
 
 
-def attention_flops(streams: Streams, tokens: Mapping[str, int], hidden: int) -> int:
-    """Queries with keys, and weights with values: two products of 2 · S · S · hidden operations."""
-    return 4 * sum(tokens[stream] for stream in streams) ** 2 * hidden
+def attention_flops(queries: Streams, keys: Streams, tokens: Mapping[str, int], hidden: int) -> int:
+    """Queries with keys, and weights with values: two products of 2 · Q · K · hidden operations."""
+    return 4 * sum(tokens[stream] for stream in queries) * sum(tokens[stream] for stream in keys) * hidden
 
 
 def read_network(path: str) -> Network:
@@ -171,13 +194,14 @@ def read_network(path: str) -> Network:
     infos = read_header(path)
     family, prefix = detect(infos)
     own = {key.removeprefix(prefix): info for key, info in infos.items() if key.startswith(prefix)}
+    table = family.table(own)
+    used = [info for key, info in own.items() if not is_unused(table, key)]
     if family.name not in ANATOMIES:
         raise ValueError(f"{family.title} has no cost model; choose degrees by measuring")
-    weights, is_comfy = comfy_layout(family, own)
-    if not is_comfy:
-        weights = fused(family.table(own), own)
-    config = family.config(weights)
-    return network(ANATOMIES[family.name], weights, config, family.shape(config), bytes_of(own.values()))
+    layout, _ = comfy_layout(family, own)
+    config = family.config(layout)
+    weights = {key: info for key, info in layout.items() if not is_unused(table, key)}
+    return network(ANATOMIES[family.name], weights, config, family.shape(config), bytes_of(used))
 
 
 def bytes_of(infos: Iterable[TensorInfo]) -> int:
@@ -198,15 +222,18 @@ def network(
     order = sorted(by_place, key=lambda place: (anatomy.blocks.index(place[0]), place[1]))
     blocks = tuple(_part(anatomy, by_place[place]) for place in order)
     params = outside.params + sum(block.params for block in blocks)
-    patch = config["patch_size"]
+    patch, latent_patch = config["patch_size"], config["patch_size"] * anatomy.packing
+    token_outputs = config["out_channels"] * patch**2
     return Network(
         title=shape.title,
         shape=shape,
         hidden=config["num_attention_heads"] * config["attention_head_dim"],
         blocks=blocks,
         outside=outside,
-        latent_patch=patch * anatomy.packing,
-        token_outputs=config["out_channels"] * patch**2,
+        cut=anatomy.cut,
+        latent_patch=latent_patch,
+        token_outputs=token_outputs,
+        latent_outputs=token_outputs // latent_patch**2 // (2 if anatomy.halved else 1),
         param_bytes=num_bytes / params,
         text_tokens=anatomy.text_tokens,
         guided=bool(config.get("guidance_embeds", False)),
@@ -216,10 +243,12 @@ def network(
 def _part(anatomy: Anatomy, shapes: Mapping[str, tuple[int, ...]]) -> Part:
     multiplied: dict[Streams, int] = {}
     attention: list[Streams] = []
+    crossing: list[tuple[Streams, Streams]] = []
     sums: list[Streams] = []
     once_outputs = 0
     for key, shape in shapes.items():
         attention += [streams for name, streams in anatomy.attention.items() if name in key]
+        crossing += [streams for name, streams in anatomy.crossing.items() if name in key]
         sums += [streams for name, streams in anatomy.sums.items() if name in key]
         # Matrices, and the kernel of a convolution whose steps are as long as it is wide.
         if key.endswith(".weight") and len(shape) in (2, 4):
@@ -230,6 +259,7 @@ def _part(anatomy: Anatomy, shapes: Mapping[str, tuple[int, ...]]) -> Part:
         params=sum(math.prod(shape) for shape in shapes.values()),
         multiplied=multiplied,
         attention=tuple(attention),
+        crossing=tuple(crossing),
         sums=tuple(sums),
         once_outputs=once_outputs,
     )

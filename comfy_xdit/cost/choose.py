@@ -133,13 +133,18 @@ def _times(
 
 
 def _flops(network: Network, part: Part) -> float:
-    """Operations of the matrices in this rank's rows, tokens and stage; embedders run on the first stage."""
+    """Operations of the matrices in this rank's rows, tokens and stage, and of attention to what it has whole.
+
+    Embedders run on the first stage.
+    """
     tokens = {stream: sizes[part.shard] for stream, sizes in part.shards.items()}
     per_row = 0.0
     for block in part.blocks:
         for streams, elements in network.blocks[block].multiplied.items():
             number = sum(tokens[stream] for stream in streams) if streams else 1
             per_row += 2 * elements * number / part.spec.tensor
+        for queries, keys in network.blocks[block].crossing:
+            per_row += attention_flops(queries, keys, tokens, network.hidden) / part.spec.tensor
     if part.index["pipe"] == 0:
         per_row += network.outside.linear_flops(tokens)
     return part.rows * per_row
@@ -151,7 +156,7 @@ def _attention_flops(network: Network, part: Part, streams: tuple[str, ...]) -> 
     all_tokens = sum(whole[stream] for stream in streams)
     queries = part.group_tokens(streams) / max(all_tokens, 1)
     heads = part.own_heads / network.shape.num_heads
-    return part.rows * queries * heads * attention_flops(streams, whole, network.hidden)
+    return part.rows * queries * heads * attention_flops(streams, streams, whole, network.hidden)
 
 
 def _ring_waits(
@@ -187,7 +192,7 @@ def _pipelined(
     """
     stages, part = spec.pipe, part_of(network, work, spec, 0)
     patches = work.num_patches or usual_patches(part.shard_tokens(("image",)), stages)
-    hop_bytes = part.rows * part.shard_tokens(("image", "text")) * network.hidden * work.element_bytes
+    hop_bytes = part.rows * part.shard_tokens(network.cut) * network.hidden * work.element_bytes
     serial = serial_s + (stages - 1) * link.seconds({"p2p": hop_bytes})
     full = max(stage_s, link.seconds({"p2p": hop_bytes}, patches + 1))
     fill = (stages - 1) * (full / patches + link.seconds({"p2p": hop_bytes / patches}))

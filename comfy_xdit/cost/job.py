@@ -44,7 +44,9 @@ def _pipeline(network: Network, work: Work, spec: ParallelSpec, rank: int) -> Co
     # At least one evaluation is exact: it fills the buffers.
     num_exact = min(max(work.warmup, 1), work.num_evaluations)
     whole = work.tokens(network)
-    segments = [{"text": whole["text"], "image": 0}] + [{"text": 0, "image": count} for count in patches]
+    segments = [{"text": 0, "image": count} for count in patches]
+    if "text" in network.cut:
+        segments.append({"text": whole["text"], "image": 0})
     total: Counter[str] = Counter()
     for tokens, times in [(whole, num_exact)] + [(segment, work.num_evaluations - num_exact) for segment in segments]:
         part = part_of(network, work, spec, rank, tokens)
@@ -66,7 +68,7 @@ def _segment(network: Network, work: Work, part: Part, *, is_output: bool) -> Co
             total += _gathered(network, work, part, streams)
         total += tensor(network, work, part, number)
     if part.index["pipe"] + 1 < part.spec.pipe:
-        tokens = part.shard_tokens(("image", "text"))
+        tokens = part.shard_tokens(network.cut)
         total += Counter(p2p=part.rows * tokens * network.hidden * work.element_bytes)
     elif is_output:
         total += joined(network, work, part)

@@ -46,13 +46,13 @@ def parameters(network: Network, part: Part) -> int:
 
 def activations(network: Network, work: Work, part: Part) -> int:
     """Of the tokens it runs at a time: its shard, and with pipe one patch of it (a whole step while warming up)."""
-    tokens = part.shard_tokens(("image", "text"))
+    tokens = part.shard_tokens(network.cut)
     return part.rows * tokens * network.hidden * work.element_bytes * LIVE_WIDTHS
 
 
 def exchanged(network: Network, work: Work, part: Part) -> int:
     """What is on its way between ranks in one attention."""
-    per_token, group = key_bytes(network, work, part), part.group_tokens(("image", "text"))
+    per_token, group = key_bytes(network, work, part), part.group_tokens(network.cut)
     total = 0
     if part.spec.ulysses > 1:
         # Sent and received at once: queries, keys and values, twice.

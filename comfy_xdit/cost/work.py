@@ -46,7 +46,7 @@ class Work:
 class Part:
     """What one rank has of the work.
 
-    rows: of the batch. shards: stream → the lengths of the shards over the ranks of its sequence axis.
+    rows: of the batch. shards: stream → how many of its tokens each rank of its sequence axis has.
     shard: which of these is its own. heads: of each rank on its ulysses axis, after tensor parallel.
     blocks: the run of blocks of its stage. index: axis → place.
     """
@@ -84,12 +84,16 @@ def part_of(
     for axis in reversed(AXES):
         left, index[axis] = divmod(left, getattr(spec, axis))
     degree = spec.distri * spec.ring * spec.ulysses
+    whole = tokens or work.tokens(network)
     costs = tuple(_cost(block.multiplied, network.hidden) for block in network.blocks)
     return Part(
         spec=spec,
         index=index,
         rows=shard_sizes(shard_sizes(work.rows, spec.cfg)[index["cfg"]], spec.dp)[index["dp"]],
-        shards={stream: shard_sizes(length, degree) for stream, length in (tokens or work.tokens(network)).items()},
+        shards={
+            stream: shard_sizes(length, degree) if stream in network.cut else [length] * degree
+            for stream, length in whole.items()
+        },
         shard=(index["distri"] * spec.ring + index["ring"]) * spec.ulysses + index["ulysses"],
         heads=shard_sizes(network.shape.num_heads // spec.tensor, spec.ulysses),
         blocks=_stages(costs, spec.pipe)[index["pipe"]],

@@ -6,16 +6,17 @@ from collections.abc import Mapping
 
 from comfy_xdit.models.base import Family
 from comfy_xdit.models.flux import FLUX
+from comfy_xdit.models.pixart import PIXART
 from comfy_xdit.models.sd3 import SD3
 from comfy_xdit.weights.header import FLOATS, TensorInfo
 from comfy_xdit.weights.slices import Infos, fused
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (FLUX, SD3)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (FLUX, SD3, PIXART)}
 
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")
 """What stands before the transformer's keys; text encoders and VAE of an all-in-one file have others."""
 
-SUPPORTED = "Flux.1 (also in diffusers' layout), SD3 and SD3.5, in fp32, fp16, bf16 or plain fp8"
+SUPPORTED = "Flux.1, SD3, SD3.5 and PixArt, also in diffusers' layout, in fp32, fp16, bf16 or plain fp8"
 
 QUANTISED = {
     "scaled fp8": ("scaled_fp8", ".scale_weight", ".weight_scale", ".scale_input", ".input_scale"),
@@ -32,7 +33,6 @@ OTHERS = {
     "Wan": "blocks.0.cross_attn.norm_k.weight",
     "LTX-Video": "patchify_proj.weight",
     "Qwen-Image": "transformer_blocks.0.img_mod.1.weight",
-    "PixArt": "t_block.1.weight",
     "Lumina or Z-Image": "cap_embedder.1.weight",
     "AuraFlow": "double_layers.0.attn.w1q.weight",
     "Stable Diffusion 1, 2 or XL": "input_blocks.0.0.weight",

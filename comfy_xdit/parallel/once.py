@@ -1,4 +1,4 @@
-"""What a model computes once for a row is computed once an evaluation, however many segments call the model."""
+"""What a model computes from no token of a stream is computed once an evaluation, for all of its segments."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from .plan import ModelPlan
 
 
 class OncePerEvaluation:
-    """Inside a `with` the matrices that the plan calls `once` remember what they put out.
+    """Inside a `with` the matrices that the plan calls `streamless` remember what they put out.
 
-    These are modulations: they see no token, so every segment of an evaluation gets the same numbers. They are a
-    quarter of a Flux's weights, and reading them for each of many small patches would take longer than the patch.
+    These are modulations, and keys and values of a text that is no stream: every segment of an evaluation gets the
+    same numbers. Modulations are a quarter of a Flux's weights, and reading them for each of many small patches would
+    take longer than the patch.
     """
 
     def __init__(self, module: nn.Module, plan: ModelPlan) -> None:
@@ -26,7 +27,7 @@ class OncePerEvaluation:
             for blocks in plan.blocks
             for _, block in find(module, f"{blocks}.*")
             for name, child in block.named_modules()
-            if isinstance(child, nn.Linear) and f"{name}.".startswith(plan.once)
+            if isinstance(child, nn.Linear) and f"{name}.".startswith(plan.streamless)
         ]
         self._evaluation: Hashable = None
         self._rows: Hashable = None

@@ -10,7 +10,8 @@ class Cut:
     """A tensor holds the tokens of one stream along one dim: there it is cut into shards, or joined again.
 
     stream: "image" or "text"; each stream is cut by itself, so that every rank holds its part of both and
-    the family's own code for telling them apart keeps working.
+    the family's own code for telling them apart keeps working. A text that no block changes is no stream: every
+    rank holds all of it.
     """
 
     stream: str
@@ -66,12 +67,14 @@ class ModelPlan:
     and None ones are left alone.
     cut_outputs: modules whose output is cut.
     join_outputs: modules whose output is joined, so that what follows sees every token.
-    attention: the attention modules that see cut streams; others attend to what they hold.
+    attention: the attention modules whose keys are of cut streams; others attend to what they hold, as
+    cross-attention to a text does.
     exact: path → position → what replaces that argument.
     blocks: the lists of blocks, in the order in which they run; pipeline stages are cut from them.
     text_only, once: starts of the names of a block's weights that multiply text tokens alone, and of those
     that work once for each row; the others multiply every image token.
-    streams: the keyword arguments of a block that it returns, in its order.
+    streams: the arguments of a block that it returns, in its order; a lone one as it is, several as a tuple.
+    The model calls blocks with them by keyword, or first and in this order.
     token_side: latent pixels on a side of an image token; the image stream begins with the latent's tokens,
     row by row.
     tensor: which weights are cut over the tensor axis.
@@ -90,3 +93,8 @@ class ModelPlan:
     streams: tuple[str, ...] = ("encoder_hidden_states", "hidden_states")
     token_side: int = 2
     after_blocks: tuple[str, ...] = ("norm_out", "proj_out")
+
+    @property
+    def streamless(self) -> tuple[str, ...]:
+        """Starts of the names of a block's weights that multiply no stream's tokens."""
+        return self.once if "encoder_hidden_states" in self.streams else (*self.once, *self.text_only)

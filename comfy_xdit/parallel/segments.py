@@ -1,7 +1,7 @@
 """How PipeFusion cuts a sequence: what conditions the image in pieces of their own, the image in patches.
 
-A patch is some rows of image tokens, so that its part of the latent is some rows of pixels. Text, and the
-tokens of reference images, need nothing of the sampler and come first in each step.
+A patch is some rows of image tokens, so that its part of the latent is some rows of pixels. Text, where it is a
+stream, and the tokens of reference images need nothing of the sampler and come first in each step.
 Source: PipeFusion, arXiv 2405.14430; there text goes with every patch.
 """
 
@@ -75,23 +75,24 @@ def usual_patches(num_tokens: int, num_stages: int) -> int:
 def segments_of(grid: Grid, patches: list[range], lengths: dict[str, int], *, num_shards: int) -> list[Segment]:
     """The segments of one step in order: text, references in pieces like patches, patches.
 
-    lengths: tokens of the streams "text" and "image"; what the image has beyond the grid are references.
+    lengths: tokens of the streams; no "text" where blocks don't change it. What "image" has beyond the grid are
+    references.
     Raises ValueError when the text cannot be cut over `num_shards` ranks.
     """
-    num_patch_tokens = grid.rows * grid.columns
+    num_patch_tokens, text = grid.rows * grid.columns, lengths.get("text", 0)
     references = lengths["image"] - num_patch_tokens
     pieces = references // max(len(patches[0]) * grid.columns, num_shards)
-    conditions: list[Spans] = [{"text": (0, lengths["text"]), "image": (num_patch_tokens, 0)}]
+    conditions: list[Spans] = [{"text": (0, text), "image": (num_patch_tokens, 0)}]
     if references and not pieces:
-        conditions = [{"text": (0, lengths["text"]), "image": (num_patch_tokens, references)}]
+        conditions = [{"text": (0, text), "image": (num_patch_tokens, references)}]
     sizes = shard_sizes(references, pieces) if pieces else []
     for start, size in zip(shard_starts(sizes), sizes, strict=True):
         conditions.append({"text": (0, 0), "image": (num_patch_tokens + start, size)})
     found = [Segment(spans=spans) for spans in conditions if num_tokens(spans)]
     if found and num_tokens(found[0].spans or {}) < num_shards:
         raise ValueError(
-            f"a text of {lengths['text']} tokens cannot be cut over {num_shards} ranks beside a pipeline; "
-            f"use ring and ulysses of {max(lengths['text'], 1)} or less together"
+            f"a text of {text} tokens cannot be cut over {num_shards} ranks beside a pipeline; "
+            f"use ring and ulysses of {max(text, 1)} or less together"
         )
     for number, rows in enumerate(patches):
         span = (rows.start * grid.columns, len(rows) * grid.columns)

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from .context import ParallelContext
 from .denoise import Model
 from .links import Inbox, Outbox
+from .stages import by_name
 
 
 class PipelineModel(Model, Protocol):
@@ -84,18 +85,20 @@ class Stage:
     def _enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._inbox is None:
             return args, kwargs
+        given = by_name(self._streams, args, kwargs)
         # Other stages' blocks let the embedded streams through: they have the shapes of what comes.
-        embedded = [kwargs[name] for name in self._streams]
+        embedded = [given[name] for name in self._streams]
         sizes = [x.numel() for x in embedded]
         if not self._num_expected:
             self.expect(sum(sizes), embedded[0].dtype, embedded[0].device)
         self._num_expected -= 1
         parts = self._inbox.take().split(sizes)
         came = zip(self._streams, parts, embedded, strict=True)
-        return args, {**kwargs, **{name: part.view(x.shape) for name, part, x in came}}
+        return (), {**given, **{name: part.view(x.shape) for name, part, x in came}}
 
-    def _leave(self, block: nn.Module, args: tuple[Any, ...], streams: tuple[Tensor, ...]) -> None:
+    def _leave(self, block: nn.Module, args: tuple[Any, ...], made: Tensor | tuple[Tensor, ...]) -> None:
         if self._outbox is not None:
+            streams = made if isinstance(made, tuple) else (made,)
             self._outbox.send(torch.cat([x.reshape(-1) for x in streams]))
         elif self._wants_output:
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -78,15 +79,22 @@ class Absent(nn.Module):
     """Stands for a block of another stage: holds nothing, and lets the streams through unchanged.
 
     It keeps the other blocks' places in their list, so that paths and numbers mean the same on every stage.
-    streams: the keyword arguments that a block returns, in its order.
+    streams: the arguments that a block returns, as `ModelPlan.streams` says.
     """
 
     def __init__(self, streams: tuple[str, ...]) -> None:
         super().__init__()
         self._streams = streams
 
-    def forward(self, **kwargs: Tensor) -> tuple[Tensor, ...]:
-        return tuple(kwargs[name] for name in self._streams)
+    def forward(self, *args: Tensor, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
+        given = by_name(self._streams, args, kwargs)
+        through = tuple(given[name] for name in self._streams)
+        return through if len(through) > 1 else through[0]
+
+
+def by_name(streams: tuple[str, ...], args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a block by keyword."""
+    return dict(zip(streams, args, strict=False)) | kwargs
 
 
 def _least_limit(sums: list[int], num_stages: int) -> int:

@@ -18,7 +18,7 @@ from comfy_xdit.weights.header import FLOATS
 from comfy_xdit.weights.mapped import MappedFile
 from comfy_xdit.weights.parts import divisible, part_of
 from comfy_xdit.weights.patches import apply_patches, check_words
-from comfy_xdit.weights.slices import Infos, SliceMap, by_source, narrowed, respelled, slice_map
+from comfy_xdit.weights.slices import Infos, SliceMap, by_source, is_unused, narrowed, respelled, slice_map
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS.values()}
@@ -75,7 +75,8 @@ class ResidentModel:
         infos = {k.removeprefix(self._prefix): i for k, i in file.infos.items() if k.startswith(self._prefix)}
         comfy_infos, self._is_comfy_layout = comfy_layout(family, infos)
         self.config = family.config(comfy_infos)
-        self._slices: SliceMap = slice_map(family.table(comfy_infos), comfy_infos)
+        self._table = family.table(comfy_infos)
+        self._slices: SliceMap = slice_map(self._table, comfy_infos)
         self._sources = by_source(self._slices)
         self._shapes = {key: tuple(info.shape) for key, info in comfy_infos.items()}
         self._patched: set[str] = set()
@@ -85,6 +86,7 @@ class ResidentModel:
         parts = self.module.named_modules()
         self._linear = {f"{name}.weight" for name, part in parts if isinstance(part, nn.Linear)}
         self._buffers = {name for name, _ in self.module.named_buffers()}
+        self._unpatched = self._buffers | _loose_parameters(self.module)
         self.block_paths = block_paths(self.module, family.plan)
         hidden = self.config["num_attention_heads"] * self.config["attention_head_dim"]
         self.stages = stages(block_costs(self.module, family.plan, hidden=hidden), share.num_stages)
@@ -182,16 +184,17 @@ class ResidentModel:
             # Also of weights that other ranks hold: a fault must be every rank's fault.
             check_words(patch)
             source = self._source(patch.key)
-            # ComfyUI never patches buffers (SD3's position table), though merged models list them.
-            if self._sources[source][0][0] not in self._buffers and self._held(source):
+            if source and self._sources[source][0][0] not in self._unpatched and self._held(source):
                 wanted.setdefault(source, []).append(patch)
         return wanted
 
-    def _source(self, key: str) -> str:
-        """The weight of ComfyUI's layout that a patch names."""
+    def _source(self, key: str) -> str | None:
+        """The weight of ComfyUI's layout that a patch names; None for one that no model uses."""
         for name in (key, respelled(key)):
             if name in self._sources:
                 return name
+        if is_unused(self._table, key):
+            return None
         raise ValueError(f"there is a patch for {key}, a weight that {self.family.title} hasn't got")
 
     def _patch(self, source: str, patches: list[Patch]) -> None:
@@ -299,6 +302,19 @@ def _check_shapes(module: nn.Module, slices: SliceMap, infos: Infos) -> None:
         shape = (sum(piece.rows for piece in pieces), *infos[pieces[0].source].shape[1:])
         if shape != wanted[target]:
             raise ValueError(f"{pieces[0].source} makes {target} {shape}, but the model wants {wanted[target]}")
+
+
+def _loose_parameters(module: nn.Module) -> set[str]:
+    """Names of parameters that stand beside modules with parameters (PixArt's tables of shifts and scales).
+
+    ComfyUI never patches these, nor buffers (SD3's table of positions), though merged models list them.
+    """
+    return {
+        f"{path}.{name}".lstrip(".")
+        for path, part in module.named_modules()
+        for name, _ in part.named_parameters(recurse=False)
+        if next((True for child in part.children() for _ in child.parameters()), False)
+    }
 
 
 def _join(parts: list[Tensor]) -> Tensor:

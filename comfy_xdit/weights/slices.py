@@ -39,6 +39,7 @@ Table = Mapping[str, tuple[Share, ...]]
 
 Names come without ".weight" and ".bias"; a name that ends in neither is given whole, and so is its target.
 "*" is the number of a block, the second part of a name; a name with that number wins over the one with "*".
+A weight without parts, of either layout, is one that files have and no model uses.
 """
 
 
@@ -76,6 +77,8 @@ def slice_map(table: Table, infos: Infos) -> SliceMap:
             unknown.append(key)
             continue
         shares, suffix, block = found
+        if not shares:
+            continue
         rows = info.shape[0] if len(info.shape) else 0
         unit, rest = divmod(rows, sum(share.rows for share in shares))
         if rest or not unit:
@@ -91,6 +94,12 @@ def slice_map(table: Table, infos: Infos) -> SliceMap:
     for pieces in targets.values():
         pieces.sort(key=lambda piece: piece.target_row)
     return targets
+
+
+def is_unused(table: Table, key: str) -> bool:
+    """Whether files have this weight, in either layout, and no model uses it."""
+    found = _find(table, key)
+    return found is not None and not found[0]
 
 
 def narrowed(pieces: list[Slice], row: int, rows: int) -> list[Slice]:
@@ -125,6 +134,8 @@ def fused(table: Table, infos: Infos) -> dict[str, Shape]:
     result: dict[str, Shape] = {}
     unknown = []
     for key, info in infos.items():
+        if is_unused(table, key):
+            continue
         found = _match(names, key)
         if found is None:
             unknown.append(key)

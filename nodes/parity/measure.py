@@ -29,7 +29,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
 }
 """Label → ranks, and what a PoolSetting says about them."""
 
-KINDS = ("sd3", "flux")
+KINDS = ("sd3", "flux", "pixart")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,13 +64,13 @@ class Parity:
             if samplers is not None and sampler not in samplers:
                 continue
             stock = self._stock_latent(kind, sampler, scheduler)
-            ours = run(model, sampler, scheduler)
+            ours = run(model, kind, sampler, scheduler)
             error = (ours - stock).abs().max() / stock.abs().max()
             yield Measured(kind=kind, case=case, sampler=sampler, scheduler=scheduler, error=error.item())
 
     def _stock_latent(self, kind: str, sampler: str, scheduler: str) -> Tensor:
         if (kind, sampler) not in self._latents:
-            self._latents[kind, sampler] = run(self._stock[kind], sampler, scheduler)
+            self._latents[kind, sampler] = run(self._stock[kind], kind, sampler, scheduler)
         return self._latents[kind, sampler]
 
 
@@ -85,9 +85,9 @@ def pairs() -> list[tuple[str, str]]:
     return [(name, schedulers[i % len(schedulers)]) for i, name in enumerate(comfy.samplers.KSampler.SAMPLERS)]
 
 
-def run(model: Any, sampler: str, scheduler: str) -> Tensor:
-    """Three steps at cfg 3 on an odd size: 15 by 10 patches, so that no degree divides the tokens."""
+def run(model: Any, kind: str, sampler: str, scheduler: str) -> Tensor:
+    """Three steps at cfg 3 on an odd size: 15 by 10 patches (PixArt 19), so that no degree divides the tokens."""
     latent = models.latent(30, 20)
     latent["samples"] = latent["samples"] + torch.linspace(-1, 1, 20)
     changes = {"sampler_name": sampler, "scheduler": scheduler, "latent_image": latent, "denoise": 0.9}
-    return models.sample(model, **changes)
+    return models.sample(model, **models.fitted(kind, changes))

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import comfy.model_base
 import comfy.model_patcher
 import comfy.sd
 import comfy.supported_models
@@ -62,11 +63,31 @@ def flux_config(guidance=True):
     return kind(config)
 
 
-def write(path, config, *, seed, prefix="", dtype=torch.float32):
-    """Random weights at a scale at which every layer changes the result, none of them explodes it."""
+def pixart_config(alpha=False):
+    kind = comfy.supported_models.PixArtAlpha if alpha else comfy.supported_models.PixArtSigma
+    return kind(
+        {
+            "image_model": "pixart_alpha" if alpha else "pixart_sigma",
+            "num_heads": 2,
+            "patch_size": 2,
+            "hidden_size": 144,
+            "in_channels": 4,
+            "depth": 3,
+            "caption_channels": CONTEXT,
+            "model_max_length": 30,
+            "micro_condition": alpha,
+        }
+    )
+
+
+def write(path, config, *, seed, prefix="", dtype=torch.float32, beside=None):
+    """Random weights at a scale at which every layer changes the result, none of them explodes it.
+
+    beside: key → shape of what files have and ComfyUI forgets.
+    """
     generator = torch.Generator().manual_seed(seed)
     config.set_inference_dtype(torch.float32, None)
-    weights = {}
+    weights = {prefix + key: torch.randn(shape, generator=generator) for key, shape in (beside or {}).items()}
     for key, shape in config.get_model({}, "").diffusion_model.state_dict().items():
         value = torch.randn(shape.shape, generator=generator)
         if value.ndim >= 2:
@@ -86,6 +107,9 @@ def write_all(folder: Path):
     write(folder / "sd35.safetensors", sd3_config(dual=(0, 1)), seed=2, prefix="model.diffusion_model.")
     write(folder / "flux.safetensors", flux_config(), seed=3)
     write(folder / "schnell.safetensors", flux_config(guidance=False), seed=4)
+    # Its table of positions says that it is for 1024 pixels.
+    write(folder / "pixart.safetensors", pixart_config(), seed=5, beside={"pos_embed": (1, 64 * 64, 144)})
+    write(folder / "alpha.safetensors", pixart_config(alpha=True), seed=6, prefix="model.diffusion_model.")
 
 
 def load(path, storage=None, compute=None):
@@ -107,8 +131,31 @@ def conditioning(tokens=20, seed=10, **extra):
     return [[torch.randn(1, tokens, CONTEXT, generator=generator), {"pooled_output": pooled, **extra}]]
 
 
-def latent(height=16, width=16, batch=1):
+def latent(height=16, width=16, batch=1, *, kind="sd3"):
+    """An empty latent; PixArt's are wider, since it has no positions for small pictures."""
+    if kind in ("pixart", "alpha"):
+        return {"samples": torch.zeros(batch, 4, height, max(width, 68 - height))}
     return {"samples": torch.zeros(batch, 16, height, width)}
+
+
+def fitted(kind, inputs):
+    """Inputs of a node that suit SD3 and Flux, for this kind: latents as `latent` says, and half of the noise.
+
+    PixArt's sigmas begin at 157, and random weights don't take the noise away: what they do would hardly show.
+    """
+    if kind not in ("pixart", "alpha"):
+        return inputs
+    given = inputs.get("latent_image") or latent()
+    batch, _, height, width = given["samples"].shape
+    size = latent(height, width, batch, kind=kind)["samples"].shape[2:]
+    wide = {name: torch.nn.functional.interpolate(value, size=size) for name, value in given.items()}
+    wide["samples"] = wide["samples"][:, :4]
+    return {**inputs, "latent_image": wide, "denoise": min(inputs.get("denoise", 1.0), 0.5)}
+
+
+def kind_of(model):
+    """A name for the family of a MODEL."""
+    return "pixart" if isinstance(model.model, comfy.model_base.PixArt) else "sd3"
 
 
 def sample(model, *, node=None, **changes):
@@ -123,7 +170,7 @@ def sample(model, *, node=None, **changes):
         "scheduler": "simple",
         "positive": conditioning(seed=10),
         "negative": conditioning(seed=11),
-        "latent_image": latent(),
+        "latent_image": latent(kind=kind_of(model)),
         "denoise": 1.0,
         **changes,
     }

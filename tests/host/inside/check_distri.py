@@ -13,13 +13,13 @@ NEAR = 0.2
 """How far a run of few steps with stale keys may be."""
 
 
-@pytest.mark.parametrize("kind", ["sd3", "flux"])
+@pytest.mark.parametrize("kind", ["sd3", "flux", "pixart"])
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m"])
 def test_distri(kind, sampler, models, pools, caplog):
     caplog.set_level("INFO", "comfy_xdit")
     path = models / f"{kind}.safetensors"
     ours = from_checkpoint(open_checkpoint(str(path)))
-    inputs = {"sampler_name": sampler, "latent_image": tiny.latent(30, 20)}
+    inputs = tiny.fitted(kind, {"sampler_name": sampler, "latent_image": tiny.latent(30, 20)})
     host = tiny.sample(tiny.load(path), **inputs)
 
     def distance(**settings):

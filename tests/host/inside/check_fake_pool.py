@@ -11,7 +11,7 @@ from comfy_xdit_nodes.samplers import XDiTKSampler
 
 from comfy_xdit.pool.errors import PoolError
 
-KINDS = ("sd3", "sd35", "flux", "schnell")
+KINDS = ("sd3", "sd35", "flux", "schnell", "pixart", "alpha")
 
 
 def ours(path):
@@ -28,7 +28,7 @@ def test_equals_stock(kind, models, fake):
     assert fake.log.count("Denoise") == 3 and not fake.held and not fake.turns
 
 
-@pytest.mark.parametrize("kind", ["sd3", "flux"])
+@pytest.mark.parametrize("kind", ["sd3", "flux", "pixart"])
 @pytest.mark.parametrize(
     "changes",
     [
@@ -40,11 +40,11 @@ def test_equals_stock(kind, models, fake):
     ],
 )
 def test_equals_stock_with(kind, changes, models, fake):
-    path = models / f"{kind}.safetensors"
-    assert torch.equal(tiny.sample(ours(path), **changes), tiny.sample(tiny.load(path), **changes))
+    path, inputs = models / f"{kind}.safetensors", tiny.fitted(kind, changes)
+    assert torch.equal(tiny.sample(ours(path), **inputs), tiny.sample(tiny.load(path), **inputs))
 
 
-@pytest.mark.parametrize("kind", ["sd35", "flux"])
+@pytest.mark.parametrize("kind", ["sd35", "flux", "pixart"])
 def test_stock_model_through_its_own_file_or_memory(kind, models, fake):
     stock = tiny.load(models / f"{kind}.safetensors")
     expected = tiny.sample(stock)

@@ -12,6 +12,7 @@ from comfy_xdit_nodes.patches import encode_patches
 TARGETS = {
     "sd3": "diffusion_model.joint_blocks.0.x_block.mlp.fc1",
     "flux": "diffusion_model.single_blocks.1.linear2",
+    "pixart": "diffusion_model.blocks.1.cross_attn.kv_linear",
 }
 
 
@@ -51,7 +52,7 @@ def with_lora(patcher, kind, name, strength):
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "loha", "lokr", "glora", "oft", "boft", "diff", "set"])
-@pytest.mark.parametrize("model", ["sd3", "flux"])
+@pytest.mark.parametrize("model", TARGETS)
 def test_each_kind(kind, model, models, fake):
     path, name = models / f"{model}.safetensors", TARGETS[model]
     stock = tiny.load(path)

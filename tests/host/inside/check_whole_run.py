@@ -24,7 +24,7 @@ import nodes
 from comfy_xdit.messages import Cancel, Peek, Status
 from comfy_xdit.pool.client import Pool, PoolError
 
-KINDS = ("sd3", "flux")
+KINDS = ("sd3", "flux", "pixart")
 SAME, STOCK = 1e-6, 1e-4
 """How far a run on the workers may be from step mode, and from stock; of the latent's norm, in fp32."""
 
@@ -71,7 +71,7 @@ def picture(**changes):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_sampler(kind, sampler, loaded, pools, log, record_property):
     stock, ours = loaded(kind)
-    inputs = {"sampler_name": sampler, **picture()}
+    inputs = tiny.fitted(kind, {"sampler_name": sampler, **picture()})
     whole = tiny.sample(parallelize(ours, pools(2)), **inputs)
     said = log()
     step = tiny.sample(parallelize(ours, pools(2, sampling="step")), **inputs)
@@ -101,7 +101,7 @@ def test_every_sampler(kind, sampler, loaded, pools, log, record_property):
 def test_schedules_that_magnify_rounding(kind, sampler, scheduler, loaded, pools, record_property):
     """Where a sampler divides by a small sigma, only the host's own operations, in its order, end where it ends."""
     stock, ours = loaded(kind)
-    inputs = {"sampler_name": sampler, "scheduler": scheduler, **picture()}
+    inputs = tiny.fitted(kind, {"sampler_name": sampler, "scheduler": scheduler, **picture()})
     whole = tiny.sample(parallelize(ours, pools(2)), **inputs)
     step = tiny.sample(parallelize(ours, pools(2, sampling="step")), **inputs)
     record_property("distance", [kind, sampler, distance(whole, step), distance(whole, tiny.sample(stock, **inputs))])
@@ -126,7 +126,7 @@ JOBS = {
 @pytest.mark.parametrize("name", JOBS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_jobs(kind, name, loaded, pools, log):
-    degrees, inputs = JOBS[name]
+    degrees, inputs = JOBS[name][0], tiny.fitted(kind, JOBS[name][1])
     stock, ours = loaded(kind)
     outputs, states = [], []
     settings = pools(2, sampling="step", **degrees), pools(2, **degrees)
