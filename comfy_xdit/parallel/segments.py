@@ -65,11 +65,11 @@ def cut_rows(grid: Grid, *, num_patches: int, num_stages: int, num_shards: int) 
 def usual_patches(num_tokens: int, num_stages: int) -> int:
     """How many patches for an image of which each rank computes `num_tokens`, when nobody says.
 
-    One for each stage at least: as many are computed at any time, and the text goes between two steps, while the
-    first patch is on its way back. At most two, and only as far as they are `LARGE`: small matrices are slow,
-    and fewer patches are nearer to the exact result.
+    One more than stages at least: as many as stages are computed at any time, while another is on its way back. At
+    most two for each stage, and only as far as they are `LARGE`: small matrices are slow, and fewer patches are
+    nearer to the exact result.
     """
-    return min(max(num_tokens // LARGE, num_stages), 2 * num_stages)
+    return min(max(num_tokens // LARGE, num_stages + 1), 2 * num_stages)
 
 
 def segments_of(grid: Grid, patches: list[range], lengths: dict[str, int], *, num_shards: int) -> list[Segment]:
