@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .parallel.spec import ParallelSpec
+from .parallel.spec import BALANCES, ParallelSpec
 
 Tree = Any
 """None, bool, int, float, str, Tensor, and lists and str-keyed dicts of those."""
@@ -36,6 +36,7 @@ class LoadModel(Message):
     "model.diffusion_model."). family: a name in `comfy_xdit.models.FAMILIES`.
     storage_dtype, compute_dtype: torch names ("bfloat16"); they differ for fp8 weights.
     spec: with which degrees it will run; pipe and tensor (and which rank stands where on them) count here.
+    balance: what the stages of a pipeline have alike, "time" or "memory".
     """
 
     model: str
@@ -45,6 +46,7 @@ class LoadModel(Message):
     storage_dtype: str
     compute_dtype: str
     spec: ParallelSpec = dataclasses.field(default_factory=ParallelSpec)
+    balance: str = BALANCES[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from comfy_xdit.messages import LoadModel
 from comfy_xdit.models import Family, comfy_layout, detect
-from comfy_xdit.parallel.spec import ModelShape
+from comfy_xdit.parallel.spec import BALANCES, ModelShape
 from comfy_xdit.weights.header import FLOATS, TensorInfo, read_header
 
 
@@ -42,8 +42,11 @@ class Checkpoint:
             for key, info in self.infos.items()
         }
 
-    def load(self, *, storage: torch.dtype, compute: torch.dtype) -> LoadModel:
-        """The message that makes it resident, weights kept as `storage`, sums done in `compute`."""
+    def load(self, *, storage: torch.dtype, compute: torch.dtype, balance: str = BALANCES[0]) -> LoadModel:
+        """The message that makes it resident, weights kept as `storage`, sums done in `compute`.
+
+        balance: what the stages of a pipeline have alike.
+        """
         names = [str(dtype).removeprefix("torch.") for dtype in (storage, compute)]
         return LoadModel(
             model="|".join([self.path, self.prefix, self.version, *names]),
@@ -52,6 +55,7 @@ class Checkpoint:
             family=self.family.name,
             storage_dtype=names[0],
             compute_dtype=names[1],
+            balance=balance,
         )
 
 

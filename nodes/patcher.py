@@ -63,7 +63,7 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         cast = self.get_model_object("manual_cast_dtype")
         storage = self.model.get_dtype()
         return Load(
-            model=checkpoint.load(storage=storage, compute=cast or storage),
+            model=checkpoint.load(storage=storage, compute=cast or storage, balance=self.setting.balance),
             patches_id=str(self.patches_uuid) if self.patches else "",
             patches=self.encoded_patches,
         )

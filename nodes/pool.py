@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed.rpc
 
+from comfy_xdit.parallel.spec import BALANCES
+
 if TYPE_CHECKING:
     from comfy_xdit.pool.client import Pool
 
@@ -41,8 +43,9 @@ class PoolSetting:
     """The value of an XDIT_POOL link: a pool's name, its devices, and degrees (0 = chosen for the model).
 
     distri: approximate, so never chosen: 1 = off. num_patches: of PipeFusion, 0 = chosen; warmup_steps:
-    evaluations before activations are used again.
+    evaluations before activations are used again. balance: what the stages of pipe have alike, one of `BALANCES`.
     sampling: "auto" runs the whole sampling loop on the workers where it can, "step" never does.
+    trace: what each rank did when in a sampling run is written to ComfyUI's output folder.
     """
 
     name: str = "default"
@@ -56,7 +59,9 @@ class PoolSetting:
     distri: int = 1
     num_patches: int = 0
     warmup_steps: int = 1
+    balance: str = BALANCES[0]
     sampling: str = "auto"
+    trace: bool = False
 
     @property
     def requested(self) -> dict[str, int]:
@@ -123,9 +128,19 @@ class XDiTWorkerPool:
             "tooltip": "'auto': the whole sampling loop runs on the workers, where no other node needs to act between "
             "its steps; the log says why not. 'step': always ComfyUI's own loop, each step sent by itself.",
         }
+        trace = {
+            "default": False,
+            "tooltip": "Writes, for every sampling run, what each rank did when (computing, communicating, waiting; "
+            "bytes, peak memory): a picture, and a JSON file for chrome://tracing, in output/comfy-xdit. "
+            "The log names them.",
+        }
         return {
             "required": {"devices": ("STRING", devices), **degrees, "name": ("STRING", name)},
-            "optional": {"sampling": (["auto", "step"], sampling), **cls._reuse()},
+            "optional": {
+                "sampling": (["auto", "step"], sampling),
+                **cls._reuse(),
+                "trace": ("BOOLEAN", trace),
+            },
         }
 
     @staticmethod
@@ -136,12 +151,17 @@ class XDiTWorkerPool:
         )
         warmup = (
             "Of pipe and distri: so many evaluations of the model are exact, before activations are used again. "
-            "More come nearer to one GPU's image, and take longer."
+            "More come nearer to one GPU's image, and take longer; 10000, or as many as the sampler makes, are exact."
+        )
+        balance = (
+            "Of pipe: what the ranks have alike. 'time': all take as long, which is fastest. 'memory': all hold as "
+            "many weights, for when they would not fit: of Flux.1 half on each of two ranks, instead of 65 and 35 %."
         )
         return {
             "distri": ("INT", {"default": 1, "min": 1, "max": 64, "tooltip": f"{METHODS['distri']} 1 = off."}),
             "num_patches": ("INT", {"default": 0, "min": 0, "max": 1024, "tooltip": f"{patches} 0 = automatic."}),
             "warmup_steps": ("INT", {"default": 1, "min": 1, "max": 10000, "tooltip": warmup}),
+            "balance": (list(BALANCES), {"default": BALANCES[0], "tooltip": balance}),
         }
 
     def make(self, devices: str, name: str, **choices: Any) -> tuple[PoolSetting]:

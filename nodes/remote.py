@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import comfy.model_management
 import torch
 from comfy_xdit_nodes.held import Constants
+from comfy_xdit_nodes.record import Record
 from comfy_xdit_nodes.refuse import refuse_options
 from comfy_xdit_nodes.together import Meeting
 from torch import Tensor
@@ -124,16 +125,19 @@ class RemoteModel:
             self._run = before
 
     @contextlib.contextmanager
-    def running(self, pool: Pool, load: Load, choose: Callable[[int], ParallelSpec]) -> Iterator[Run]:
+    def running(
+        self, pool: Pool, load: Load, choose: Callable[[int], ParallelSpec], *, trace: bool = False
+    ) -> Iterator[Run]:
         """A sampling run on `pool`: its turn, the model and its patches on the workers.
 
         choose: number of chunks → degrees; called first of all, so that what doesn't fit is said
-        before a worker is touched. Raises ValueError, PoolError, or ComfyUI's interruption.
+        before a worker is touched. trace: what the workers did is written to ComfyUI's output folder.
+        Raises ValueError, PoolError, or ComfyUI's interruption.
         """
         before = self._run
         with pool.turn(poll=poll):
             self._bring(pool, load)
-            run = Run(pool, load, choose)
+            run = Run(pool, load, choose, trace=trace)
             self._run = run
             try:
                 yield run
@@ -191,8 +195,12 @@ class _Resident:
 class Run:
     """One sampling run: evaluates calls on the workers, sends what is constant once."""
 
-    def __init__(self, pool: Pool, load: Load, choose: Callable[[int], ParallelSpec]) -> None:
+    def __init__(
+        self, pool: Pool, load: Load, choose: Callable[[int], ParallelSpec], *, trace: bool = False
+    ) -> None:
         self.pool = pool
+        self._record = Record(pool.call_all) if trace else None
+        self._call = self._record.call if self._record is not None else pool.call
         self._load = load
         self._choose = choose
         self._constants = Constants(hold=self._hold, drop=self._drop)
@@ -213,7 +221,7 @@ class Run:
             calls=[self._refer(call) for call, _ in calls],
             chunks=[chunks for _, chunks in calls],
         )
-        return self.pool.call(message, poll=poll).value
+        return self._call(message, poll=poll).value
 
     def sample(
         self, job: Job, *, key: str, num_chunks: int, reuse: dict[str, int], poll: Callable[[], None]
@@ -237,7 +245,7 @@ class Run:
             **reuse,  # type: ignore[arg-type]
         )
         limit_s = EVALUATION_PATIENCE_S * len(job.program.calls)
-        samples = self.pool.call(message, poll=poll, timeout_s=limit_s).value
+        samples = self._call(message, poll=poll, timeout_s=limit_s).value
         assert samples is not None, "only this client cancels its job, and then it does not wait"
         return samples
 
@@ -246,8 +254,10 @@ class Run:
         return self._choose(num_chunks)
 
     def end(self) -> None:
-        """Free what was held on the workers for this run."""
+        """Free what was held on the workers for this run, and write its record."""
         self._constants.clear()
+        if self._record is not None:
+            self._record.write()
 
     def _refer(self, call: dict[str, Any]) -> dict[str, Any]:
         moving = {name: call[name] for name in ("x", "timestep") if name in call}

@@ -30,7 +30,8 @@ def sample_on_pool(executor: Any, *args: Any, **kwargs: Any) -> Any:
     pool = connect(patcher.setting)
     choose = chooser(pool, patcher.setting.requested, patcher.model.checkpoint, noise=args[0], load=load.model)
     spec = choose(count_chunks(guider))
-    with patcher.model.remote.running(pool, load.spread(spec), keeping_weights(choose, spec)):
+    choose = keeping_weights(choose, spec)
+    with patcher.model.remote.running(pool, load.spread(spec), choose, trace=patcher.setting.trace):
         return executor(*args, **kwargs)
 
 
@@ -58,6 +59,7 @@ def chooser(
             images=noise.shape[0],
             chunks=num_chunks,
             element_bytes=getattr(torch, load.compute_dtype).itemsize,
+            balance=load.balance,
         )
         return auto(num_ranks, requested=requested, shape=checkpoint.shape, num_chunks=num_chunks, cost=cost)
 

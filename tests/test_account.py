@@ -8,12 +8,13 @@ import torch
 from comfy_xdit.bench.drift import Case, compared, plot
 from comfy_xdit.bench.program import euler
 from comfy_xdit.bench.trace import spec_named
-from comfy_xdit.demo.chrome import chrome_trace
-from comfy_xdit.demo.sampling import Job, Step
-from comfy_xdit.demo.timeline import COMPUTE, IDLE, TALK, timeline
 from comfy_xdit.parallel.spec import ParallelSpec
 from comfy_xdit.parallel.traffic import IDLE as WAITED
 from comfy_xdit.parallel.traffic import MATCHED, Traffic, account, idle_seconds
+from comfy_xdit.timeline.chrome import chrome_trace
+from comfy_xdit.timeline.job import Job, Step, write
+from comfy_xdit.timeline.picture import COMPUTE, IDLE, TALK, timeline
+from comfy_xdit.timeline.picture import LINE as LINE_COLOUR
 from comfy_xdit.trajectory import Replay
 
 LINE, OTHER = 7.0, 9.0
@@ -69,7 +70,7 @@ def job():
     first = {"began": 10.0, "seconds": 2.0, "events": [["send", "ring", 11.0, 11.5, 8]], **numbers}
     second = {"began": 10.0, "seconds": 2.0, "events": [["p2p", "pipe", 10.0, 11.0, 0]], **numbers}
     step = Step(begin=0.0, end=2.0, reports=(first, second))
-    return Job(latents=torch.zeros(1), seconds=2.0, steps=(step,), began=10.0)
+    return Job(seconds=2.0, steps=(step,), began=10.0)
 
 
 def test_a_trace_is_one_of_chromes():
@@ -83,6 +84,43 @@ def test_a_trace_is_one_of_chromes():
     ]
     names = {event["args"]["name"] for event in trace["traceEvents"] if event["ph"] == "M"}
     assert names == {"ring=2", "rank 0", "rank 1"}
+
+
+def test_a_whole_run_shows_its_evaluations():
+    traffic = Traffic()
+    for _ in range(2):
+        traffic.begin_evaluation(torch.device("cpu"))
+    report = account(traffic, 0.0, world=None, lines=["ring"], trace=True)
+    assert report["events"] == [] and report["evaluations"] == sorted(report["evaluations"])
+    assert len(report["evaluations"]) == 2 and report["bytes_sent"] == {} and report["idle_seconds"] == 0
+    first, second = job().steps[0].reports
+    marked = Job.of([[{**first, "evaluations": [10.25, 11.5]}, {**second, "evaluations": [11.0, 11.75]}]])
+    complete = [event for event in chrome_trace({"": marked})["traceEvents"] if event["ph"] == "X"]
+    spans = [(e["name"], e["tid"], e["ts"], e["dur"]) for e in complete if e["name"].startswith("evaluation")]
+    assert spans == [
+        ("evaluation 1", 0, 0.25e6, 1.25e6),
+        ("evaluation 2", 0, 1.5e6, 0.5e6),
+        ("evaluation 1", 1, 1e6, 0.75e6),
+        ("evaluation 2", 1, 1.75e6, 0.25e6),
+    ]
+    picture = timeline({"": marked})
+    # A line at a quarter of a second of the first rank's two; blue beside it.
+    assert [picture.getpixel((150 + x, 48)) for x in (120, 125, 130)] == [COMPUTE, LINE_COLOUR, COMPUTE]
+
+
+def test_a_job_of_several_messages_goes_by_the_ranks_clock():
+    def report(began, seconds):
+        return {"began": began, "seconds": seconds, "events": []}
+
+    traced = Job.of([[report(5.0, 1.0), report(5.25, 1.5)], [report(7.0, 0.5), report(7.0, 0.25)]])
+    assert [(step.begin, step.end) for step in traced.steps] == [(0.0, 1.75), (2.0, 2.5)]
+    assert (traced.began, traced.seconds) == (5.0, 2.5)
+
+
+def test_files_of_a_trace(tmp_path):
+    write({"ring=2": job()}, tmp_path / "t.json", tmp_path / "t.png")
+    assert json.loads((tmp_path / "t.json").read_text()) == json.loads(json.dumps(chrome_trace({"ring=2": job()})))
+    assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
 
 
 def colours(picture, top):

@@ -1,5 +1,6 @@
 """The cost model: arithmetic against torch's own count, formulas against the document's, and the order of specs."""
 
+import dataclasses
 import json
 import struct
 
@@ -165,6 +166,30 @@ def test_what_does_not_fit_comes_last(flux_dev):
     found = predictions(flux_dev, work, 4, link_named("nvlink"), small)
     fitting = [prediction.fits for prediction in found]
     assert True in fitting and False in fitting and fitting == sorted(fitting, reverse=True)
+
+
+def test_a_pipeline_falls_back_to_stages_of_equal_weights(flux_dev, tmp_path, capsys):
+    """Two stages of Flux hold 65 and 35 % when they take equal time: half each is what fits a small device."""
+    work, link, spec = Work(latent=(128, 128), text_tokens=256), link_named("pcie4"), ParallelSpec(pipe=2)
+    equal = [memory(flux_dev, dataclasses.replace(work, balance="memory"), spec, rank).parameters for rank in (0, 1)]
+    block = 2 * max(block.params for block in flux_dev.blocks)
+    assert abs(equal[0] - equal[1]) <= 2 * block and max(equal) <= flux_dev.params + block
+
+    def found(memory_bytes):
+        device = Device(name="small", flops_per_s=100e12, memory_bytes=memory_bytes)
+        return next(p for p in predictions(flux_dev, work, 2, link, device) if p.spec == spec)
+
+    roomy, small, tiny_one = found(80e9), found(15e9), found(8e9)
+    assert (roomy.balance, small.balance, tiny_one.balance) == ("time", "memory", "time")
+    assert roomy.fits and small.fits and not tiny_one.fits
+    assert small.memory.parameters < roomy.memory.parameters and small.step_s > roomy.step_s
+    size = FluxSize(hidden=3072, double_blocks=19, single_blocks=38, context_dim=4096, pooled_dim=768)
+    path = header_only(tmp_path / "flux.safetensors", size.shapes())
+    words = ["plan", "--model", path, "--devices", "2", "--device", "rtx4090"]
+    assert cli.main(words) == 0 and "balance = memory" not in capsys.readouterr().out
+    assert cli.main([*words, "--size", "2432x2048"]) == 0
+    said = capsys.readouterr().out
+    assert "1 of 6 specs fit 24 GB only with stages of equal weights (balance = memory), which are slower" in said
 
 
 def test_approximate_specs_are_marked_and_can_be_left_out(flux_dev):

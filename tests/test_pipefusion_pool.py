@@ -18,7 +18,7 @@ from harness import private_home, worker_pids
 from programs import flow_program
 from staged import run_loaded, sampling_job
 
-from comfy_xdit.messages import Cancel, Denoise, LoadModel, Peek, Sample
+from comfy_xdit.messages import Cancel, Denoise, LoadModel, Peek, Sample, Status
 from comfy_xdit.parallel.spec import ParallelSpec
 from comfy_xdit.pool.client import Pool, PoolError
 
@@ -43,9 +43,9 @@ def pool(path):
             pool.close()
 
 
-def load(path):
+def load(path, **balance):
     names = {"storage_dtype": "float64", "compute_dtype": "float64"}
-    return LoadModel(model="m", path=path, prefix="", family="flux", spec=SPEC, **names)
+    return LoadModel(model="m", path=path, prefix="", family="flux", spec=SPEC, **names, **balance)
 
 
 def job(name, *, steps=4):
@@ -67,6 +67,21 @@ def check_job(pool, path) -> None:
 
 def test_a_job_equals_one_rank_and_tells_of_each_step(pool, path) -> None:
     check_job(pool, path)
+
+
+def test_stages_of_equal_weights_give_the_same_bits(pool, path) -> None:
+    """Double blocks weigh more than single ones and take as long; the other balance loads the model anew."""
+    held = {}
+    for balance in ("memory", "time"):
+        for _ in range(2):  # the second is held already
+            pool.call(load(path, balance=balance))
+        check_job(pool, path)
+        (model,) = zip(*(result.value["models"] for result in pool.call_all(Status())), strict=True)
+        held[balance] = [rank["blocks"] for rank in model], [sum(rank["bytes"].values()) for rank in model]
+    assert held["time"][0] == [[0, 2], [2, 4]] and held["memory"][0] == [[0, 1], [1, 4]]
+    assert max(held["memory"][1]) < max(held["time"][1])
+    with pytest.raises(PoolError, match="stages cannot be balanced by 'luck'; use time or memory"):
+        pool.call(load(path, balance="luck"))
 
 
 def test_cancel_on_its_way(pool, path) -> None:

@@ -10,9 +10,12 @@ from hypothesis import strategies as st
 
 from comfy_xdit.messages import LoadModel, Patch, SetPatches
 from comfy_xdit.models.flux import FLUX
+from comfy_xdit.models.sd3 import SD3
 from comfy_xdit.parallel.spec import AXES, ParallelSpec
 from comfy_xdit.parallel.stages import Absent, block_costs, block_paths, by_name, stages
 from comfy_xdit.weights.resident import load
+
+AFTER = ("norm_out.", "proj_out.")
 
 costs_lists = st.lists(st.integers(1, 50), min_size=1, max_size=9)
 
@@ -63,7 +66,7 @@ def test_every_weight_share_is_held_equally_often() -> None:
         assert (share.num_stages, share.num_shards) == (3, 2)
 
 
-def parts(tmp_path, kind, num_stages):
+def parts(tmp_path, kind, num_stages, balance="time"):
     """A whole model, and the models of each stage."""
     whole, weights = resident.make(tmp_path, kind)
     message = LoadModel(
@@ -74,6 +77,7 @@ def parts(tmp_path, kind, num_stages):
         storage_dtype="float32",
         compute_dtype="float32",
         spec=ParallelSpec(pipe=num_stages),
+        balance=balance,
     )
     return whole, weights, [load(message, "cpu", rank=rank) for rank in range(num_stages)]
 
@@ -89,7 +93,7 @@ def test_only_own_blocks_are_held(tmp_path, kind, num_stages) -> None:
     everything = held(whole)
     paths = whole.block_paths
     in_blocks = {key for key in everything if key.startswith(tuple(f"{path}." for path in paths))}
-    after = {key for key in everything if key.startswith(("norm_out.", "proj_out."))}
+    after = {key for key in everything if key.startswith(AFTER)}
     for model in models:
         mine = held(model)
         own = tuple(f"{paths[block]}." for block in model.stage)
@@ -161,6 +165,62 @@ def test_a_bad_patch_is_every_stages_fault(tmp_path) -> None:
         with pytest.raises(ValueError, match="unknown kind of patch 'zip'"):
             model.set_patches(SetPatches(model="m", patches_id="p", patches=[bad]))
         assert model.patches_id == "" and model.num_patched == 0
+
+
+SD35_LARGE = {
+    "num_layers": 38, "num_attention_heads": 38, "attention_head_dim": 64, "joint_attention_dim": 4096,
+    "caption_projection_dim": 2432, "pooled_projection_dim": 2048, "qk_norm": "rms_norm", "pos_embed_max_size": 192,
+}
+SD35_MEDIUM = {
+    "num_layers": 24, "num_attention_heads": 24, "attention_head_dim": 64, "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536, "pooled_projection_dim": 2048, "qk_norm": "rms_norm", "pos_embed_max_size": 384,
+    "dual_attention_layers": tuple(range(13)),
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "billions"),
+    [(FLUX, {"guidance_embeds": True}, 11.90), (SD3, SD35_LARGE, 8.06), (SD3, SD35_MEDIUM, 2.24)],
+    ids=["flux-dev", "sd3.5-large", "sd3.5-medium"],
+)
+def test_stages_of_equal_weights_in_real_sizes(family, config, billions) -> None:
+    """Each rank's parameters, its embedders included, are 1/N of the model's but for one block."""
+    with torch.device("meta"):
+        module = family.model_class()(**config)
+    plan = family.plan
+    everything = sum(weight.numel() for weight in module.parameters())
+    assert everything / 1e9 == pytest.approx(billions, abs=0.006)
+    blocks = [sum(w.numel() for w in module.get_submodule(path).parameters()) for path in block_paths(module, plan)]
+    last = sum(w.numel() for name in plan.after_blocks for w in module.get_submodule(name).parameters())
+    first = everything - sum(blocks) - last
+    costs = block_costs(module, plan, hidden=3072, balance="memory")
+    for num_stages in range(2, 9):
+        runs = stages(costs, num_stages)
+        held = [first + sum(blocks[block] for block in run) for run in runs]
+        held[-1] += last
+        assert all(abs(each - everything / num_stages) <= max(blocks) for each in held)
+
+
+@pytest.mark.parametrize("num_stages", [2, 3])
+@pytest.mark.parametrize("kind", ["flux", "sd35"])
+def test_stages_of_equal_weights_hold_equal_bytes(tmp_path, kind, num_stages) -> None:
+    whole, _, models = parts(tmp_path, kind, num_stages, "memory")
+    modules = [whole.module.get_submodule(path) for path in whole.block_paths]
+    blocks = [sum(value.nbytes for value in module.parameters()) for module in modules]
+    outside = sum(whole.bytes_held().values()) - sum(blocks)
+    after = sum(value.nbytes for model in models for key, value in held(model).items() if key.startswith(AFTER))
+    for model in models:
+        own = sum(model.bytes_held().values()) - (outside if model is models[-1] else outside - after)
+        assert own == sum(blocks[block] for block in model.stage)
+        assert abs(own - sum(blocks) / num_stages) <= max(blocks)
+    assert [block for model in models for block in model.stage] == list(range(len(blocks)))
+
+
+def test_a_balance_that_there_is_not() -> None:
+    with pytest.raises(ValueError, match="stages cannot be balanced by 'luck'; use time or memory"):
+        ParallelSpec(pipe=2).weights_of(0, "luck")
+    # A model on one stage is held alike whatever the balance: it need not be loaded anew.
+    assert ParallelSpec(tensor=2).weights_of(1, "memory") == ParallelSpec(tensor=2).weights_of(1)
 
 
 def test_flux_in_its_real_size() -> None:

@@ -178,6 +178,8 @@ def test_a_prompt_names_widgets_and_links():
         "distri": 1,
         "num_patches": 0,
         "warmup_steps": 1,
+        "balance": "time",
+        "trace": False,
     }
     assert sampler[1]["pool"] == [pool[0], 0]
     assert (sampler[1]["steps"], sampler[1]["sampler_name"], sampler[1]["denoise"]) == (28, "dpmpp_2m", 1.0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -103,7 +103,7 @@ class Service:
         }
 
     def _load_model(self, message: m.LoadModel) -> m.Result:
-        key, layout = message.model, self._layout(message.spec)
+        key, layout = message.model, self._layout(message.spec, message.balance)
         # All ranks' parts are compared: were only some ranks to load, only some would lose their patches.
         if self._layouts.get(key) != layout:
             from comfy_xdit.weights.resident import load
@@ -114,9 +114,9 @@ class Service:
         self._loads[key] = message
         return m.Result(value=self._model_status(key, self._models[key]))
 
-    def _layout(self, spec: ParallelSpec) -> list[WeightShare]:
+    def _layout(self, spec: ParallelSpec, balance: str) -> list[WeightShare]:
         """Which part of a model each rank holds."""
-        return [spec.weights_of(rank) for rank in range(self.world_size)]
+        return [spec.weights_of(rank, balance) for rank in range(self.world_size)]
 
     def _set_patches(self, message: m.SetPatches) -> m.Result:
         return m.Result(value=self._model(message.model).set_patches(message))
@@ -198,10 +198,10 @@ class Service:
                 f"the workers hold patches {model.patches_id!r} of this model, not {message.patches_id!r}; "
                 "queue the workflow again"
             )
-        if self._layouts[message.model] != self._layout(message.spec):
-            loaded = self._loads[message.model].spec  # type: ignore[attr-defined]
+        loaded = cast("m.LoadModel", self._loads[message.model])
+        if self._layouts[message.model] != self._layout(message.spec, loaded.balance):
             raise ValueError(
-                f"the model is loaded for {loaded}, which spreads its weights otherwise than {message.spec}; "
+                f"the model is loaded for {loaded.spec}, which spreads its weights otherwise than {message.spec}; "
                 "queue the workflow again"
             )
         return model

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import time
 from pathlib import Path
 
-from comfy_xdit.demo.chrome import chrome_trace
-from comfy_xdit.demo.sampling import Job, Step
-from comfy_xdit.demo.timeline import timeline
 from comfy_xdit.messages import LoadModel
 from comfy_xdit.parallel.spec import AXES, ParallelSpec
+from comfy_xdit.timeline.job import Job, write
 
 from .bench_pool import bench_pool
 from .checkpoint import FluxSize, random_call, write_flux
@@ -40,12 +36,7 @@ def trace(
             pool.call(dataclasses.replace(load, spec=spec))
             pool.call(whole_run(MODEL, call, spec, num_evaluations=2, num_patches=num_patches))
             message = whole_run(MODEL, call, spec, num_evaluations=num_steps, num_patches=num_patches, trace=True)
-            begin = time.perf_counter()
-            results = pool.call_all(message)
-            seconds = time.perf_counter() - begin
-            reports = tuple(result.report for result in results)
-            step = Step(begin=0.0, end=seconds, reports=reports)
-            jobs[str(spec)] = Job(latents=results[0].value, seconds=seconds, steps=(step,), began=begin)
+            jobs[str(spec)] = Job.of([[result.report for result in pool.call_all(message)]])
     return jobs
 
 
@@ -88,8 +79,7 @@ def run(args: argparse.Namespace) -> int:
             num_patches=args.patches,
         )
     picture = args.out or args.trace.with_suffix(".png")
-    args.trace.write_text(json.dumps(chrome_trace(jobs)))
-    timeline(jobs).save(picture)
+    write(jobs, args.trace, picture)
     rows = [
         {"method": title, "rank": rank, **{name: numbers[name] for name in NUMBERS}}
         for title, job in jobs.items()

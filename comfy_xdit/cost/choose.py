@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 
 from comfy_xdit.parallel.segments import usual_patches
-from comfy_xdit.parallel.spec import APPROXIMATE, MAX_CFG, ParallelSpec, check, products
+from comfy_xdit.parallel.spec import APPROXIMATE, BALANCES, MAX_CFG, ParallelSpec, check, products
 
 from .arithmetic import Network, attention_flops
 from .formulas import distri, joined, ring, sent, shared, tensor, ulysses
@@ -37,6 +37,9 @@ class Prediction:
     num_idle: int = 0
     """Ranks without a row to run."""
 
+    balance: str = BALANCES[0]
+    """What the stages of a pipeline have alike."""
+
     @property
     def exact(self) -> bool:
         return all(getattr(self.spec, axis) == 1 for axis in APPROXIMATE)
@@ -47,9 +50,10 @@ def predictions(
 ) -> list[Prediction]:
     """All specs that the engine runs on so many ranks: what fits before what doesn't, then by time.
 
-    Equal times: less memory first, then less to send.
+    Equal times: less memory first, then less to send. A pipeline whose stages fit only when they share out weights,
+    not time, does that.
     """
-    found = [predict(network, work, spec, link, device) for spec in specs(network, work, num_ranks)]
+    found = [_fitting(network, work, spec, link, device) for spec in specs(network, work, num_ranks)]
     kept = [prediction for prediction in found if prediction.exact or approximate]
     return sorted(kept, key=lambda p: (not p.fits, round(p.step_s, 6), p.memory.total, p.sent_bytes, str(p.spec)))
 
@@ -83,6 +87,15 @@ def ranking(
     return cost
 
 
+def _fitting(network: Network, work: Work, spec: ParallelSpec, link: Link, device: Device) -> Prediction:
+    """As `predict`, with stages balanced by memory where that makes them fit."""
+    prediction = predict(network, work, spec, link, device)
+    if prediction.fits or spec.pipe == 1:
+        return prediction
+    other = predict(network, dataclasses.replace(work, balance="memory"), spec, link, device)
+    return other if other.fits else prediction
+
+
 def predict(network: Network, work: Work, spec: ParallelSpec, link: Link, device: Device) -> Prediction:
     """The prediction for one spec: of its slowest rank, as the others wait for it."""
     times = [_times(network, work, spec, rank, link, device) for rank in range(spec.num_ranks)]
@@ -102,6 +115,7 @@ def predict(network: Network, work: Work, spec: ParallelSpec, link: Link, device
         memory=worst,
         num_idle=sum(not part_of(network, work, spec, rank).rows for rank in range(spec.num_ranks)),
         fits=worst.total <= device.memory_bytes,
+        balance=work.balance,
     )
 
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from comfy_xdit.parallel.spec import ParallelSpec
+from comfy_xdit.parallel.spec import BALANCES, ParallelSpec
 
 from .arithmetic import read_network
 from .choose import ranking
@@ -22,7 +22,14 @@ Cost = Callable[[ParallelSpec], Any]
 
 
 def cost_on(
-    pool: Pool, path: str, *, latent: tuple[int, int], images: int, chunks: int, element_bytes: int
+    pool: Pool,
+    path: str,
+    *,
+    latent: tuple[int, int],
+    images: int,
+    chunks: int,
+    element_bytes: int,
+    balance: str = BALANCES[0],
 ) -> Cost | None:
     """What a spec costs for the model in the file `path` on this pool's own links and devices.
 
@@ -37,6 +44,11 @@ def cost_on(
         log.info("degrees are chosen by rule, not by cost: %s", error)
         return None
     work = Work(
-        latent=latent, text_tokens=network.text_tokens, images=images, chunks=chunks, element_bytes=element_bytes
+        latent=latent,
+        text_tokens=network.text_tokens,
+        images=images,
+        chunks=chunks,
+        element_bytes=element_bytes,
+        balance=balance,
     )
     return ranking(network, work, *measure(pool))

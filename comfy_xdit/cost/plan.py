@@ -103,6 +103,7 @@ def row(prediction: Prediction, alone: Prediction) -> dict[str, Any]:
         "buffer_bytes": prediction.memory.buffers,
         "memory_bytes": prediction.memory.total,
         "fits": prediction.fits,
+        "balance": prediction.balance,
         "idle_ranks": prediction.num_idle,
     }
 
@@ -138,6 +139,12 @@ def reasons(
             f"{slowest.spec} takes {slowest.step_s / best.step_s:.1f} times as long: "
             f"{_size(slowest.sent_bytes)} a step over {link.name} ({_size(link.bytes_per_s)}/s)"
         )
+    moved = [prediction for prediction in found if prediction.balance == "memory"]
+    if moved:
+        said.append(
+            f"stages of equal time hold unequal weights: {len(moved)} of {len(found)} specs fit "
+            f"{_size(device.memory_bytes)} only with stages of equal weights (balance = memory), which are slower"
+        )
     short = [prediction for prediction in found if not prediction.fits]
     if short:
         said.append(
@@ -159,6 +166,7 @@ def text(result: dict[str, Any], args: argparse.Namespace) -> str:
     for entry in [result["alone"], *result["specs"]]:
         marks = "" if entry["exact"] else "  approximate"
         marks += f"  {entry['idle_ranks']} ranks idle" if entry["idle_ranks"] else ""
+        marks += "  balance = memory" if entry["balance"] == "memory" else ""
         marks += "" if entry["fits"] else "  does not fit"
         lines.append(
             f"{entry['spec']:<32}{entry['step_s']:>8.3g} s{entry['speedup']:>7.2f}x"

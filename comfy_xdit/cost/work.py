@@ -8,10 +8,11 @@ import math
 from collections.abc import Mapping
 
 from comfy_xdit.parallel.sequence import shard_sizes
-from comfy_xdit.parallel.spec import AXES, ParallelSpec
+from comfy_xdit.parallel.spec import AXES, BALANCES, ParallelSpec
 from comfy_xdit.parallel.stages import cost_of, stages
 
-from .arithmetic import TEXT, Network, Streams
+from .arithmetic import TEXT, Network
+from .arithmetic import Part as Block
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,7 +21,7 @@ class Work:
 
     latent: its height and width; element_bytes: of the dtype that is computed in.
     num_evaluations: in the whole job, of which `warmup` are exact with methods that reuse activations.
-    num_patches: of PipeFusion; 0 lets the engine choose.
+    num_patches: of PipeFusion; 0 lets the engine choose. balance: what its stages have alike, one of `BALANCES`.
     """
 
     latent: tuple[int, int]
@@ -31,6 +32,7 @@ class Work:
     num_evaluations: int = 28
     warmup: int = 1
     num_patches: int = 0
+    balance: str = BALANCES[0]
 
     @property
     def rows(self) -> int:
@@ -85,7 +87,7 @@ def part_of(
         left, index[axis] = divmod(left, getattr(spec, axis))
     degree = spec.distri * spec.ring * spec.ulysses
     whole = tokens or work.tokens(network)
-    costs = tuple(_cost(block.multiplied, network.hidden) for block in network.blocks)
+    costs = tuple(_cost(block, network.hidden, work.balance) for block in network.blocks)
     return Part(
         spec=spec,
         index=index,
@@ -100,9 +102,12 @@ def part_of(
     )
 
 
-def _cost(multiplied: Mapping[Streams, int], hidden: int) -> int:
-    image = sum(elements for streams, elements in multiplied.items() if "image" in streams)
-    return cost_of(image, multiplied.get(TEXT, 0), hidden=hidden)
+def _cost(block: Block, hidden: int, balance: str) -> int:
+    """As `stages.block_costs`, from the header."""
+    if balance == "memory":
+        return block.params
+    image = sum(elements for streams, elements in block.multiplied.items() if "image" in streams)
+    return cost_of(image, block.multiplied.get(TEXT, 0), hidden=hidden)
 
 
 @functools.lru_cache(maxsize=64)

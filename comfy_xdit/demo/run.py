@@ -19,14 +19,14 @@ from comfy_xdit.parallel.spec import ModelShape, ParallelSpec, check
 from comfy_xdit.pool.cli_stop import stop
 from comfy_xdit.pool.client import Pool
 from comfy_xdit.pool.devices import describe, parse_devices
+from comfy_xdit.timeline.chrome import chrome_trace
+from comfy_xdit.timeline.picture import timeline
 from comfy_xdit.weights.header import read_header
 from comfy_xdit.weights.lora_file import read_lora
 
 from . import assets
-from .chrome import chrome_trace
 from .pictures import as_pictures, contact_sheet
-from .sampling import Job, Settings, decode, load_model, load_vae, sample
-from .timeline import timeline
+from .sampling import Sampled, Settings, decode, load_model, load_vae, sample
 from .words import PROMPTS
 
 LORA_ID = "outlined"
@@ -40,8 +40,8 @@ class Row:
 
     mode: str
     num_ranks: int
-    plain: Job
-    outlined: Job
+    plain: Sampled
+    outlined: Sampled
 
     @property
     def seconds(self) -> float:

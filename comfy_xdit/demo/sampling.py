@@ -25,6 +25,7 @@ from comfy_xdit.messages import (
     VAEDecode,
 )
 from comfy_xdit.parallel.spec import ParallelSpec
+from comfy_xdit.timeline.job import Job, Step
 
 from . import assets, conditioning
 
@@ -52,25 +53,10 @@ class Settings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Step:
-    """One `Denoise`: when it began and ended, in seconds of the job, and what each rank reported."""
-
-    begin: float
-    end: float
-    reports: tuple[dict[str, Any], ...]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Job:
-    """latents: [prompts, 16, side / 8, side / 8], unscaled; seconds: wall time of the steps.
-
-    began: when, on the clock of the reports' events.
-    """
+class Sampled(Job):
+    """latents: [prompts, 16, side / 8, side / 8], unscaled; each step is one `Denoise`."""
 
     latents: Tensor
-    seconds: float
-    steps: tuple[Step, ...]
-    began: float = 0.0
 
 
 def load_model(ranks: Ranks, spec: ParallelSpec | None = None) -> None:
@@ -101,7 +87,7 @@ def sample(
     patches_id: str = "",
     patches: Sequence[Patch] = (),
     trace: bool = False,
-) -> Job:
+) -> Sampled:
     """All prompts at once, with these patches on the model. Inside one turn: what is held ends with it.
 
     trace: the steps' reports list every collective.
@@ -131,7 +117,7 @@ def sample(
         steps.append(Step(begin=started, end=time.perf_counter() - begin, reports=reports))
     ranks.call_all(Drop(names=[value.name for values in held for value in values.values()]))
     unscaled = latents / assets.SCALE + assets.SHIFT
-    return Job(latents=unscaled, seconds=steps[-1].end, steps=tuple(steps), began=begin)
+    return Sampled(latents=unscaled, seconds=steps[-1].end, steps=tuple(steps), began=begin)
 
 
 def decode(ranks: Ranks, latents: Tensor) -> Tensor:

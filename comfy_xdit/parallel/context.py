@@ -176,6 +176,11 @@ class ParallelContext:
         # dp and cfg are the outermost axes, so a lane's ranks follow one another.
         return self.world_size // (self.spec.dp * self.spec.cfg)
 
+    def begin_evaluation(self, device: torch.device) -> None:
+        """A whole run's next evaluation of the model begins on this rank: a trace shows it."""
+        if self._trace:
+            self.traffic.begin_evaluation(device)
+
     def report(self) -> dict[str, Any]:
         """The job's account so far, as `traffic.account` describes it. Collective over all ranks."""
         return account(

@@ -85,11 +85,15 @@ class _Batch:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Step:
-    """What a stage computes without a look at the sampler: before it `patches` are fetched, then they are done."""
+    """What a stage computes without a look at the sampler: before it `patches` are fetched, then they are done.
+
+    begins: it is its evaluation's first.
+    """
 
     evaluation: Evaluation
     patches: tuple[int, ...]
     computed: list[tuple[_Batch, Segment]]
+    begins: bool
 
 
 class _Pipeline:
@@ -138,6 +142,8 @@ class _Pipeline:
             # Asked for before the computing, so that the next step's messages come beside it.
             following = next(steps, None)
             self._expect(following)
+            if step.begins:
+                self._context.begin_evaluation(self._message.noise.device)
             self._compute(step, previous)
             if following is None or following.evaluation is not evaluation:
                 self._settle()
@@ -179,10 +185,11 @@ class _Pipeline:
             batches = self._batches[self._kinds[number]]
             if evaluation.is_exact:
                 whole = [(batch, WHOLE) for batch in batches]
-                yield _Step(evaluation=evaluation, patches=everything, computed=whole)
+                yield _Step(evaluation=evaluation, patches=everything, computed=whole, begins=True)
             for patch in (None, *everything) if not evaluation.is_exact else ():
                 computed = [(batch, part) for batch in batches for part in batch.segments if part.patch == patch]
-                yield _Step(evaluation=evaluation, patches=() if patch is None else (patch,), computed=computed)
+                done = () if patch is None else (patch,)
+                yield _Step(evaluation=evaluation, patches=done, computed=computed, begins=patch is None)
             if is_end:
                 break
         agreement.close()

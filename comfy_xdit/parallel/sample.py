@@ -73,6 +73,7 @@ def sample(
             if stopped:
                 break
             keys.begin(number)
+            context.begin_evaluation(message.noise.device)
             x = replay.model_input(number)
             outputs = _outputs(model, call, x, conds, context)
             replay.answer(number, outputs)

@@ -18,6 +18,10 @@ MAX_CFG = 2
 """Guidance has a conditional and an unconditional chunk."""
 
 
+BALANCES = ("time", "memory")
+"""What the stages of a pipeline can have alike: the time that they take, or the weights that they hold."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParallelSpec:
     """Degrees of each parallel method; their product is the number of ranks.
@@ -47,13 +51,23 @@ class ParallelSpec:
     def num_ranks(self) -> int:
         return math.prod(self.degrees.values())
 
-    def weights_of(self, rank: int) -> WeightShare:
-        """What part of a model's weights `rank` holds."""
+    def weights_of(self, rank: int, balance: str = BALANCES[0]) -> WeightShare:
+        """What part of a model's weights `rank` holds. balance: what stages have alike.
+
+        Raises ValueError for a balance that is not one of `BALANCES`.
+        """
+        if balance not in BALANCES:
+            raise ValueError(f"stages cannot be balanced by {balance!r}; use {' or '.join(BALANCES)}")
         place, places = rank, {}
         for axis in reversed(AXES):
             place, places[axis] = divmod(place, getattr(self, axis))
         return WeightShare(
-            stage=places["pipe"], num_stages=self.pipe, shard=places["tensor"], num_shards=self.tensor
+            stage=places["pipe"],
+            num_stages=self.pipe,
+            # One stage is the same however it is balanced.
+            balance=balance if self.pipe > 1 else BALANCES[0],
+            shard=places["tensor"],
+            num_shards=self.tensor,
         )
 
     def __str__(self) -> str:
@@ -63,10 +77,14 @@ class ParallelSpec:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightShare:
-    """A rank's part of a model: the blocks of one pipeline stage, and one shard of each weight that is cut."""
+    """A rank's part of a model: the blocks of one pipeline stage, and one shard of each weight that is cut.
+
+    balance: what the stages have alike, one of `BALANCES`.
+    """
 
     stage: int = 0
     num_stages: int = 1
+    balance: str = BALANCES[0]
     shard: int = 0
     num_shards: int = 1
 

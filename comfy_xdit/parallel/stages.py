@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .plan import ModelPlan
+from .spec import BALANCES
 
 TYPICAL_TOKENS = 4096
 """Image tokens of 1024 × 1024 pixels: how much attention counts beside the weights."""  # noqa: RUF001
@@ -52,12 +53,18 @@ def block_paths(module: nn.Module, plan: ModelPlan) -> list[str]:
     return [f"{name}.{i}" for name in plan.blocks for i, _ in enumerate(module.get_submodule(name).children())]
 
 
-def block_costs(module: nn.Module, plan: ModelPlan, *, hidden: int) -> list[int]:
-    """What each block takes of an evaluation's time, in units of its own: see `cost_of`."""
+def block_costs(module: nn.Module, plan: ModelPlan, *, hidden: int, balance: str = BALANCES[0]) -> list[int]:
+    """What each block takes of what stages are to have alike: an evaluation's time, in units of its own (see
+    `cost_of`), or memory, in elements of weights.
+    """
     costs = []
     for path in block_paths(module, plan):
+        weights = dict(module.get_submodule(path).named_parameters())
+        if balance == "memory":
+            costs.append(sum(weight.numel() for weight in weights.values()))
+            continue
         elements = {"image": 0, "text": 0}
-        for name, weight in module.get_submodule(path).named_parameters():
+        for name, weight in weights.items():
             if weight.dim() >= 2 and not name.startswith(plan.once):
                 elements["text" if name.startswith(plan.text_only) else "image"] += weight.numel()
         costs.append(cost_of(elements["image"], elements["text"], hidden=hidden))

@@ -22,6 +22,10 @@ AWAITED, MATCHED, IDLE = 0, 1, 2
 ranks' (who comes early is idle until the last is there), or idle as a whole (nothing to receive yet)."""
 
 
+EVALUATION = "evaluation"
+"""An event without a collective: where one begins on this rank."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Event:
     """One collective of one rank. line: axis, and the first rank on it; begin, end: of the machine's clock, s."""
@@ -49,6 +53,11 @@ class Traffic:
     def line(self, axis: str, ranks: Sequence[int]) -> LineTraffic:
         """The counter of one axis."""
         return LineTraffic(self, (axis, ranks[0]))
+
+    def begin_evaluation(self, device: torch.device) -> None:
+        """An evaluation of the model begins here."""
+        with self.timed(Event(name=EVALUATION, line=("", 0), begin=0.0, end=0.0, kind=AWAITED, num_bytes=0), device):
+            pass
 
     @property
     def events(self) -> list[Event]:
@@ -109,16 +118,17 @@ def account(
     """A job's report: this rank's numbers, and under "ranks" those of all.
 
     Each has seconds (wall), compute_seconds, communication_seconds, idle_seconds (waiting for other ranks),
-    peak_bytes (of the device, or of the process on a CPU; None where it isn't known). bytes_sent, and with
-    `trace` began and events [[name, axis, begin, end, bytes], ...], are this rank's.
+    peak_bytes (of the device, or of the process on a CPU; None where it isn't known). bytes_sent is this rank's, and
+    so are with `trace` began, evaluations [begin, ...] and events [[name, axis, begin, end, bytes], ...]: by
+    rank 0's clock, in seconds.
     lines: the names of all axes. Collective over `world`.
     """
-    events = traffic.events
+    events = [event for event in traffic.events if event.name != EVALUATION]
     end_s = time.perf_counter()
     rows = [[lines.index(e.line[0]) * 2**20 + e.line[1], e.kind, e.begin, e.end] for e in events]
     peak = peak_bytes()
     head = [begin_s, end_s, -1.0 if peak is None else float(peak), float(len(rows))]
-    heads, tables = _gathered(head, rows, world)
+    heads, tables, ahead = _gathered(head, rows, world)
     ranks = []
     for place, ((begin, end, held, _), table) in enumerate(zip(heads.tolist(), tables, strict=True)):
         idle = idle_seconds(tables, place)
@@ -135,8 +145,9 @@ def account(
     own = 0 if world is None else dist.get_rank(world)
     report = {**ranks[own], "bytes_sent": dict(traffic.bytes), "ranks": ranks}
     if trace:
-        report["began"] = begin_s
-        report["events"] = [[e.name, e.line[0], e.begin, e.end, e.num_bytes] for e in events]
+        report["began"] = begin_s + ahead
+        report["evaluations"] = [event.begin + ahead for event in traffic.events if event.name == EVALUATION]
+        report["events"] = [[e.name, e.line[0], e.begin + ahead, e.end + ahead, e.num_bytes] for e in events]
     return report
 
 
@@ -163,12 +174,12 @@ def peak_bytes() -> int | None:
 
 def _gathered(
     head: list[float], rows: list[list[float]], world: dist.ProcessGroup | None
-) -> tuple[Tensor, list[Tensor]]:
-    """Every rank's head and table, their times brought to this machine's clock."""
+) -> tuple[Tensor, list[Tensor], float]:
+    """Every rank's head and table, their times brought to this machine's clock; and how far rank 0's is ahead of it."""
     own = torch.tensor(head, dtype=torch.float64)
     table = torch.tensor(rows, dtype=torch.float64).view(-1, 4)
     if world is None:
-        return own[None], [table]
+        return own[None], [table], 0.0
     heads = own.new_empty((dist.get_world_size(world), len(head)))
     dist.all_gather(list(heads.unbind(0)), own, group=world)
     # All leave the all-gather at one time, more or less.
@@ -186,7 +197,7 @@ def _gathered(
         found = whole[rank, 1 : 1 + 4 * length].view(length, 4)
         found[:, 2:] -= skew
         tables.append(found)
-    return heads, tables
+    return heads, tables, float(skews[0])
 
 
 def idle_seconds(tables: list[Tensor], place: int) -> float:

@@ -41,9 +41,9 @@ def load(message: LoadModel, device: torch.device | str, *, rank: int = 0) -> Re
     family = FAMILIES.get(message.family)
     if family is None:
         raise ValueError(f"unknown family {message.family!r}; known are {', '.join(FAMILIES)}")
-    file = MappedFile(message.path)
+    file, share = MappedFile(message.path), message.spec.weights_of(rank, message.balance)
     try:
-        return ResidentModel(message, family, file, torch.device(device), message.spec.weights_of(rank))
+        return ResidentModel(message, family, file, torch.device(device), share)
     except ValueError as error:
         raise ValueError(f"{os.path.basename(message.path)}: {error}") from None
 
@@ -89,7 +89,8 @@ class ResidentModel:
         self._unpatched = self._buffers | _loose_parameters(self.module)
         self.block_paths = block_paths(self.module, family.plan)
         hidden = self.config["num_attention_heads"] * self.config["attention_head_dim"]
-        self.stages = stages(block_costs(self.module, family.plan, hidden=hidden), share.num_stages)
+        costs = block_costs(self.module, family.plan, hidden=hidden, balance=share.balance)
+        self.stages = stages(costs, share.num_stages)
         self._regions = self._own_regions(self._leave_out_other_stages())
         for target in self._regions:
             self._put(target, self._base(target))

@@ -42,6 +42,7 @@ class FakePool:
         return {}
 
     def on_LoadModel(self, message):
+        self.loaded = message
         if message.model not in self.models:
             storage, compute = (getattr(torch, n) for n in (message.storage_dtype, message.compute_dtype))
             patcher = tiny.load(message.path, storage, compute)

@@ -5,13 +5,14 @@ Format: "Trace Event Format", https://docs.google.com/document/d/1CvAClvFfyA5R-P
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
-from .sampling import Job
+from .job import Job
 
 
-def chrome_trace(jobs: dict[str, Job]) -> dict[str, Any]:
+def chrome_trace(jobs: Mapping[str, Job]) -> dict[str, Any]:
     """The trace as JSON's objects. Steps whose reports list no collectives have their wall time only."""
     events: list[dict[str, Any]] = []
     for number, (title, job) in enumerate(jobs.items()):
@@ -23,7 +24,7 @@ def chrome_trace(jobs: dict[str, Job]) -> dict[str, Any]:
                 report = entry.reports[rank]
                 begin = report["began"] - job.began if "began" in report else entry.begin
                 spans = [(f"step {step + 1}", begin, begin + report["seconds"], _counts(report))]
-                spans += _collectives(report, job.began)
+                spans += [*_evaluations(report, job.began), *_collectives(report, job.began)]
                 events += [_complete(number, rank, *span) for span in spans]
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
@@ -31,6 +32,13 @@ def chrome_trace(jobs: dict[str, Job]) -> dict[str, Any]:
 def _counts(report: dict[str, Any]) -> dict[str, Any]:
     names = ("compute_seconds", "communication_seconds", "idle_seconds", "peak_bytes", "bytes_sent")
     return {name: report[name] for name in names if name in report}
+
+
+def _evaluations(report: dict[str, Any], began: float) -> Iterator[tuple[str, float, float, dict[str, Any]]]:
+    """Of a whole run: from where each begins on this rank to where the next one does."""
+    marks = [*report.get("evaluations", ()), report.get("began", 0.0) + report["seconds"]]
+    for number, (begin, end) in enumerate(pairwise(marks)):
+        yield f"evaluation {number + 1}", begin - began, end - began, {}
 
 
 def _collectives(report: dict[str, Any], began: float) -> Iterator[tuple[str, float, float, dict[str, Any]]]:

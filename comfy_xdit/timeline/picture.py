@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from PIL import Image, ImageDraw
 
-from .sampling import Job
+from .job import Job
 
 WIDTH, LEFT, ROW, GAP, TOP = 1000, 150, 18, 14, 40
 COMPUTE, TALK, IDLE, LINE = (44, 98, 207), (240, 147, 43), (214, 214, 214), (200, 200, 200)
 
 
-def timeline(jobs: dict[str, Job]) -> Image.Image:
+def timeline(jobs: Mapping[str, Job]) -> Image.Image:
     """One band for each job, in it one row for each rank: computing and communicating, in every step.
 
+    A line marks where a step, or a whole run's evaluation, begins on the rank.
     Where the reports list every collective, each is drawn in its place; else what alternates many times in a
     step is drawn as its shares. What is left white is the way from the client to the workers and back, and
     waiting there.
@@ -48,8 +49,8 @@ def _rank(pen: ImageDraw.ImageDraw, job: Job, rank: int, top: int, scale: float)
                 pen.rectangle(
                     (LEFT + begin * scale, top + 2, LEFT + end * scale, top + ROW - 3), fill=colour
                 )
-        start = LEFT + step.begin * scale
-        pen.line((start, top, start, top + ROW - 1), fill=LINE)
+        for mark in (step.begin, *(begin - job.began for begin in report.get("evaluations", ()))):
+            pen.line((LEFT + mark * scale, top, LEFT + mark * scale, top + ROW - 1), fill=LINE)
 
 
 def _spans(report: dict[str, Any], begin: float, began: float) -> Iterator[tuple[float, float, tuple[int, int, int]]]:
