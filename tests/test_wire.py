@@ -7,6 +7,7 @@ import tiny
 from ranks import Ranks, tiny_call
 
 from comfy_xdit.bench.program import euler
+from comfy_xdit.bench.wire import SUBJECTS, wire
 from comfy_xdit.cost.arithmetic import read_network
 from comfy_xdit.cost.formulas import sent
 from comfy_xdit.cost.job import sent_in_job
@@ -144,3 +145,10 @@ def test_the_times_of_every_rank_are_told(ranks, checkpoint):
         assert sent == sum(report["bytes_sent"].values())
         inside = [(begin, end) for _, _, begin, end, _ in report["events"]]
         assert all(report["began"] <= begin <= end for begin, end in inside)
+
+
+@pytest.mark.parametrize("family", SUBJECTS)
+def test_the_command_measures_each_family(family):
+    rows = wire(num_ranks=2, family=family)["rows"]
+    assert {row["method"] for row in rows} >= {"pipe=2", "distri=2", "ring=2", "ulysses=2", "tensor=2"}
+    assert all(row["every_rank_equal"] and row["measured_bytes"] > 0 for row in rows)

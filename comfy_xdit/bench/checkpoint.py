@@ -61,11 +61,13 @@ class FluxSize:
         return shapes
 
 
-def random_flux(size: FluxSize, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Tensor]:
+def random_weights(
+    shapes: dict[str, tuple[int, ...]], *, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> dict[str, Tensor]:
     """Weights that keep activations near unit variance: matrices ~ N(0, 0.5 / columns), norms one, biases small."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
-    for key, shape in size.shapes().items():
+    for key, shape in shapes.items():
         if key.endswith(".scale"):
             weights[key] = torch.ones(shape, dtype=dtype)
         else:
@@ -75,8 +77,8 @@ def random_flux(size: FluxSize, *, dtype: torch.dtype = torch.float32, seed: int
 
 
 def write_flux(path: Path, size: FluxSize, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
-    """Write `random_flux` to `path` and return it."""
-    save_file(random_flux(size, dtype=dtype, seed=seed), str(path))
+    """Write a random model to `path` and return it."""
+    save_file(random_weights(size.shapes(), dtype=dtype, seed=seed), str(path))
     return path
 
 

@@ -6,8 +6,11 @@ import argparse
 import dataclasses
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from comfy_xdit.cost.arithmetic import Network, read_network
 from comfy_xdit.cost.document import TABLE, bytes_sent
@@ -19,6 +22,7 @@ from comfy_xdit.pool.client import Pool
 
 from .bench_pool import bench_pool
 from .checkpoint import FluxSize, random_call, write_flux
+from .pixart import PixArtSize, pixart_call, write_pixart
 from .program import whole_run
 from .show import json_argument, show
 
@@ -27,29 +31,44 @@ NUM_EVALUATIONS = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Size:
-    """A Flux whose heads, tokens and text no degree divides evenly, so that a wrong rounding shows."""
+class Subject:
+    """A model and a call of it whose tokens and text no degree divides evenly, so that a wrong rounding shows.
 
-    flux: FluxSize = dataclasses.field(
-        default_factory=lambda: FluxSize(hidden=96, head_dim=16, double_blocks=2, single_blocks=3)
-    )
-    tokens: int = 35
-    text_tokens: int = 13
+    write: makes the model's file. call: rows of the batch → arguments of ComfyUI's model.
+    """
+
+    write: Callable[[Path], Path]
+    call: Callable[[int], dict[str, Tensor]]
 
 
-def wire(*, num_ranks: int = 2, size: Size | None = None) -> dict[str, Any]:
+FLUX = FluxSize(hidden=96, head_dim=16, double_blocks=2, single_blocks=3)
+PIXART = PixArtSize(heads=6, blocks=5)
+
+SUBJECTS = {
+    "flux": Subject(
+        write=lambda path: write_flux(path, FLUX),
+        call=lambda batch: random_call(FLUX, tokens=35, text_tokens=13, batch=batch),
+    ),
+    "pixart": Subject(
+        write=lambda path: write_pixart(path, PIXART),
+        call=lambda batch: pixart_call(PIXART, rows=5, columns=29, text_tokens=13, batch=batch),
+    ),
+}
+"""By the family's name."""
+
+
+def wire(*, num_ranks: int = 2, family: str = "flux") -> dict[str, Any]:
     """A row for each method on `num_ranks` ranks, and for products of two where there are four or more."""
-    size = size or Size()
     with tempfile.TemporaryDirectory() as folder, bench_pool(num_ranks) as pool:
-        path = str(write_flux(Path(folder) / "wire.safetensors", size.flux))
+        path = str(SUBJECTS[family].write(Path(folder) / "wire.safetensors"))
         network = read_network(path)
         specs = [spec for spec in candidates(num_ranks) if not check(spec, num_ranks=num_ranks, shape=network.shape)]
-        rows = [_row(pool, path, network, size, spec) for spec in specs]
+        rows = [_row(pool, path, network, family, spec) for spec in specs]
     return {
         "compared": (
             f"bytes that the busiest of {num_ranks} ranks sends, in one evaluation or in {NUM_EVALUATIONS} of a "
-            f"sampling run, of a Flux of {size.flux.hidden} x {network.num_attentions}, {size.tokens} + "
-            f"{size.text_tokens} tokens in fp32: measured, our formula, and the document's"
+            f"sampling run, of a {network.title} of {network.hidden} x {network.num_attentions} in fp32, with tokens "
+            "that no degree divides: measured, our formula, and the document's"
         ),
         "rows": rows,
     }
@@ -65,18 +84,16 @@ def candidates(num_ranks: int) -> list[ParallelSpec]:
     return alone + [ParallelSpec(**{one: 2, two: half}) for one, two in pairs]
 
 
-def _row(pool: Pool, path: str, network: Network, size: Size, spec: ParallelSpec) -> dict[str, Any]:
+def _row(pool: Pool, path: str, network: Network, family: str, spec: ParallelSpec) -> dict[str, Any]:
     chunks = spec.cfg
-    call = random_call(size.flux, tokens=size.tokens, text_tokens=size.text_tokens, batch=chunks * spec.dp)
-    height, width = call["x"].shape[-2:]
-    work = Work(
-        latent=(height, width), text_tokens=size.text_tokens, images=spec.dp, chunks=chunks, element_bytes=4
-    )
+    call = SUBJECTS[family].call(chunks * spec.dp)
+    (height, width), text_tokens = call["x"].shape[-2:], call["context"].shape[1]
+    work = Work(latent=(height, width), text_tokens=text_tokens, images=spec.dp, chunks=chunks, element_bytes=4)
     load = LoadModel(
         model=MODEL,
         path=path,
         prefix="",
-        family="flux",
+        family=family,
         storage_dtype="float32",
         compute_dtype="float32",
         spec=spec,
@@ -102,7 +119,7 @@ def compare(results: list[Result], network: Network, work: Work, spec: ParallelS
     used = [axis for axis, degree in spec.degrees.items() if degree > 1]
     document = None
     if len(used) == 1 and used[0] in TABLE:
-        tokens = sum(work.tokens(network).values())
+        tokens = sum(count for stream, count in work.tokens(network).items() if stream in network.cut)
         document = bytes_sent(
             used[0],
             tokens=tokens * work.rows * work.num_evaluations,
@@ -128,10 +145,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     json_argument(parser)
     parser.add_argument("--ranks", type=int, default=2, help="CPU ranks (default: 2)")
+    parser.add_argument("--family", choices=SUBJECTS, default="flux", help="of the model (default: flux)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print; 1 when a rank sent other bytes than the formula says."""
-    result = wire(num_ranks=args.ranks)
+    result = wire(num_ranks=args.ranks, family=args.family)
     show(result, as_json=args.json)
     return int(not all(row["every_rank_equal"] for row in result["rows"]))
