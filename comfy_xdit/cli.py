@@ -20,6 +20,7 @@ from .pool.errors import PoolError
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("comfy_xdit.demo.run", "sample a tiny Flux on one rank and on all, and compare"),
     "pool start": ("comfy_xdit.pool.cli_start", "start a pool of workers, one process per device"),
+    "pool join": ("comfy_xdit_worker.join", "be a worker of a pool on several machines; run by torchrun"),
     "pool status": ("comfy_xdit.pool.cli_status", "show a pool's ranks, models, queue and state"),
     "bench overhead": ("comfy_xdit.bench.overhead", "one rank through the pool against the same model in-process"),
     "bench scaling": ("comfy_xdit.bench.scaling", "each parallel method against one thread and N threads"),

@@ -37,6 +37,7 @@ class LoadModel(Message):
     storage_dtype, compute_dtype: torch names ("bfloat16"); they differ for fp8 weights.
     spec: with which degrees it will run; pipe and tensor (and which rank stands where on them) count here.
     balance: what the stages of a pipeline have alike, "time" or "memory".
+    fingerprint: of the file as the client has it (`weights.fingerprint`), for ranks on other machines; "": unchecked.
     """
 
     model: str
@@ -47,6 +48,7 @@ class LoadModel(Message):
     compute_dtype: str
     spec: ParallelSpec = dataclasses.field(default_factory=ParallelSpec)
     balance: str = BALANCES[0]
+    fingerprint: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -29,12 +29,27 @@ MARGIN_BYTES = 64 * 2**20
 """Left free: others keep their own things in shared memory, and a full one kills them."""
 
 
+MODEL_WAY_OUT = "load it with Load Diffusion Model (xDiT)"
+
+
+def require_reachable(pool: Any, path: str, *, what: str, way_out: str) -> None:
+    """Raises ValueError when weights that were exported are for a pool with ranks on other machines.
+
+    what, way_out: for the sentence.
+    """
+    if pool.network is not None and Path(path).resolve().parent == _folder(SHARED_MEMORY).resolve():
+        raise ValueError(
+            f"pool {pool.name!r} is on {pool.network.num_machines} machines, and this {what} has no file that each of "
+            f"them could read, only a copy in this machine's shared memory; {way_out}"
+        )
+
+
 def export(owner: Any, weights: dict[str, Tensor], root: Path = SHARED_MEMORY) -> Checkpoint:
     """The checkpoint of `weights` in shared memory; removed when `owner` is collected, or at exit.
 
     Raises ValueError, in one sentence, when there is no room or the weights' type is not known.
     """
-    way_out = "load it with Load Diffusion Model (xDiT), which needs no copy"
+    way_out = f"{MODEL_WAY_OUT}, which needs no copy"
     return open_checkpoint(str(export_file(owner, weights, what="MODEL", way_out=way_out, root=root)))
 
 
@@ -89,13 +104,17 @@ def _private_folder(root: Path, what: str, way_out: str) -> Path:
         raise ValueError(
             f"this {what} has no file that the workers could read, and this machine has no {root}; {way_out}"
         )
-    folder = root / f"comfy-xdit-{os.getuid()}"
+    folder = _folder(root)
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
     status = folder.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise ValueError(f"{folder} is not a private folder of this user; remove it")
     return folder
+
+
+def _folder(root: Path) -> Path:
+    return root / f"comfy-xdit-{os.getuid()}"
 
 
 def _remove_leftovers(folder: Path) -> None:

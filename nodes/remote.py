@@ -21,6 +21,7 @@ from torch import Tensor
 from comfy_xdit import messages as m
 from comfy_xdit.parallel.spec import ParallelSpec
 from comfy_xdit.pool.errors import PoolError
+from comfy_xdit.weights.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from comfy_xdit_nodes.trajectory import Job
@@ -174,6 +175,8 @@ class RemoteModel:
 
 def _made_resident(pool: Pool, message: m.LoadModel) -> dict[str, Any]:
     """The model's status on the workers; what else they hold makes room for it when it must."""
+    if pool.network is not None:
+        message = dataclasses.replace(message, fingerprint=fingerprint(message.path))
     try:
         return pool.call(message, poll=poll).value
     except PoolError as error:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from comfy_xdit_nodes.export import MODEL_WAY_OUT, require_reachable
 from comfy_xdit_nodes.pool import connect
 from comfy_xdit_nodes.refuse import refuse_inside
 from torch import Tensor
@@ -28,6 +29,7 @@ def sample_on_pool(executor: Any, *args: Any, **kwargs: Any) -> Any:
     refuse_inside(patcher, guider.model_options, guider.conds)
     load = patcher.load_message()
     pool = connect(patcher.setting)
+    require_reachable(pool, load.model.path, what="MODEL", way_out=f"{MODEL_WAY_OUT}, from a path that each has")
     choose = chooser(pool, patcher.setting.requested, patcher.model.checkpoint, noise=args[0], load=load.model)
     spec = choose(count_chunks(guider))
     choose = keeping_weights(choose, spec)

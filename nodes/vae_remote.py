@@ -12,7 +12,7 @@ import comfy.ldm.models.autoencoder as autoencoder
 import comfy.model_management
 import comfy.sd
 import torch
-from comfy_xdit_nodes.export import export_file
+from comfy_xdit_nodes.export import export_file, require_reachable
 from comfy_xdit_nodes.patcher import RemotePatcher
 from comfy_xdit_nodes.pool import PoolSetting, connect
 from comfy_xdit_nodes.remote import poll
@@ -79,6 +79,7 @@ class RemoteVAE:
         for gone in _known.take_gone():
             gone.unload()
         pool = connect(setting)
+        require_reachable(pool, self.load.path, what="VAE", way_out=f"{WAY_OUT}, or a pool of this machine")
         comfy.model_management.load_models_gpu([self._patcher])
         with pool.turn(poll=poll):
             self._pools[pool.name] = pool

@@ -282,7 +282,11 @@ def test_a_pool_measures_itself_once(tmp_path, monkeypatch):
     asked = []
 
     class Pool:
-        name, devices = "probed", ["cpu", "cpu"]
+        name, devices, network = "probed", ["cpu", "cpu"], None
+        machines = ("a", "b")
+
+        def status(self):
+            return {"ranks": [{"machine": name, "device": "cpu"} for name in self.machines]}
 
         def call(self, message, timeout_s=None):
             asked.append(message)
@@ -300,6 +304,11 @@ def test_a_pool_measures_itself_once(tmp_path, monkeypatch):
     Pool.devices = ["cpu", "cpu", "cpu"]
     measured.measure(Pool())
     assert len(asked) == 2
+    # On several machines, their names tell whether they are the same ones.
+    Pool.network = object()
+    for Pool.machines, num_asked in ((("a", "b"), 3), (("a", "b"), 3), (("a", "c"), 4)):
+        measured.measure(Pool())
+        assert len(asked) == num_asked
 
 
 def test_ranks_probe_together():

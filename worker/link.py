@@ -45,6 +45,9 @@ class Link:
         try:
             while True:
                 for order in self._wire.wait(60.0):
+                    if order.get("type") == "end":
+                        # The pool was stopped: with this status torchrun ends too, and starts nobody anew.
+                        os._exit(0)
                     if self.on_order is not None:
                         self.on_order(order)
         except (ConnectionError, ValueError):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from comfy_xdit.messages import Failure, Message, Result, decode, encode
+from comfy_xdit.pool.network import LOOPBACK
 from comfy_xdit.pool.rpc import ASIDE, Group, Place, TurnEnded
 
 from .link import Link
@@ -57,8 +58,12 @@ class Job:
 class Loop:
     """Runs a service's messages and the door's orders."""
 
-    def __init__(self, *, pool: str, rank: int, world_size: int, service: Service, link: Link) -> None:
+    def __init__(
+        self, *, pool: str, rank: int, world_size: int, service: Service, link: Link, interface: str = LOOPBACK
+    ) -> None:
+        """interface: where this process listens for its client."""
         self._pool, self._rank, self._world_size = pool, rank, world_size
+        self._interface = interface
         self._service, self._link = service, link
         self._inbox: queue.SimpleQueue[Job | Order] = queue.SimpleQueue()
         self._early: dict[int, Job] = {}
@@ -133,11 +138,12 @@ class Loop:
             self._group = None
             self._service.forget_client()
 
-    def _join(self, generation: int, store: Any) -> None:
+    def _join(self, generation: int, store: str) -> None:
         place = Place(
             pool=self._pool,
             generation=generation,
             store=store,
+            interface=self._interface,
             rank=self._rank + 1,
             num_processes=self._world_size + 1,
         )

@@ -7,6 +7,7 @@ same order on every rank: so collectives line up without a lock.
 from __future__ import annotations
 
 import dataclasses
+import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
@@ -108,11 +109,28 @@ class Service:
         if self._layouts.get(key) != layout:
             from comfy_xdit.weights.resident import load
 
+            self._check_file(message.path, message.fingerprint)
             self._forget([key])  # first, so that there are never two in memory
             self._models[key] = load(message, self.device, rank=self.rank)
             self._layouts[key] = layout
         self._loads[key] = message
         return m.Result(value=self._model_status(key, self._models[key]))
+
+    def _check_file(self, path: str, fingerprint: str = "") -> None:
+        """Raises ValueError when this machine has no such file, or another one under its name."""
+        from comfy_xdit.weights.fingerprint import fingerprint as fingerprint_of
+
+        here = f"rank {self.rank}, on {socket.gethostname()},"
+        try:
+            with open(path, "rb"):
+                pass
+        except OSError as error:
+            raise ValueError(
+                f"{here} can't open {path} ({error.strerror}); every machine of a pool reads a model from the same "
+                "path, so put the file there"
+            ) from None
+        if fingerprint and fingerprint_of(path) != fingerprint:
+            raise ValueError(f"{here} has another file as {path} than ComfyUI's machine; copy that one there")
 
     def _layout(self, spec: ParallelSpec, balance: str) -> list[WeightShare]:
         """Which part of a model each rank holds."""
@@ -157,6 +175,7 @@ class Service:
         if message.vae not in self._vaes:
             from comfy_xdit.vae import load_vae
 
+            self._check_file(message.path)
             self._vaes[message.vae] = load_vae(message, self.device)
             self._loads[message.vae] = message
         return m.Result()

@@ -28,10 +28,11 @@ def measure(pool: Pool) -> tuple[Link, Device]:
     Raises PoolError when the pool cannot.
     """
     found = _read(pool.name)
-    if found is None or found["devices"] != _key(pool.devices):
+    if found is None or found["ranks"] != _key(pool):
         log.info("pool %r measures its links and devices", pool.name)
         value = pool.call(Probe(), timeout_s=LIMIT_S).value
-        found = {"devices": _key(pool.devices), "measured": value}
+        # Now all machines are there.
+        found = {"ranks": _key(pool), "measured": value}
         _file(pool.name).write_text(json.dumps(found, indent=2))
     return _as_link(pool.name, found)
 
@@ -44,8 +45,11 @@ def read(name: str) -> tuple[Link, Device]:
     return _as_link(name, found)
 
 
-def _key(devices: list[str]) -> list[str]:
-    return [platform.node(), *devices]
+def _key(pool: Pool) -> list[list[str]]:
+    """The machine and the device of each rank."""
+    if pool.network is None:
+        return [[platform.node(), device] for device in pool.devices]
+    return [[rank.get("machine", ""), rank["device"]] for rank in pool.status()["ranks"]]
 
 
 def _file(name: str) -> Path:
@@ -73,6 +77,6 @@ def _as_link(name: str, found: dict[str, Any]) -> tuple[Link, Device]:
         rates=rates,
     )
     device = Device(
-        name=found["devices"][1].split(":")[0], flops_per_s=value["flops_per_s"], memory_bytes=value["memory_bytes"]
+        name=found["ranks"][0][1].split(":")[0], flops_per_s=value["flops_per_s"], memory_bytes=value["memory_bytes"]
     )
     return link, device

@@ -10,6 +10,7 @@ from typing import Any
 from .client import Pool, status
 from .devices import describe
 from .errors import PoolError
+from .network import DOOR_PORT, Network, network_on
 
 POLL_S = 0.1
 
@@ -18,6 +19,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     parser.add_argument("--devices", default="auto", help="auto, cuda, cuda:0,1 or cpu:2 (default: auto)")
     parser.add_argument("--name", default="default", help="name of the pool (default: default)")
+    parser.add_argument("--nodes", type=int, default=1, help="machines, each with --devices (default: 1, this one)")
+    parser.add_argument("--interface", help="with --nodes: this machine's interface to the others, e.g. eth0")
+    parser.add_argument(
+        "--port", type=int, default=DOOR_PORT, help=f"with --nodes: that workers come to (default: {DOOR_PORT})"
+    )
     parser.add_argument(
         "--service", help="module:Class that the workers run instead of their own (for tests)"
     )
@@ -25,14 +31,23 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Start the pool if it does not run, and return when its workers are up."""
-    options = {"path": tuple(args.path), **({"service": args.service} if args.service else {})}
+    """Start the pool if it does not run, and return when its workers are up.
+
+    A pool on several machines is left waiting for them, with what is to be run on each.
+    """
+    options: dict[str, Any] = {"path": tuple(args.path), "network": network_of(args)}
+    if args.service:
+        options["service"] = args.service
     pool = Pool.connect(args.name, args.devices, start=True, **options)
     try:
+        missing = status(args.name)["missing"]
+        if pool.network is not None and missing:
+            sys.stdout.write(f"{missing_on(pool.network, pool.num_ranks, missing)}\n")
+            return 0
         started = time.monotonic()
         found = wait_until_up(args.name)
         sys.stdout.write(
-            f"pool {args.name!r}: {len(found['ranks'])} workers on {describe(pool.devices)}, "
+            f"pool {args.name!r}: {len(found['ranks'])} workers on {describe(pool.devices, pool.network)}, "
             f"up after {time.monotonic() - started:.1f} s; log: {found['log']}\n"
         )
         if not args.service:
@@ -40,6 +55,26 @@ def run(args: argparse.Namespace) -> int:
     finally:
         pool.close()
     return 0
+
+
+def network_of(args: argparse.Namespace) -> Network | None:
+    """What --nodes, --interface and --port say. Raises PoolError for what makes no network."""
+    if args.nodes == 1 and args.interface is None:
+        return None
+    return network_on(args.interface or "", num_machines=args.nodes, port=args.port)
+
+
+def missing_on(network: Network, num_ranks: int, missing: str) -> str:
+    """Who is missing, and the command for each machine."""
+    num_devices = num_ranks // network.num_machines
+    commands = (f"  {network.torchrun(num_devices, machine)}" for machine in range(network.num_machines))
+    return "\n".join(
+        [
+            missing.partition(";")[0] + "; run on these machines, this one too, one command each "
+            "(from a checkout: in its folder), with the torchrun of a Python that has comfy-xdit:",
+            *commands,
+        ]
+    )
 
 
 def measured_now(pool: Pool) -> None:
@@ -57,6 +92,8 @@ def wait_until_up(name: str) -> dict[str, Any]:
         found = status(name)
         if found["state"] in ("ready", "busy"):
             return found
+        if found["missing"]:
+            raise PoolError(found["missing"])
         if found["state"] == "failing":
             raise PoolError(
                 f"the workers of pool {name!r} fail to start ({found['last_error'] or 'they end at once'}); "

@@ -10,6 +10,7 @@ from typing import Any
 
 from .client import status
 from .devices import describe
+from .network import Network
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,8 +29,9 @@ def run(args: argparse.Namespace) -> int:
 def render(found: dict[str, Any]) -> str:
     """The status as a few lines and a table with one line per rank."""
     client = found["client"]
+    network = Network(**found["network"]) if found["network"] else None
     lines = [
-        f"pool {found['name']!r} is {found['state']}, on {describe(found['devices'])}, "
+        f"pool {found['name']!r} is {found['state']}, on {describe(found['devices'], network)}, "
         f"for {_duration(found['uptime_s'])}; {found['num_restarts']} restarts",
         f"generation {found['generation']}, client "
         + ("none" if client is None else f"pid {client['pid']}{' (in a turn)' if client['in_turn'] else ''}")
@@ -38,6 +40,8 @@ def render(found: dict[str, Any]) -> str:
     ]
     if found["last_error"]:
         lines.append(f"last error: {found['last_error']}")
+    if found["missing"]:
+        lines.append(found["missing"])
     lines += [_rank_line(rank) for rank in found["ranks"]]
     return "\n".join(lines) + "\n"
 
@@ -49,8 +53,9 @@ def _rank_line(rank: dict[str, Any]) -> str:
         memory += f", {held:.1f} of {total:.0f} GiB on the device"
     resident = [_model(model) for model in rank.get("models") or ()]
     resident += [f"VAE {_file(key)}" for key in rank.get("vaes") or ()]
+    machine = f"{rank['machine']:<16}" if "machine" in rank else ""
     return (
-        f"  rank {rank['rank']}  {rank['device']:<8} pid {rank['pid'] or '-':<8} {rank['state']:<9}"
+        f"  rank {rank['rank']}  {machine}{rank['device']:<8} pid {rank['pid'] or '-':<8} {rank['state']:<9}"
         f"{memory}  {', '.join(resident) or 'nothing resident'}"
     )
 

@@ -43,12 +43,15 @@ def stop(name: str = "default") -> int:
     if not folder.door.exists():
         raise ConnectionError(f"no pool {name!r} runs")
     pids: list[int] = []
+    num_workers = 0
     with contextlib.suppress(PoolError, KeyError):
         found = status(name)
-        pids = [rank["pid"] for rank in found["ranks"] if rank["pid"]]
+        workers = [rank["pid"] for rank in found["ranks"] if rank["pid"]]
         supervisor = int(found["pid"])
         _ask_to_stop(name, supervisor)
-        pids.append(supervisor)
+        # The supervisor waits for workers on other machines itself, and pids there say nothing here.
+        pids = [*([] if found.get("network") else workers), supervisor]
+        num_workers = len(workers)
     deadline = time.monotonic() + STOP_TIMEOUT_S
     while time.monotonic() < deadline:
         with folder.try_lock("alive") as free:
@@ -56,7 +59,7 @@ def stop(name: str = "default") -> int:
                 folder.clear()
                 if not pids:
                     raise ConnectionError(f"no pool {name!r} runs")
-                return len(pids) - 1
+                return num_workers
         time.sleep(POLL_S)
     raise PoolError(f"pool {name!r} did not end in {STOP_TIMEOUT_S:.0f} s; see {folder.log}")
 

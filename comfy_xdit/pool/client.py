@@ -13,7 +13,8 @@ from typing import Any
 from ..messages import Failure, Message, Result, decode, encode
 from .errors import PoolError
 from .folder import pool_folder
-from .rpc import ASIDE, Group, Place, TurnEnded, require_available
+from .network import LOOPBACK, Network
+from .rpc import ASIDE, Group, Place, TurnEnded, require_available, require_interface
 from .start import POLL_S, Poll, reach, say
 from .verdict import groups_survive, worst
 from .wire import Wire
@@ -54,7 +55,7 @@ class Pool:
         """The pool `name`, started on `devices` when none runs and `start`.
 
         devices: "auto" (a running pool as it is; else all CUDA devices; else one process per core, at most
-        4), "cuda:0,1", "cpu:2". options: `service` and `path` of `start.spawn`.
+        4), "cuda:0,1", "cpu:2". options: `service`, `path` and `network` of `start.spawn`.
         Raises PoolError.
         """
         require_available()
@@ -70,6 +71,12 @@ class Pool:
     @property
     def num_ranks(self) -> int:
         return len(self._about["devices"])
+
+    @property
+    def network(self) -> Network | None:
+        """Between the machines of the pool; None where it is on this machine alone."""
+        fields = self._about["network"]
+        return None if fields is None else Network(**fields)
 
     def status(self) -> dict[str, Any]:
         """What `comfy-xdit pool status --json` shows; any thread may ask, during a job too."""
@@ -143,6 +150,7 @@ class Pool:
     def _wait_for_grant(self, poll: Poll) -> None:
         wire = self._wire
         assert wire is not None
+        require_interface(self.network.interface if self.network else LOOPBACK)
         self._settle_join(poll)
         if self._group is not None and not self._group.is_current:
             self._group = None
@@ -174,6 +182,7 @@ class Pool:
             pool=self.name,
             generation=message["generation"],
             store=message["store"],
+            interface=message["interface"],
             rank=0,
             num_processes=self.num_ranks + 1,
         )

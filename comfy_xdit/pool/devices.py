@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .network import Network
 
 MAX_AUTO_CPU_RANKS = 4
 MAX_CPU_RANKS = 64
@@ -69,8 +73,11 @@ def _cuda_indices(text: str, rest: str, num_cuda: int) -> list[int]:
     return indices
 
 
-def describe(devices: list[str]) -> str:
-    """The text that `parse_devices` turns into `devices`."""
+def describe(devices: list[str], network: Network | None = None) -> str:
+    """The text that `parse_devices` turns into `devices`; for several machines, that of each and how many."""
+    if network is not None:
+        own = devices[: len(devices) // network.num_machines]
+        return f"{describe(own)} of each of {network.num_machines} machines at {network.door} ({network.interface})"
     if all(device == "cpu" for device in devices):
         return f"cpu:{len(devices)}"
     return "cuda:" + ",".join(device.removeprefix("cuda:") for device in devices)

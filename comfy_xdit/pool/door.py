@@ -1,21 +1,23 @@
 """The pool's door: a unix socket where clients take turns and workers report.
 
+Workers of other machines report over TCP, where nothing but their greeting is taken from a newcomer.
 One thread owns all of the state. It moves no tensors: those go from the client to the workers over RPC.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import selectors
-import socket
 import time
 from collections.abc import Callable
 from typing import Any
 
+from .connections import Connections, Line, listener_at, listener_on
 from .folder import PoolFolder
+from .gathering import Gathering
+from .network import LOOPBACK, Network
 from .roster import Roster, WorkerLine
+from .stores import FileStores, SharedStores
 from .turns import ClientLine, Turns
 from .wire import Wire, versions
 
@@ -27,6 +29,10 @@ PREPARE_LIMIT_S = 120.0
 """How long a message whose client is gone or lost interest may run on before the workers restart."""
 
 MAX_FAILED_STARTS = 3
+LONGEST_PAUSE_S = 30.0
+
+ABSENT_LIMIT_S = 60.0
+"""How long a client waits for machines that aren't there."""
 
 
 class Door:
@@ -39,11 +45,15 @@ class Door:
         *,
         stop: Callable[[], None],
         kill_starting: Callable[[], None],
+        network: Network | None = None,
     ) -> None:
-        """kill_starting: ends worker processes that have not come to the door."""
+        """kill_starting: ends worker processes that have not come to the door. network: between the machines of
+        the pool, where workers come from then; None for one machine. Raises PoolError when its port is taken.
+        """
         self.folder = folder
-        self.roster = Roster(devices)
-        self.turns = Turns(generation=_last_generation(folder))
+        self.network = network
+        self.roster = Roster(devices, network)
+        self.turns = Turns(generation=folder.last_generation())
         self.residents: list[str] = []
         self.failed_starts = 0
         self.last_error = ""
@@ -52,48 +62,41 @@ class Door:
         self._started_at = self._ticked_at = time.monotonic()
         self._message = ""
         self._stopping = False
-        self._selector = selectors.DefaultSelector()
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._listener.bind(str(folder.door))
-        os.chmod(folder.door, 0o600)
-        self._listener.listen(64)
-        self._selector.register(self._listener, selectors.EVENT_READ, None)
+        self._connections = Connections()
+        self._gathering = Gathering(folder.name, devices, network) if network else None
+        self._stores = SharedStores(network.address) if network else FileStores(folder)
+        if network is not None:
+            self._connections.listen(listener_on(network))
+        self._connections.listen(listener_at(folder.door))
 
     def run(self) -> None:
         """Serve for ever."""
         while True:
-            ready = [(key.data, key.fileobj) for key, _ in self._selector.select(TICK_S)]
-            # Workers first: a client that acts on a worker's answer must find its report already judged.
-            for line, _ in sorted(ready, key=lambda item: not isinstance(item[0], WorkerLine)):
-                if line is None:
-                    self._accept()
-                else:
-                    self._read(line)
+            for line in self._connections.wait(TICK_S):
+                self._read(line)
             self._tick()
+
+    @property
+    def pause_s(self) -> float:
+        """Seconds to wait before the next attempt: none after a working one, then more and more."""
+        return 0.0 if self.failed_starts < 2 else min(LONGEST_PAUSE_S, 0.5 * 2.0**self.failed_starts)
+
+    @property
+    def has_workers(self) -> bool:
+        """Whether any is connected; any thread may ask."""
+        return bool(self.roster.workers or (self._gathering and self._gathering.waiting))
+
+    def dismiss(self) -> None:
+        """Tell the workers of other machines that this is the end, so that their torchruns end too. Any thread."""
+        self._stopping = True
+        if self._gathering is not None:
+            self._gathering.dismiss(self.roster.workers)
 
     # Connections
 
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            sock, _ = self._listener.accept()
-            wire = Wire(sock)
-            _, uid = wire.peer()
-            if uid != os.getuid():
-                wire.close()
-                return
-            self._selector.register(sock, selectors.EVENT_READ, wire)
-
-    def _read(self, line: Wire | WorkerLine | ClientLine) -> None:
-        wire = line if isinstance(line, Wire) else line.wire
-        if wire.fileno() < 0:
-            return
-        try:
-            messages = wire.read()
-        except ConnectionError:
-            self._closed(line)
-            return
-        except ValueError as error:
-            log.warning("door: dropped a connection that sent %s", error)
+    def _read(self, line: Line) -> None:
+        messages = self._connections.read(line)
+        if messages is None:
             self._closed(line)
             return
         try:
@@ -110,12 +113,14 @@ class Door:
             log.warning("door: dropped a connection that sent a malformed message (%r)", error)
             self._closed(line)
 
-    def _hello(self, wire: Wire, message: dict[str, Any]) -> Wire | WorkerLine | ClientLine:
+    def _hello(self, wire: Wire, message: dict[str, Any]) -> Line:
         """The line of a newcomer that said who it is; the wire itself, closed, for any other."""
         kind = message.get("type")
         line: WorkerLine | ClientLine | None = None
         try:
-            if kind == "status":
+            if wire.is_remote and self._gathering is not None:
+                line = self._gathering.greet(wire, message, self.roster.workers)
+            elif kind == "status":
                 wire.send(self.status())
             elif kind == "stop":
                 wire.send({"type": "stopping"})
@@ -128,36 +133,48 @@ class Door:
             elif kind == "worker":
                 line = self.roster.admit(wire, message)
                 if line is not None:
-                    self._welcome_worker(line)
+                    self._welcome_worker(line, self._stores.for_ranks(self.roster.attempt))
         except ConnectionError:
             line = None
         if line is None:
-            self._drop(wire)
+            self._connections.drop(wire)
             return wire
-        self._selector.modify(wire.sock, selectors.EVENT_READ, line)
+        self._connections.become(wire, line)
         return line
 
-    def _welcome_worker(self, worker: WorkerLine) -> None:
-        roster = self.roster
-        worker.wire.send(
+    def _begin_when_gathered(self) -> None:
+        if self._gathering is None or self._stopping or self.roster.workers:
+            return
+        is_pause = time.monotonic() < self.roster.started_at + self.pause_s
+        if is_pause or not (workers := self._gathering.take()):
+            return
+        self.roster.begin(workers)
+        store = self._stores.for_ranks(self.roster.attempt)
+        for worker in workers.values():
+            self._welcome_worker(worker, store)
+
+    def _welcome_worker(self, worker: WorkerLine, store: str) -> None:
+        worker.send(
             {
                 "type": "welcome",
                 "pool": self.folder.name,
-                "store": str(self.folder.ranks_store(roster.attempt)),
-                "devices": roster.devices,
+                "store": store,
+                "rank": worker.rank,
+                "devices": self.roster.devices,
                 "residents": self.residents if self.failed_starts < MAX_FAILED_STARTS - 1 else [],
             }
         )
 
-    def _drop(self, wire: Wire) -> None:
-        if wire.fileno() >= 0:
-            self._selector.unregister(wire.sock)
-            wire.close()
-
-    def _closed(self, line: Wire | WorkerLine | ClientLine) -> None:
-        self._drop(line if isinstance(line, Wire) else line.wire)
+    def _closed(self, line: Line) -> None:
+        self._connections.drop(line)
         if isinstance(line, WorkerLine):
-            if self.roster.workers.get(line.rank) is line:
+            if self._gathering is not None:
+                self._gathering.leave(line)
+            if self.roster.workers.get(line.rank) is not line:
+                return
+            if self._stopping:
+                del self.roster.workers[line.rank]
+            else:
                 self._lose(f"{self.roster.label(line)} ended unexpectedly")
         elif isinstance(line, ClientLine) and self.turns.forget(line):
             # Its job is dropped and what it held is freed; the workers themselves stay as they are.
@@ -169,8 +186,13 @@ class Door:
     def _worker_said(self, worker: WorkerLine, message: dict[str, Any]) -> None:
         kind, generation = message.get("type"), message.get("generation")
         worker.heard_at = time.monotonic()
+        if self.roster.workers.get(worker.rank) is not worker:
+            # It waits for the others.
+            return
         if kind == "beat":
             worker.status = message.get("status", {})
+        elif kind == "met":
+            worker.has_met = True
         elif kind == "up":
             worker.is_up = True
             self._advance_when_ready()
@@ -205,18 +227,19 @@ class Door:
             self._advance()
 
     def _lose(self, reason: str, *, failure: dict[str, Any] | None = None) -> None:
-        """End all workers, so that the elastic agent starts new ones, and tell the holder why."""
+        """End all workers, so that new ones are started, and tell the holder why."""
         if self._stopping:
             return
         if not self.roster.is_ready:
             self.failed_starts += 1
+            self.last_error = self.last_error or reason
         self.num_restarts += 1
         log.warning("%s; the workers are restarted", reason)
         workers = list(self.roster.workers.values())
         self.roster.kill()
         self._kill_starting()
         for worker in workers:
-            self._drop(worker.wire)
+            self._connections.drop(worker)
         self.roster.workers = {}
         self.roster.started_at = time.monotonic()
         holder = self.turns.lose()
@@ -237,6 +260,17 @@ class Door:
                 }
             )
         self.turns.queue.clear()
+
+    @property
+    def _missing(self) -> str:
+        return "" if self._gathering is None or self.roster.workers else self._gathering.missing()
+
+    def _refuse_in_vain(self, now: float) -> None:
+        """Who waited long enough for machines that aren't there."""
+        for client in list(self.turns.queue):
+            if (missing := self._missing) and now - max(client.waiting_since, self.roster.started_at) > ABSENT_LIMIT_S:
+                self.turns.queue.remove(client)
+                client.send({"type": "refused", "reason": missing})
 
     # Clients
 
@@ -284,11 +318,10 @@ class Door:
             self._advance()
             return
         turns.enter("joining")
-        store = self.folder.rpc_store(turns.generation)
-        store.unlink(missing_ok=True)
-        join = {"type": "join", "generation": turns.generation, "store": str(store)}
+        store = self._stores.for_rpc(turns.generation)
+        join = {"type": "join", "generation": turns.generation, "store": store}
         self.roster.broadcast(join)
-        turns.holder.send(join)
+        turns.holder.send({**join, "interface": self.network.interface if self.network else LOOPBACK})
 
     def _open_when_joined(self) -> None:
         turns, workers = self.turns, list(self.roster.workers.values())
@@ -309,7 +342,7 @@ class Door:
             turns.enter("none")
             if holder is not None:
                 turns.forget(holder)
-                self._drop(holder.wire)
+                self._connections.drop(holder)
             self._advance()
 
     # Time
@@ -330,6 +363,10 @@ class Door:
             self._lose(reason)
         else:
             self._judge()
+        for line in self._gathering.silent() if self._gathering else ():
+            self._closed(line)
+        self._begin_when_gathered()
+        self._refuse_in_vain(now)
 
     # Reports
 
@@ -339,6 +376,7 @@ class Door:
             "versions": versions(),
             "pid": os.getpid(),
             "devices": self.roster.devices,
+            "network": self.network.fields if self.network else None,
             "log": str(self.folder.log),
         }
 
@@ -355,14 +393,8 @@ class Door:
             "uptime_s": round(time.monotonic() - self._started_at, 1),
             "num_restarts": self.num_restarts,
             "last_error": self.last_error,
+            "missing": self._missing,
             "residents": self.residents,
             **self.turns.describe(),
             "ranks": self.roster.describe(),
         }
-
-
-def _last_generation(folder: PoolFolder) -> int:
-    try:
-        return int(folder.counter.read_text())
-    except (OSError, ValueError):
-        return 0

@@ -53,6 +53,13 @@ class PoolFolder:
     def rpc_store(self, generation: int) -> Path:
         return self.path / f"rpc-g{generation}"
 
+    def last_generation(self) -> int:
+        """What `counter` says; 0 when there was none."""
+        try:
+            return int(self.counter.read_text())
+        except (OSError, ValueError):
+            return 0
+
     def clear(self) -> None:
         """Remove what an earlier supervisor left; only for the holder of the `alive` lock."""
         for pattern in ("door", "ranks-*", "rpc-g*", "agent-*"):

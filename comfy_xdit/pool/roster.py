@@ -8,6 +8,7 @@ import signal
 import time
 from typing import Any
 
+from .network import Network
 from .verdict import LOCAL, STUCK_AFTER_S, groups_survive, worst
 from .wire import Wire
 
@@ -18,15 +19,23 @@ STARTING_HEARTBEAT_TIMEOUT_S = 60.0
 START_TIMEOUT_S = 120.0
 """From the start of the processes to their first word; loading what they held comes after that."""
 
+MEET_TIMEOUT_S = 60.0
+"""Between machines: from a complete roster until the ranks have their process groups."""
+
 
 @dataclasses.dataclass
 class WorkerLine:
-    """The connection of one worker, and the last that it said."""
+    """The connection of one worker, and the last that it said.
+
+    machine: the name of the machine that it came from over the network; "" for a process of this one.
+    """
 
     wire: Wire
     rank: int
     pid: int
     heard_at: float
+    machine: str = ""
+    has_met: bool = False
     is_up: bool = False
     status: dict[str, Any] = dataclasses.field(default_factory=dict)
     prepared: int = 0
@@ -39,12 +48,23 @@ class WorkerLine:
     """The fields of the `Failure` that it ended with."""
     done_at: float = 0.0
 
+    def send(self, message: dict[str, Any]) -> None:
+        try:
+            self.wire.send(message)
+        except ConnectionError:
+            # Its socket reports the end to the door, which then acts on it.
+            return
+
 
 class Roster:
-    """The workers of one attempt of the elastic agent: none, some or all of `devices` are connected."""
+    """The workers of one attempt: none, some or all of `devices` are connected.
 
-    def __init__(self, devices: list[str]) -> None:
+    network: that they come over, all at once (see `Gathering`); None for the elastic agent's own, who come one by one.
+    """
+
+    def __init__(self, devices: list[str], network: Network | None = None) -> None:
         self.devices = devices
+        self._network = network
         self.attempt = -1
         self.workers: dict[int, WorkerLine] = {}
         self.started_at = time.monotonic()
@@ -66,16 +86,19 @@ class Roster:
         self.workers[rank] = WorkerLine(wire=wire, rank=rank, pid=pid, heard_at=time.monotonic())
         return self.workers[rank]
 
+    def begin(self, workers: dict[int, WorkerLine]) -> None:
+        """A new attempt with all of its workers."""
+        assert len(workers) == len(self.devices)
+        self.attempt, self.workers = self.attempt + 1, workers
+        self.started_at = time.monotonic()
+
     def broadcast(self, message: dict[str, Any]) -> None:
         for worker in list(self.workers.values()):
-            try:
-                worker.wire.send(message)
-            except ConnectionError:
-                # Its socket reports the end to the door, which then acts on it.
-                continue
+            worker.send(message)
 
     def label(self, worker: WorkerLine) -> str:
-        return f"worker {worker.rank} (pid {worker.pid}, {self.devices[worker.rank]})"
+        where = f" on {worker.machine}" if worker.machine else ""
+        return f"worker {worker.rank} (pid {worker.pid}{where}, {self.devices[worker.rank]})"
 
     def hung(self) -> str | None:
         """A sentence about a worker that stopped talking, if there is one."""
@@ -84,9 +107,20 @@ class Roster:
             limit_s = HEARTBEAT_TIMEOUT_S if worker.is_up else STARTING_HEARTBEAT_TIMEOUT_S
             if now - worker.heard_at > limit_s:
                 return f"{self.label(worker)} gave no sign of life for {limit_s:.0f} s"
+        if self._network is not None:
+            return self._apart(self._network, now)
         if len(self.workers) < len(self.devices) and now - self.started_at > START_TIMEOUT_S:
             return f"{len(self.devices) - len(self.workers)} workers did not start in {START_TIMEOUT_S:.0f} s"
         return None
+
+    def _apart(self, network: Network, now: float) -> str | None:
+        """A sentence when the machines can't reach each other, though all of them reach the door."""
+        if now - self.started_at < MEET_TIMEOUT_S or all(worker.has_met for worker in self.workers.values()):
+            return None
+        return (
+            f"the workers did not reach each other over {network.interface} within {MEET_TIMEOUT_S:.0f} s; let the "
+            "machines' firewalls pass every TCP port between them"
+        )
 
     def broken(self, message: str) -> dict[str, Any] | None:
         """The failure to tell, when the ranks ended `message` in ways that leave their groups unusable."""
@@ -106,9 +140,12 @@ class Roster:
     def kill(self) -> None:
         """End every connected worker at once, also one that is stopped or stuck in a collective.
 
-        Safe against reuse of a pid: one whose connection is open is alive.
+        Safe against reuse of a pid: one whose connection is open is alive. Those of other machines end
+        when the door closes their connection.
         """
         for worker in self.workers.values():
+            if worker.machine:
+                continue
             try:
                 os.kill(worker.pid, signal.SIGKILL)
             except ProcessLookupError:
@@ -123,5 +160,7 @@ class Roster:
             if worker is not None:
                 state = "starting" if not worker.is_up else ("busy" if worker.running else "idle")
                 entry |= {**worker.status, "pid": worker.pid, "state": state, "running": worker.running}
+                if worker.machine:
+                    entry["machine"] = worker.machine
             ranks.append(entry)
         return ranks

@@ -4,7 +4,7 @@ Facts that shape this file, each found by trying: a group in which a process die
 every client and every restart gets a group of its own, with names that never return; a second group in
 one process needs torch's store prefix counter at zero; `graceful=False` is the only shutdown that returns
 when a peer is gone; the `shm` transport spins on a core in every process, even when nobody speaks, while `uv`
-sleeps (and listens on loopback, as gloo does); and torch's unpickler runs whatever a peer sends,
+sleeps (and listens where it is told to, as gloo does); and torch's unpickler runs whatever a peer sends,
 so ours takes its place and lets through what an exchange of text and tensors needs.
 """
 
@@ -22,13 +22,14 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ..messages import Message
 from .errors import PoolError
+from .network import LOOPBACK
+from .stores import teach_torch
 
 Serve = Callable[[int, str, list[Tensor]], tuple[str, list[Tensor]]]
 
@@ -39,6 +40,9 @@ ASIDE = 0
 
 # A process has one RPC agent, and torch keeps it in its own globals; this serialises who changes it.
 _agent_lock = threading.Lock()
+
+# TensorPipe looks up its address once in a process' life.
+_listens_on: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,6 +68,18 @@ def require_available() -> None:
         raise PoolError(
             f"a worker pool needs a torch with distributed RPC, which this one on {sys.platform} lacks; "
             "use Linux, or WSL2 on Windows"
+        )
+
+
+def require_interface(interface: str) -> None:
+    """Raises PoolError when this process can't be reached through `interface` any more.
+
+    One that listens on a network already serves a pool of this machine as well.
+    """
+    if _listens_on not in (None, interface) and interface != LOOPBACK:
+        raise PoolError(
+            f"this process has been in a pool over {_listens_on}, and torch's RPC listens on one interface in a "
+            f"process' life, so it can't use one over {interface}; start it anew (ComfyUI, say) and use that pool first"
         )
 
 
@@ -114,8 +130,8 @@ def make_unpickler(allowed: dict[tuple[str, str], Any]) -> type[pickle.Unpickler
 
 
 @contextlib.contextmanager
-def _bounded_private_join() -> Iterator[None]:
-    """While joining: give up in time, listen on loopback only, and take no object from a peer."""
+def _bounded_private_join(interface: str) -> Iterator[None]:
+    """While joining: give up in time, listen on `interface` only, and take no object from a peer."""
     from torch.distributed import distributed_c10d
     from torch.distributed.rpc import constants
 
@@ -124,7 +140,7 @@ def _bounded_private_join() -> Iterator[None]:
     environment = {name: os.environ.get(name) for name in names}
     constants.DEFAULT_PROCESS_GROUP_TIMEOUT = timedelta(seconds=JOIN_TIMEOUT_S)
     distributed_c10d._unpickler = make_unpickler({})  # type: ignore[attr-defined]
-    os.environ.update(dict.fromkeys(names, "lo"))
+    os.environ.update(dict.fromkeys(names, interface))
     try:
         with warnings.catch_warnings():
             # torch's own join warns about the way it uses its process group.
@@ -142,11 +158,15 @@ def _bounded_private_join() -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Place:
-    """A process's place in a generation's group: rank 0 is the client, rank r + 1 the worker of rank r."""
+    """A process's place in a generation's group: rank 0 is the client, rank r + 1 the worker of rank r.
+
+    store: the URL of a store of `stores`. interface: of this process' machine, where it listens.
+    """
 
     pool: str
     generation: int
-    store: Path
+    store: str
+    interface: str
     rank: int
     num_processes: int
 
@@ -171,15 +191,19 @@ class Group:
         from torch.distributed import rpc
         from torch.distributed.rpc import api, internal
 
+        global _listens_on
         with _agent_lock:
             _leave_current()
+            require_interface(place.interface)
+            _listens_on = _listens_on or place.interface
             # torch remembers joins by the members' names; a pool that was removed and made anew counts from 1.
             api._all_gather_sequence_id.clear()
             api._all_gather_sequence_id_to_states.clear()
+            teach_torch()
             internal._unpickler = make_unpickler(_allow_list(handler))  # type: ignore[misc]
             rpc._init_counter = 0  # type: ignore[attr-defined]
             options = rpc.TensorPipeRpcBackendOptions(
-                init_method=f"file://{place.store}",
+                init_method=place.store,
                 rpc_timeout=JOIN_TIMEOUT_S,
                 num_worker_threads=8,
                 _transports=["uv"],
@@ -187,7 +211,7 @@ class Group:
                 _channels=["basic"],
             )
             try:
-                with _bounded_private_join():
+                with _bounded_private_join(place.interface):
                     rpc.init_rpc(
                         place.name(place.rank),
                         rank=place.rank,

@@ -16,7 +16,8 @@ from typing import Any
 from .devices import describe, parse_devices
 from .errors import PoolError
 from .folder import PoolFolder, pool_folder
-from .wire import Wire, versions
+from .network import Network
+from .wire import Wire, spell, versions
 
 log = logging.getLogger("comfy_xdit")
 
@@ -68,11 +69,13 @@ def reach(
 ) -> tuple[Wire, dict[str, Any]]:
     """A client's connection to the pool `name` and what the pool says about itself.
 
-    start: start a pool on `devices` when none runs. options: of `spawn`.
-    Raises PoolError: no pool, another version, other devices than asked for, a bad `devices`.
+    start: start a pool on `devices` when none runs. options: of `spawn`; with a `network`, `devices` are those
+    of each machine.
+    Raises PoolError: no pool, another version, other devices or machines than asked for, a bad `devices`.
     """
+    network: Network | None = options.get("network")
     # Before anything is made or started, so that a mistake has no consequence.
-    wanted = devices_of(devices)
+    wanted = devices_of(devices) * (network.num_machines if network else 1)
     folder = pool_folder(name)
     try:
         wire, about = say(folder, {"type": "client"})
@@ -83,32 +86,27 @@ def reach(
             ) from None
         wire, about = _start(folder, wanted, poll, options)
     try:
-        _check(name, about, None if devices.strip().lower() == "auto" else wanted)
+        _check(name, about, None if devices.strip().lower() == "auto" and not network else wanted, network)
     except PoolError:
         wire.close()
         raise
     return wire, about
 
 
-def _check(name: str, about: dict[str, Any], wanted: list[str] | None) -> None:
+def _check(name: str, about: dict[str, Any], wanted: list[str] | None, network: Network | None) -> None:
     stop = f"stop it with `comfy-xdit pool stop --name {name}` and run again"
     mine, theirs = versions(), about.get("versions")
     if theirs != mine:
         raise PoolError(
-            f"pool {name!r} runs another version ({_spell(theirs)}) than you do ({_spell(mine)}); {stop}"
+            f"pool {name!r} runs another version ({spell(theirs)}) than you do ({spell(mine)}); {stop}"
         )
-    if wanted is not None and wanted != about["devices"]:
+    found = Network(**about["network"]) if about["network"] else None
+    if wanted is not None and (wanted, network) != (about["devices"], found):
         raise PoolError(
-            f"pool {name!r} runs on {describe(about['devices'])}, not on {describe(wanted)}; "
+            f"pool {name!r} runs on {describe(about['devices'], found)}, not on {describe(wanted, network)}; "
             f"{stop}, or give devices=auto to use it as it is, or another pool name",
             kind="input",
         )
-
-
-def _spell(found: Any) -> str:
-    if not isinstance(found, dict):
-        return "unknown"
-    return ", ".join(f"{key.replace('_', '-')} {value}" for key, value in sorted(found.items()))
 
 
 def _start(
@@ -125,7 +123,7 @@ def _start(
             except ConnectionError:
                 pass
             if free:
-                log.info("starting pool %r on %s", folder.name, describe(devices))
+                log.info("starting pool %r on %s", folder.name, describe(devices, options.get("network")))
                 spawn(folder, devices, **options)
                 return say(folder, {"type": "client"})
         time.sleep(POLL_S)
@@ -135,17 +133,25 @@ def _start(
 
 
 def spawn(
-    folder: PoolFolder, devices: list[str], *, service: str = SERVICE, path: tuple[str, ...] = ()
+    folder: PoolFolder,
+    devices: list[str],
+    *,
+    service: str = SERVICE,
+    path: tuple[str, ...] = (),
+    network: Network | None = None,
 ) -> None:
     """Start a supervisor and return when its door is open.
 
-    service: "module:Class" that the workers run; path: folders for their sys.path.
+    devices: one for each rank. service: "module:Class" that the workers run; path: folders for their sys.path.
+    network: to the machines whose own torchruns start the workers; None starts them here.
     Raises PoolError with the end of the log when it ends instead.
     """
     read_end, write_end = os.pipe()
     boot = Path(__file__).resolve().parent.parent / "boot.py"
     command = [sys.executable, str(boot), "comfy_xdit.pool.supervisor", "--name", folder.name]
     command += ["--devices", json.dumps(devices), "--service", service, "--ready-fd", str(write_end)]
+    if network is not None:
+        command += ["--network", json.dumps(network.fields)]
     for entry in path:
         command += ["--path", entry]
     try:

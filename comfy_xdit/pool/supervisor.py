@@ -1,7 +1,8 @@
 """The process that is a pool: torch's elastic agent for the workers, and beside it the door.
 
 Run as `python boot.py comfy_xdit.pool.supervisor …` by `start.py`. It detaches, holds the folder's "alive"
-lock as long as it lives, and opens the door before it imports torch.
+lock as long as it lives, and opens the door before it imports torch. For a pool on several machines there is no
+agent here: the torchrun of each machine starts and restarts the workers, and this process hosts their stores.
 """
 
 from __future__ import annotations
@@ -14,16 +15,20 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 from .door import Door
+from .errors import PoolError
 from .folder import PoolFolder, pool_folder
+from .network import Network
 
 log = logging.getLogger("comfy_xdit")
 
 MONITOR_INTERVAL_S = 0.1
-LONGEST_PAUSE_S = 30.0
+PARTING_LIMIT_S = 5.0
+"""How long the end waits for the workers of other machines to end first."""
 
 
 def main() -> None:
@@ -33,6 +38,7 @@ def main() -> None:
     parser.add_argument("--devices", required=True, help="JSON list, one device per rank")
     parser.add_argument("--service", required=True)
     parser.add_argument("--path", action="append", default=[], help="folder for the workers' sys.path")
+    parser.add_argument("--network", help="JSON of the `Network` between several machines")
     parser.add_argument("--ready-fd", type=int, required=True)
     args = parser.parse_args()
     # The starter waits for this first process only: the pool is nobody's child but init's.
@@ -42,32 +48,57 @@ def main() -> None:
         folder = pool_folder(args.name)
         with folder.try_lock("alive") as free:
             if free:
-                _Supervisor(folder, json.loads(args.devices), args.service, args.path).run(ready)
+                network = Network(**json.loads(args.network)) if args.network else None
+                _Supervisor(folder, json.loads(args.devices), network, args.service, args.path).run(ready)
 
 
 class _Supervisor:
-    def __init__(self, folder: PoolFolder, devices: list[str], service: str, path: list[str]) -> None:
+    def __init__(
+        self, folder: PoolFolder, devices: list[str], network: Network | None, service: str, path: list[str]
+    ) -> None:
         logging.basicConfig(
             stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s: %(message)s"
         )
         self.folder, self.devices, self.service, self.path = folder, devices, service, path
         self.agent: Any = None
         folder.clear()
-        self.door = Door(folder, devices, stop=self.stop, kill_starting=self.kill_workers)
+        try:
+            self.door = Door(folder, devices, network=network, stop=self.stop, kill_starting=self.kill_workers)
+        except PoolError as error:
+            # The last line of the log is what the starter tells. It reads it when `ready` is closed, by our end.
+            sys.stderr.write(f"{error}\n")
+            sys.stderr.flush()
+            os._exit(1)
 
     def run(self, ready: Any) -> None:
         """Serve until `stop`, or a SIGTERM from elsewhere; ends this process."""
+        if self.door.network is not None:
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit("SIGTERM"))
         threading.Thread(target=self._run_door, name="door", daemon=True).start()
         ready.write("ready\n")
         ready.close()
         try:
-            self._run_agent()
+            if self.door.network is None:
+                self._run_agent()
+            else:
+                while True:
+                    signal.pause()
         except BaseException as error:
             # Also elastic's SignalException, which is how a stop arrives here.
             log.info("ending: %r", error)
         self.kill_workers()
+        if self.door.network is not None:
+            self._part()
         self.folder.clear()
         os._exit(0)
+
+    def _part(self) -> None:
+        """Have the workers of other machines end of themselves: their torchruns would start killed ones anew."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        self.door.dismiss()
+        deadline = time.monotonic() + PARTING_LIMIT_S
+        while self.door.has_workers and time.monotonic() < deadline:
+            time.sleep(0.02)
 
     def stop(self) -> None:
         """End the workers and this process; called on the door's thread."""
@@ -103,7 +134,7 @@ class _Supervisor:
             folder=self.folder,
             num_workers=len(self.devices),
             arguments=self._worker_arguments(),
-            pause_s=self._pause_s,
+            pause_s=lambda: self.door.pause_s,
             monitor_interval_s=MONITOR_INTERVAL_S,
         )
         self.agent.run()
@@ -121,11 +152,6 @@ class _Supervisor:
         for entry in self.path:
             arguments += ["--path", entry]
         return arguments
-
-    def _pause_s(self) -> float:
-        """Seconds to wait before the next attempt: none after a working one, then more and more."""
-        failed = self.door.failed_starts
-        return 0.0 if failed < 2 else min(LONGEST_PAUSE_S, 0.5 * 2.0**failed)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One JSON object a line over a unix socket: how clients and workers talk to the pool's door."""
+"""One JSON object a line over a socket: how clients and workers talk to the pool's door."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from .. import __version__
 MAX_LINE_BYTES = 1 << 20
 SEND_TIMEOUT_S = 2.0
 
+SILENCE_LIMIT_S = 15.0
+"""After so long without an answer from the other machine's kernel, a connection over the network is broken."""
+
 
 def versions() -> dict[str, str]:
     """What both sides must agree on. Torch to its minor version: RPC's wire format is its own.
@@ -23,6 +26,13 @@ def versions() -> dict[str, str]:
     Read from the package's metadata: the door answers before torch is imported.
     """
     return {"comfy_xdit": __version__, "torch": ".".join(metadata.version("torch").split(".")[:2])}
+
+
+def spell(found: Any) -> str:
+    """Versions for people."""
+    if not isinstance(found, dict):
+        return "unknown"
+    return ", ".join(f"{key.replace('_', '-')} {value}" for key, value in sorted(found.items()))
 
 
 class Wire:
@@ -34,18 +44,27 @@ class Wire:
         self._buffer = b""
         # A peer that was stopped must not stop us: its buffer fills up, and then we let go of it.
         sock.settimeout(SEND_TIMEOUT_S)
+        if self.is_remote:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # A machine that lost its power or its cable says no goodbye.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(SILENCE_LIMIT_S * 1000))
 
     @classmethod
-    def connect(cls, path: Path) -> Wire:
-        """Raises OSError when nobody listens at `path`."""
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    def connect(cls, place: Path | tuple[str, int]) -> Wire:
+        """To the door at a path of this machine, or at a host and port. Raises OSError when nobody listens there."""
+        sock = socket.socket(socket.AF_INET if isinstance(place, tuple) else socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             sock.settimeout(SEND_TIMEOUT_S)
-            sock.connect(str(path))
+            sock.connect(place if isinstance(place, tuple) else str(place))
         except OSError:
             sock.close()
             raise
         return cls(sock)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it goes over a network: then nothing is known of who is at the other end."""
+        return self.sock.family == socket.AF_INET
 
     def fileno(self) -> int:
         return self.sock.fileno()
@@ -92,7 +111,7 @@ class Wire:
         return self.read() if poller.poll(max(0, int(timeout_s * 1000))) else []
 
     def peer(self) -> tuple[int, int]:
-        """Process id and user id of the other end, from the kernel."""
+        """Process id and user id of the other end, from the kernel; not for one that is remote."""
         raw = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
         pid, uid, _ = struct.unpack("3i", raw)
         return pid, uid

@@ -12,6 +12,11 @@ from comfy_xdit_nodes.parity import models as tiny
 from comfy_xdit_nodes.patcher import parallelize
 from comfy_xdit_nodes.source import checkpoint_of, pristine
 
+from comfy_xdit.pool.network import Network
+from comfy_xdit.weights.fingerprint import fingerprint
+
+TWO_MACHINES = Network(num_machines=2, interface="eth0", address="10.0.0.1")
+
 
 @pytest.fixture
 def shared(tmp_path, monkeypatch):
@@ -85,3 +90,24 @@ def test_the_models_own_file_when_it_says_so(models, shared):
     with torch.no_grad():
         min(changed.model.diffusion_model.parameters(), key=torch.numel).add_(1.0)
     assert checkpoint_of(changed, changed).path.startswith(str(shared)), "the file is not what is in the model"
+
+
+def test_a_copy_cannot_go_to_other_machines(models, shared, fake):
+    fake.network = TWO_MACHINES
+    ours = parallelize(tiny.load(models / "sd3.safetensors"))
+    with pytest.raises(ValueError, match=r"pool 'fake' is on 2 machines, and this MODEL has no file .* load it with"):
+        tiny.sample(ours)
+    assert not fake.log, "a worker was touched"
+    fake.network = None
+    tiny.sample(ours)
+
+
+def test_other_machines_are_told_which_file_it_must_be(models, fake):
+    from comfy_xdit_nodes.checkpoint import open_checkpoint
+    from comfy_xdit_nodes.patcher import from_checkpoint
+
+    loads = []
+    keep, fake.on_LoadModel = fake.on_LoadModel, lambda message: loads.append(message) or keep(message)
+    for fake.network in (None, TWO_MACHINES):
+        tiny.sample(from_checkpoint(open_checkpoint(str(models / "sd3.safetensors"))))
+    assert [load.fingerprint for load in loads] == ["", fingerprint(str(models / "sd3.safetensors"))]

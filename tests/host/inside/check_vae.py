@@ -17,6 +17,7 @@ from comfy_xdit_nodes.vae import XDiTVAEDecode, XDiTVAEEncode
 import nodes
 from comfy_xdit import messages as m
 from comfy_xdit.bench.vae_checkpoint import random_vae
+from comfy_xdit.pool.network import Network
 from comfy_xdit.vae import load_vae
 
 spec = importlib.util.spec_from_file_location("tiny_vae", Path(__file__).resolve().parents[2] / "tiny_vae.py")
@@ -34,7 +35,7 @@ KINDS = {
 class OneRank:
     """A pool inside the process. log: the kinds of the messages."""
 
-    name, num_ranks = "fake", 1
+    name, num_ranks, network = "fake", 1, None
 
     def __init__(self):
         self.vaes, self.log = {}, []
@@ -96,6 +97,13 @@ def assert_equal(ours, stock):
     assert stock.std() > 0.01
     worst = (ours - stock).abs().max().item()
     assert worst <= 1e-5 * max(1.0, stock.abs().max().item()), worst
+
+
+def test_a_pool_on_several_machines_is_refused(flux_vae, pool):
+    pool.network = Network(num_machines=2, interface="eth0", address="10.0.0.1")
+    with pytest.raises(ValueError, match=r"is on 2 machines, and this VAE has no file .*; use ComfyUI's own VAE node"):
+        XDiTVAEDecode().decode(vae=flux_vae, samples={"samples": random_latent(flux_vae, 1, 8, 8)})
+    assert not pool.log, "a worker was touched"
 
 
 @pytest.mark.parametrize("size", [(1, 8, 8), (2, 7, 5)])

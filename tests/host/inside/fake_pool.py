@@ -15,7 +15,7 @@ ADAPTERS = {cls.name: cls for cls in adapters.adapters} | {adapters.BOFTAdapter.
 class FakePool:
     """One rank. log: the kinds of the messages; every message goes through its wire form."""
 
-    name, devices, num_ranks, generation = "fake", ["cpu"], 1, 1
+    name, devices, num_ranks, generation, network = "fake", ["cpu"], 1, 1, None
 
     def __init__(self):
         self.models, self.held, self.log, self.calls = {}, {}, [], []
