@@ -18,7 +18,7 @@ def test_patches_are_all_rows_in_order(grid, num_patches, num_stages, data) -> N
     sizes = [len(patch) for patch in rows]
     assert max(sizes) - min(sizes) <= 1
     assert min(sizes) * grid.columns >= num_shards
-    wanted = num_patches or num_stages  # an image of fewer tokens than two large patches have
+    wanted = num_patches or num_stages + 1  # an image of fewer tokens than two large patches have
     assert len(rows) <= wanted
     if wanted <= grid.rows and grid.columns >= num_shards:
         assert len(rows) == wanted
@@ -63,22 +63,16 @@ def test_segments_are_all_tokens_once(grid, num_patches, text, references, num_s
 
 
 def test_the_number_of_patches_by_itself() -> None:
-    """One or two for each stage: two where they are still large, for the tokens that a rank computes.
+    """More than stages, up to two for each where they are still large, for the tokens that a rank computes."""
 
-    Where no text goes before them, one more than stages at least, so that one can be on its way back.
-    """
-
-    def number(side: int, num_stages: int, num_shards: int = 1, *, is_led: bool = True) -> int:
+    def number(side: int, num_stages: int, num_shards: int = 1) -> int:
         grid = Grid(rows=side, columns=side, side=2)
-        sizes = {"num_stages": num_stages, "num_shards": num_shards}
-        return len(cut_rows(grid, num_patches=0, **sizes, is_led=is_led))
+        return len(cut_rows(grid, num_patches=0, num_stages=num_stages, num_shards=num_shards))
 
     assert 4 * LARGE == 64 * 64
-    assert [number(64, stages) for stages in (2, 3, 4, 8)] == [4, 4, 4, 8]
-    assert [number(64, stages, is_led=False) for stages in (2, 3, 4, 8)] == [4, 4, 5, 9]
-    assert [number(64, 2, shards) for shards in (2, 4)] == [2, 2]
-    assert [number(64, 2, shards, is_led=False) for shards in (2, 4)] == [3, 3]
-    assert [number(128, stages) for stages in (2, 8, 16)] == [4, 16, 16]
+    assert [number(64, stages) for stages in (2, 3, 4, 8)] == [4, 4, 5, 9]
+    assert [number(64, 2, shards) for shards in (2, 4)] == [3, 3]
+    assert [number(128, stages) for stages in (2, 8, 16)] == [4, 16, 17]
     assert len(cut_rows(Grid(rows=3, columns=9, side=2), num_patches=0, num_stages=4, num_shards=1)) == 3
 
 

@@ -205,9 +205,7 @@ def _pipelined(
     stage_s: the slowest stage's time for all segments; serial_s: of all stages, one after the other.
     """
     stages, part = spec.pipe, part_of(network, work, spec, 0)
-    patches = work.num_patches or usual_patches(
-        part.shard_tokens(("image",)), stages, is_led="text" in network.cut
-    )
+    patches = work.num_patches or usual_patches(part.shard_tokens(("image",)), stages)
     hop_bytes = part.rows * part.shard_tokens(network.cut) * network.hidden * work.element_bytes
     serial = serial_s + (stages - 1) * link.seconds({"p2p": hop_bytes})
     full = max(stage_s, link.seconds({"p2p": hop_bytes}, patches + 1))

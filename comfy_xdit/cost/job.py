@@ -38,7 +38,6 @@ def _pipeline(network: Network, work: Work, spec: ParallelSpec, rank: int) -> Co
         num_patches=work.num_patches,
         num_stages=spec.pipe,
         num_shards=spec.ring * spec.ulysses,
-        is_led="text" in network.cut,
     )
     patches = [len(part) * grid.columns for part in rows]
     heights = [pixels.stop - pixels.start for pixels in (pixel_rows(grid, part, height) for part in rows)]

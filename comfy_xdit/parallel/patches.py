@@ -46,16 +46,15 @@ class Patches:
     pixels: list[slice]
 
     @classmethod
-    def of(cls, message: Sample, plan: ModelPlan, context: ParallelContext) -> Patches:
+    def of(cls, message: Sample, side: int, context: ParallelContext) -> Patches:
         """Raises ValueError when the latent cannot be cut for the axes of `context`."""
         height, width = message.noise.shape[-2:]
-        grid = Grid.of(height, width, plan.token_side)
+        grid = Grid.of(height, width, side)
         rows = cut_rows(
             grid,
             num_patches=message.num_patches,
             num_stages=context.axis("pipe").degree,
             num_shards=context.axis("sequence").degree,
-            is_led=len(plan.streams) > 1,
         )
         return cls(grid=grid, rows=rows, pixels=[pixel_rows(grid, part, height) for part in rows])
 

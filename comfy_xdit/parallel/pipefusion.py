@@ -59,7 +59,7 @@ def pipefusion(
     faults = check(context.spec, num_ranks=context.world_size, shape=model.shape)
     if faults:
         raise ValueError("; ".join(faults))
-    patches = Patches.of(message, model.family.plan, context)
+    patches = Patches.of(message, model.family.plan.token_side, context)
     report: dict[str, Any] = {"num_patches": len(patches.rows), "buffer_bytes": 0}
     result = None
     keys, plan = StaleAttention(context), model.family.plan

@@ -43,14 +43,11 @@ class Grid:
         return cls(rows=-(-height // side), columns=-(-width // side), side=side)
 
 
-def cut_rows(
-    grid: Grid, *, num_patches: int, num_stages: int, num_shards: int, is_led: bool = True
-) -> list[range]:
+def cut_rows(grid: Grid, *, num_patches: int, num_stages: int, num_shards: int) -> list[range]:
     """Rows of tokens of each patch: of equal height, the first ones one row higher where they can't be.
 
-    num_patches: 0 makes `usual_patches`, for which is_led counts. Fewer are made when there are too few rows, or rows
-    of too few tokens to give one to each of `num_shards` ranks. Raises ValueError when there are too few for a
-    single patch.
+    num_patches: 0 makes `usual_patches`. Fewer are made when there are too few rows, or rows of too few tokens to
+    give one to each of `num_shards` ranks. Raises ValueError when there are too few for a single patch.
     """
     if num_patches < 0:
         raise ValueError(f"{num_patches} patches are none; use 1 or more, or 0 to have the number chosen")
@@ -60,20 +57,19 @@ def cut_rows(
             f"use ring and ulysses of {grid.rows * grid.columns} or less together"
         )
     limit = grid.rows // -(-num_shards // grid.columns)
-    wanted = num_patches or usual_patches(grid.rows * grid.columns // num_shards, num_stages, is_led=is_led)
+    wanted = num_patches or usual_patches(grid.rows * grid.columns // num_shards, num_stages)
     sizes = shard_sizes(grid.rows, min(wanted, limit))
     return [range(start, start + size) for start, size in zip(shard_starts(sizes), sizes, strict=True)]
 
 
-def usual_patches(num_tokens: int, num_stages: int, *, is_led: bool) -> int:
+def usual_patches(num_tokens: int, num_stages: int) -> int:
     """How many patches for an image of which each rank computes `num_tokens`, when nobody says.
 
-    As many as stages are computed at any time, while another is on its way back, or the text (is_led: it is a segment
-    before them) is computed meanwhile. At most two for each stage, and only as far as they are `LARGE`: small
-    matrices are slow, and fewer patches are nearer to the exact result.
+    One more than stages at least: as many as stages are computed at any time, while another is on its way back. At
+    most two for each stage, and only as far as they are `LARGE`: small matrices are slow, and fewer patches are
+    nearer to the exact result.
     """
-    least = num_stages if is_led else num_stages + 1
-    return min(max(num_tokens // LARGE, least), 2 * num_stages)
+    return min(max(num_tokens // LARGE, num_stages + 1), 2 * num_stages)
 
 
 def segments_of(grid: Grid, patches: list[range], lengths: dict[str, int], *, num_shards: int) -> list[Segment]:
