@@ -31,7 +31,7 @@ PLAN = ModelPlan(
     text_only=("attn2.to_k.", "attn2.to_v."),
     once=("scale_shift_table",),
     streams=("hidden_states",),
-    # The one modulation of all blocks is a fiftieth of the weights: whole on every rank.
+    # The one modulation of all blocks is a hundredth of the weights: whole on every rank.
     tensor=TensorPlan(
         columns=(
             *(f"{BLOCK}attn1.to_{x}" for x in "qkv"),
