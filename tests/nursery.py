@@ -5,8 +5,10 @@ Also run as that process' own script.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
+import gc
 import json
 import os
 import runpy
@@ -34,7 +36,10 @@ class Nursery:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
         with theirs:
             number = theirs.fileno()
-            subprocess.Popen([sys.executable, __file__, str(number)], pass_fds=[number], env=environment)
+            self._process = subprocess.Popen(
+                [sys.executable, __file__, str(number)], pass_fds=[number], env=environment
+            )
+        atexit.register(self._close)
 
     def fork(self, store: str, ends: Ends) -> list[int]:
         """The ids of as many ranks as there are ends, which meet at the file `store`."""
@@ -43,6 +48,10 @@ class Nursery:
     def end(self, processes: list[int]) -> None:
         """Kill ranks, and wait until they are gone."""
         self._ask({"end": processes})
+
+    def _close(self) -> None:
+        self._socket.close()
+        self._process.wait()
 
     def _ask(self, request: dict, descriptors: list[int] | None = None) -> list[int]:
         socket.send_fds(self._socket, [json.dumps(request).encode()], descriptors or [])
@@ -62,6 +71,7 @@ def main(number: int) -> None:
     torch.set_num_threads(1)
     for family in FAMILIES.values():
         family.model_class()
+    gc.freeze()  # what is there lives as long as the ranks do: not to be looked at in each of them
     alive: list[int] = []
     with socket.socket(fileno=number) as asked:
         while True:

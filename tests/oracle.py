@@ -1,186 +1,277 @@
-"""The methods that reuse keys and values, written a second time: one process, a plain diffusers model.
+"""What a job on many ranks gives, worked out in one process: a thread for each rank, each with diffusers' own model.
 
-Nothing of the engine's attention, hooks, cuts or pipelines is used here. A model computes some rows of its
-tokens; what its attention layers do with keys and values is the caller's, who keeps them in a dict.
+A rank computes the tokens that it holds; at each attention the ranks of a lane meet, and each sees of the others'
+queries, keys and values what its method lets it see. Nothing of the engine's attention, hooks, cuts, pipelines and
+communication is used; but numbers are added in its order, so that results can be compared bit for bit.
 """
 
 from __future__ import annotations
 
-import contextlib
+import copy
+import functools
+import operator
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from oracle_rows import FORWARDS, Spans, copied, latent_of, token_counts
+from torch import Tensor, nn
 
+from comfy_xdit.parallel.apply import find
+from comfy_xdit.parallel.plan import TensorPlan
+from comfy_xdit.parallel.spec import ParallelSpec
 from comfy_xdit.trajectory import Replay
 
-Rows = dict[str, tuple[int, int]]
-"""Of "text" and of "image": the first token, and how many."""
+Keys = tuple[Tensor, ...]
+"""Keys and values, [batch, heads, tokens, head dim] each."""
 
-Remember = Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(number of the layer, fresh k, fresh v, their places in the layer's whole sequence) → k and v to attend to.
-
-All [batch, heads, tokens, head dim]; the places are in the order of the model's streams.
-"""
-
-STREAMS = {"flux": ("text", "image"), "sd3": ("image", "text"), "pixart": ("image",)}
-"""What a model's blocks compute, in the order in which attention joins it. PixArt's text is what it is."""
+Row = tuple[int, int]
+"""Conditioning and image."""
 
 
-def compute(model: Any, arguments: dict[str, Any], rows: Rows | None, remember: Remember) -> Tensor:
-    """The model's output tokens [batch, image rows, ...] for `rows` of its tokens, or for all of them.
-
-    arguments: of the diffusers forward, whole.
-    """
-    kind, module = model.family.name, model.module
-    lengths = token_counts(model, arguments)
-    rows = rows or {stream: (0, length) for stream, length in lengths.items()}
-    order = STREAMS[kind]
-    starts = {order[0]: 0, order[-1]: lengths[order[0]] if len(order) > 1 else 0}
-    places = torch.cat([torch.arange(rows[s][1]) + rows[s][0] + starts[s] for s in order])
-
-    def keys(layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        # Of each PixArt block's two attentions the second is to the text.
-        return (k, v) if kind == "pixart" and layer % 2 else remember(layer, k, v, places[: k.shape[2]])
-
-    with attention_with(keys):
-        return {"flux": flux_rows, "sd3": sd3_rows, "pixart": pixart_rows}[kind](module, arguments, rows)
-
-
-def token_counts(model: Any, arguments: dict[str, Any]) -> dict[str, int]:
-    hidden = arguments["hidden_states"]
-    image = hidden.shape[1] if model.family.name == "flux" else hidden.shape[-1] * hidden.shape[-2] // 4
-    return {"text": arguments["encoder_hidden_states"].shape[1], "image": image}
-
-
-def flux_rows(module: Any, arguments: dict[str, Any], rows: Rows) -> Tensor:
-    """All but attention works token by token: Flux takes the rows as they are."""
-    text, image = (slice(first, first + size) for first, size in (rows["text"], rows["image"]))
-    some = {
-        "hidden_states": arguments["hidden_states"][:, image],
-        "encoder_hidden_states": arguments["encoder_hidden_states"][:, text],
-        "img_ids": arguments["img_ids"][image],
-        "txt_ids": arguments["txt_ids"][text],
-    }
-    return module(**{**arguments, **some}, return_dict=False)[0]
-
-
-def sd3_rows(module: Any, arguments: dict[str, Any], rows: Rows) -> Tensor:
-    """SD3 makes tokens inside: its parts are called here one by one."""
-    text, image = (slice(first, first + size) for first, size in (rows["text"], rows["image"]))
-    hidden = module.pos_embed(arguments["hidden_states"])[:, image]
-    context = module.context_embedder(arguments["encoder_hidden_states"][:, text])
-    time = module.time_text_embed(arguments["timestep"], arguments["pooled_projections"])
-    for block in module.transformer_blocks:
-        context, hidden = block(hidden_states=hidden, encoder_hidden_states=context, temb=time)
-    return module.proj_out(module.norm_out(hidden, time))
-
-
-def pixart_rows(module: Any, arguments: dict[str, Any], rows: Rows) -> Tensor:
-    """PixArt makes tokens inside too; the text is whole for any rows."""
-    first, size = rows["image"]
-    hidden = module.pos_embed(arguments["hidden_states"])[:, first : first + size]
-    context = module.caption_projection(arguments["encoder_hidden_states"])
-    modulation, time = module.adaln_single(
-        arguments["timestep"], arguments.get("added_cond_kwargs"), batch_size=len(hidden), hidden_dtype=hidden.dtype
-    )
-    for block in module.transformer_blocks:
-        hidden = block(hidden, encoder_hidden_states=context, timestep=modulation)
-    shift, scale = (module.scale_shift_table[None] + time[:, None]).chunk(2, dim=1)
-    return module.proj_out(module.norm_out(hidden) * (1 + scale) + shift)
-
-
-@contextlib.contextmanager
-def attention_with(keys: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """Attention takes its keys and values from `keys(number of the call, fresh k, fresh v)`."""
-    plain, count = F.scaled_dot_product_attention, 0
-
-    def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **rest: Any) -> Tensor:
-        nonlocal count
-        number, count = count, count + 1
-        if not query.shape[2]:
-            return query
-        assert attn_mask is None, "the oracle knows no masks"
-        key, value = keys(number, key, value)
-        return plain(query, key, value, **{name: rest[name] for name in ("scale",) if name in rest})
-
-    with mock.patch.object(F, "scaled_dot_product_attention", attend):
-        yield
-
-
-def pipefusion(
-    model: Any, job: dict[str, Any], *, num_patches: int, warmup_steps: int, together: bool = True
+def emulate(
+    model: Any, job: dict[str, Any], spec: ParallelSpec, *, num_patches: int = 0, warmup_steps: int = 1
 ) -> tuple[Tensor, list[Tensor]]:
-    """What sampling gives when each step computes text, then patch after patch; and the previews.
+    """The samples of a whole run with `spec`, and its previews. No masks of attention, no reference images.
 
-    job: program, noise, latent, noises, mask, conds. together: cond and uncond are one batch.
-    num_patches: already fitting. Keys and values of tokens that a forward doesn't compute are those that were
-    computed last with the same conditionings; the first time, all tokens are computed.
+    model: a whole one, with family, module and compute_dtype. job: program, noise, latent, noises, conds and
+    perhaps mask of a `Sample`. num_patches: of PipeFusion, one that fits; the number of stages is no matter.
+    Keys of tokens that are not computed, or not seen fresh, are those that were computed last with the same
+    conditionings; the first time, all tokens are computed.
     """
-    program = job["program"]
-    replay = Replay(
-        program, noise=job["noise"], latent=job["latent"], noises=job["noises"], mask=job["mask"],
-        dtype=job["noise"].dtype,
-    )
-    kept: dict[Any, list[Tensor]] = {}
+    module, program = in_shards(model.module, model.family.plan.tensor, spec.tensor), job["program"]
+    fields = {name: job[name] for name in ("noise", "latent", "noises", "mask") if name in job}
+    replay = Replay(program, **fields, dtype=job["noise"].dtype)
+    lanes: dict[Any, Lane] = {}
     previews = []
     for number, call in enumerate(program.calls):
         x = replay.model_input(number)
-        groups = [call.conds] if together else [[index] for index in call.conds]
-        outputs: list[Tensor] = []
-        for group in groups:
-            key = (*call.conds, *group)
-            whole = number < warmup_steps or (key, 0) not in kept
-            outputs += evaluate(model, x, call.timestep, [job["conds"][i] for i in group], key, kept,
-                                0 if whole else num_patches)
-        replay.answer(number, outputs)
+        rows = [(index, image) for index in call.conds for image in range(len(x))]
+        outputs: dict[Row, Tensor] = {}
+        for place, own in enumerate(dealt(rows, spec.cfg, spec.dp)):
+            for part, batch in enumerate(batches(own, job["conds"])):
+                key = (tuple(call.conds), place, part)
+                is_exact = number < warmup_steps or key not in lanes
+                lane = lanes.setdefault(key, Lane(model, module, spec, num_patches))
+                made = lane.evaluate(call_of(batch, x, call.timestep, job["conds"], model), is_exact=is_exact)
+                outputs |= zip(batch, made, strict=True)
+        whole = [torch.stack([outputs[index, image] for image in range(len(x))]) for index in call.conds]
+        replay.answer(number, whole)
         previews += [preview.denoised for preview in replay.previews(number)]
     return replay.output(), previews
 
 
-def evaluate(
-    model: Any, x: Tensor, timestep: float, conds: list[dict], key: Any, kept: dict[Any, list[Tensor]], patches: int
-) -> list[Tensor]:
-    """The model's output for each conditioning; all in one forward when `patches` is 0."""
-    call = {name: torch.cat([cond[name].expand(len(x), *cond[name].shape[1:]) for cond in conds]) for name in conds[0]}
-    call["x"] = torch.cat([x.to(model.compute_dtype)] * len(conds))
-    call["timestep"] = torch.full((len(call["x"]),), timestep)
-    arguments = model.family.inputs(dict(model.module.config), call)
-
-    def remember(layer: int, k: Tensor, v: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-        if patches == 0:
-            kept[key, layer] = [k.contiguous().clone(), v.contiguous().clone()]
-        for old, fresh in zip(kept[key, layer], (k, v), strict=True):
-            old[:, :, places] = fresh
-        return kept[key, layer][0], kept[key, layer][1]
-
-    counts = token_counts(model, arguments)
-    height, width = -(-x.shape[-2] // 2), -(-x.shape[-1] // 2)
-    if patches == 0:
-        out = compute(model, arguments, None, remember)[:, : height * width]
-    else:
-        extra = counts["image"] - height * width
-        assert not extra, "the oracle knows no reference images"
-        if "text" in STREAMS[model.family.name]:
-            compute(model, arguments, {"text": (0, counts["text"]), "image": (0, 0)}, remember)
-        parts, first = [], 0
-        for lines in torch.arange(height).tensor_split(patches):
-            size = len(lines) * width
-            parts.append(compute(model, arguments, {"text": (0, 0), "image": (first, size)}, remember))
-            first += size
-        out = torch.cat(parts, 1)
-    return list(latent_of(model, out, height, width)[..., : x.shape[-2], : x.shape[-1]].chunk(len(conds)))
+def dealt(rows: list[Row], cfg: int, dp: int) -> Iterator[list[Row]]:
+    """The rows of each lane: runs of them, cut over cfg, then over dp."""
+    for run in torch.arange(len(rows)).tensor_split(cfg):
+        for part in run.tensor_split(dp):
+            yield [rows[row] for row in part]
 
 
-def latent_of(model: Any, tokens: Tensor, height: int, width: int) -> Tensor:
-    """Tokens to pixels: Flux has a token's channels outermost, SD3 innermost, PixArt beside as many of a variance."""
-    square = tokens.reshape(len(tokens), height, width, -1)
-    if model.family.name == "flux":
-        square = square.unflatten(-1, (-1, 2, 2)).permute(0, 3, 1, 4, 2, 5)
-    else:
-        square = square.unflatten(-1, (2, 2, -1)).permute(0, 5, 1, 3, 2, 4)
-    pixels = square.reshape(len(tokens), -1, 2 * height, 2 * width)
-    return pixels[:, :4] if model.family.name == "pixart" else pixels
+def batches(rows: list[Row], conds: list[dict]) -> list[list[Row]]:
+    """What goes through the model together: all rows if their texts are of one length, else those of each text."""
+    lengths = {index: conds[index]["context"].shape[1] for index, _ in rows}
+    if len(set(lengths.values())) == 1:
+        return [rows]
+    return [[row for row in rows if row[0] == index] for index in lengths]
+
+
+def call_of(batch: list[Row], x: Tensor, timestep: float, conds: list[dict], model: Any) -> dict[str, Any]:
+    """The model's call. What a lone conditioning has once for all images stays so."""
+    alone = len({index for index, _ in batch}) == 1
+    call = {}
+    for name, value in conds[batch[0][0]].items():
+        values = [conds[index][name] for index, _ in batch]
+        rows = [each[image if len(each) > 1 else 0] for each, (_, image) in zip(values, batch, strict=True)]
+        call[name] = value if alone and len(value) == 1 else torch.stack(rows)
+    call["x"] = torch.stack([x[image] for _, image in batch]).to(model.compute_dtype)
+    return {**call, "timestep": torch.full((len(batch),), timestep)}
+
+
+class Lane:
+    """The ranks that compute the same rows, and the keys that they keep from one evaluation to the next."""
+
+    def __init__(self, model: Any, module: nn.Module, spec: ParallelSpec, num_patches: int) -> None:
+        self.model, self.module, self.spec, self.num_patches = model, module, spec, num_patches
+        self.num_ranks = spec.distri * spec.ring * spec.ulysses
+        self.kept: dict[tuple[int, int], Any] = {}
+
+    def evaluate(self, call: dict[str, Any], *, is_exact: bool) -> Tensor:
+        """The model's output: of all tokens at once, or of text and then patch after patch."""
+        arguments = self.model.family.inputs(dict(self.module.config), call)
+        counts = token_counts(self.model, arguments)
+        height, width = (-(-side // 2) for side in call["x"].shape[-2:])
+        assert counts["image"] == height * width, "the oracle knows no reference images"
+        segments: list[Spans] = [{stream: (0, count) for stream, count in counts.items()}]
+        if self.num_patches and not is_exact:
+            segments = [{"text": (0, counts["text"]), "image": (0, 0)}] if "text" in counts else []
+            for lines in torch.arange(height).tensor_split(self.num_patches):
+                segments.append({"text": (0, 0), "image": (int(lines[0]) * width, len(lines) * width)})
+        tokens = torch.cat([self._compute(arguments, counts, rows, is_exact) for rows in segments], 1)
+        return latent_of(self.model, tokens, height, width)[..., : call["x"].shape[-2], : call["x"].shape[-1]]
+
+    def _compute(self, arguments: dict[str, Any], counts: dict[str, int], rows: Spans, is_exact: bool) -> Tensor:
+        """The output of the image tokens among `rows`."""
+        family, ranks = self.model.family.name, range(self.num_ranks)
+        own = [{stream: part_of(rows[stream], rank, len(ranks)) for stream in counts} for rank in ranks]
+        starts = dict(zip(counts, (0, *counts.values()), strict=False))
+        places = [torch.cat([torch.arange(part[s][0], sum(part[s])) + starts[s] for s in counts]) for part in own]
+        meeting = Meeting(len(ranks))
+
+        def rank_of(rank: int) -> Tensor:
+            def attend(layer: int, *qkv: Tensor) -> tuple[Tensor, ...]:
+                # Of each PixArt block's two attentions the second is to the text, which every rank has.
+                if family == "pixart" and layer % 2:
+                    return *qkv, 0
+                return self._attend(layer, rank, meeting.all(rank, qkv), places, is_exact)
+
+            HERE.attend, HERE.layer = attend, 0
+            return FORWARDS[family](self.module, arguments, own[rank], Tensor.narrow if len(ranks) == 1 else copied)
+
+        with mock.patch.object(F, "scaled_dot_product_attention", attention):
+            return torch.cat(meeting.run(rank_of), 1)
+
+    def _attend(
+        self, layer: int, rank: int, seen: list[Keys], places: list[Tensor], is_exact: bool
+    ) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Queries, keys and values, and the first of the queries that is the rank's own.
+
+        Queries are the whole ulysses group's, as they are after an all-to-all: kernels round by their number.
+        """
+        beside = rank // self.spec.ulysses * self.spec.ulysses
+        queries = torch.cat([seen[peer][0] for peer in range(beside, beside + self.spec.ulysses)], 2)
+        place = sum(seen[peer][0].shape[2] for peer in range(beside, rank))
+        keys = self._old_ranks if self.spec.distri > 1 else self._old_places
+        return queries, *keys((rank, layer), [tuple(each[1:]) for each in seen], places, is_exact), place
+
+    def _old_ranks(self, key: tuple[int, int], fresh: list[Keys], places: list[Tensor], is_exact: bool) -> Keys:
+        """DistriFusion: of ranks elsewhere on the axis those of the evaluation before."""
+        inner, before = self.spec.ring * self.spec.ulysses, self.kept.get(key)
+        self.kept[key] = fresh
+        sources = [
+            now if is_exact or peer // inner == key[0] // inner else before[peer] for peer, now in enumerate(fresh)
+        ]
+        return tuple(torch.cat(parts, 2) for parts in zip(*sources, strict=True))
+
+    def _old_places(self, key: tuple[int, int], fresh: list[Keys], places: list[Tensor], is_exact: bool) -> Keys:
+        """PipeFusion: each token's in its place in the whole sequence, until it is computed again."""
+        if is_exact:
+            length = sum(k.shape[2] for k, _ in fresh)
+            self.kept[key] = tuple(x.new_empty((*x.shape[:2], length, x.shape[3])) for x in fresh[0])
+        for peer, now in enumerate(fresh):
+            for old, new in zip(self.kept[key], now, strict=True):
+                # A layer of one stream has the first alone.
+                old[:, :, places[peer][: new.shape[2]]] = new
+        return self.kept[key]
+
+
+def part_of(span: tuple[int, int], rank: int, num_ranks: int) -> tuple[int, int]:
+    """The rank's part of a run of tokens (first, number)."""
+    own = torch.arange(span[0], sum(span)).tensor_split(num_ranks)[rank]
+    return (int(own[0]), len(own)) if len(own) else (span[0], 0)
+
+
+class Meeting:
+    """Threads that wait for each other."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self._barrier = threading.Barrier(num_ranks)
+        self._brought: list[Any] = [None] * num_ranks
+
+    def run(self, function: Callable[[int], Tensor]) -> list[Tensor]:
+        """`function(rank)` of every rank. Raises what the first one raised."""
+        results: list[Any] = list(self._brought)
+        errors: list[BaseException] = []
+
+        def one(rank: int) -> None:
+            try:
+                with torch.inference_mode():
+                    results[rank] = function(rank)
+            except BaseException as error:
+                errors.append(error)
+                self._barrier.abort()
+
+        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(len(results))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+        return results
+
+    def all(self, rank: int, brought: Any) -> list[Any]:
+        """What every rank brought; all must come."""
+        self._brought[rank] = brought
+        self._barrier.wait()
+        found = list(self._brought)
+        self._barrier.wait()
+        return found
+
+
+PLAIN = F.scaled_dot_product_attention
+HERE = threading.local()
+"""attend: what this thread's attentions ask; layer: the number of the next one."""
+
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, scale: float | None = None, **_: Any
+) -> Tensor:
+    assert attn_mask is None, "the oracle knows no masks"
+    layer, HERE.layer = HERE.layer, HERE.layer + 1
+    if not query.shape[2]:
+        return query  # nothing of this layer's streams is in the segment, on any rank
+    queries, keys, values, first = HERE.attend(layer, query, key, value)
+    return PLAIN(queries, keys, values, scale=scale)[:, :, first : first + query.shape[2]]
+
+
+def in_shards(module: nn.Module, plan: TensorPlan, degree: int) -> nn.Module:
+    """The module with each matrix that tensor parallel cuts in shards, whose results are put together or added."""
+    if degree == 1:
+        return module
+    module = copy.deepcopy(module)
+    kinds: dict[str, Any] = dict.fromkeys((*plan.columns, *plan.joined), Columns)
+    kinds |= {pattern: functools.partial(Rows, pieces=pieces) for pattern, pieces in plan.rows.items()}
+    for pattern, kind in kinds.items():
+        for path, linear in find(module, pattern):
+            parent, _, name = path.rpartition(".")
+            module.get_submodule(parent)._modules[name] = kind(linear, degree)
+    return module
+
+
+class Columns(nn.Module):
+    """A Linear of which each rank has some outputs."""
+
+    def __init__(self, linear: nn.Linear, degree: int) -> None:
+        super().__init__()
+        biases = linear.bias.chunk(degree) if linear.bias is not None else [None] * degree
+        self.shards = list(zip(linear.weight.chunk(degree), biases, strict=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([F.linear(x, *shard) for shard in self.shards], -1)
+
+
+class Rows(nn.Module):
+    """A Linear of which each rank has some inputs, joined from `pieces`, and the first the bias."""
+
+    def __init__(self, linear: nn.Linear, degree: int, pieces: tuple[int, ...]) -> None:
+        super().__init__()
+        self.pieces, self.degree = pieces, degree
+        self.weights = self._cut(linear.weight)
+        self.biases = [linear.bias, *[None] * (degree - 1)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self._cut(x)
+        if not x.is_contiguous():
+            # A Linear adds its bias within the product only where its input is in one piece.
+            parts = [F.pad(part, (0, 0, 0, 1))[:, :-1] for part in parts]
+        return functools.reduce(operator.add, map(F.linear, parts, self.weights, self.biases))
+
+    def _cut(self, x: Tensor) -> list[Tensor]:
+        unit = x.shape[-1] // sum(self.pieces)
+        parts = [part.chunk(self.degree, -1) for part in x.split([unit * piece for piece in self.pieces], -1)]
+        return [torch.cat(shard, -1) for shard in zip(*parts, strict=True)]

@@ -9,6 +9,7 @@ import torch
 from programs import flow_program, heun_program, lonely_program, plus_program
 from ranks import groups, tiny_model
 from tiny import picture
+from torch import nn
 
 from comfy_xdit.messages import LoadModel, Sample
 from comfy_xdit.parallel.context import ParallelContext
@@ -16,6 +17,7 @@ from comfy_xdit.parallel.denoise import denoise
 from comfy_xdit.parallel.pipefusion import pipefusion
 from comfy_xdit.parallel.spec import ParallelSpec
 from comfy_xdit.parallel.stages import Absent, block_costs, block_paths, stages
+from comfy_xdit.parallel.tensor import keep_own_heads, regions
 from comfy_xdit.trajectory import Operation, SamplerProgram
 from comfy_xdit.weights.resident import load
 
@@ -35,6 +37,22 @@ def staged_model(*, stage: int = 0, num_stages: int = 1, **options: Any) -> Any:
     if stage + 1 < num_stages:
         for name in plan.after_blocks:
             module.get_submodule(name).to("meta")
+    return model
+
+
+def spread_model(spec: ParallelSpec, rank: int, **options: Any) -> Any:
+    """What `rank` holds of `tiny_model` with `spec`: the blocks of its stage, and its shards of those."""
+    share = spec.weights_of(rank)
+    model = staged_model(stage=share.stage, num_stages=share.num_stages, **options)
+    plan, module = model.family.plan.tensor, model.module
+    for name, region in regions(module, plan, share).items() if share.num_shards > 1 else ():
+        path, _, parameter = name.rpartition(".")
+        owner = module.get_submodule(path)
+        if region is not None:
+            part = region.columns_of(getattr(owner, parameter).narrow(0, region.row, region.rows))
+            setattr(owner, parameter, nn.Parameter(part.clone(), requires_grad=False))
+    if share.num_shards > 1:
+        keep_own_heads(module, plan, share)
     return model
 
 

@@ -6,9 +6,9 @@ import logging
 import pytest
 import tiny
 import torch
-from oracle_distri import emulate
+from oracle import emulate
 from programs import flow_program
-from ranks import Ranks, run_denoise, run_sample, tiny_call
+from ranks import Ranks, run_denoise, run_sample, tiny_call, tiny_model
 
 from comfy_xdit.messages import LoadModel
 from comfy_xdit.parallel.spec import ModelShape, ParallelSpec, auto, check
@@ -63,8 +63,8 @@ def sampled(ranks, model, degrees, fields, **method):
     return answers[0][0]
 
 
-def expected(model, fields, *, groups, warmup_steps, inner=1, together=True):
-    return emulate(model, **fields, groups=groups, inner=inner, warmup_steps=warmup_steps, together=together)
+def expected(model, fields, *, warmup_steps=1, **degrees):
+    return emulate(tiny_model(**model), fields, ParallelSpec(**degrees), warmup_steps=warmup_steps)[0]
 
 
 def difference(x, y):
@@ -81,7 +81,7 @@ def test_two_ranks_equal_the_emulation(two, kind, name) -> None:
     serial, _, _ = run_sample(model, {}, **fields)
     for warmup_steps in (0, 1, 2):
         stale = sampled(two, model, {"distri": 2}, fields, warmup_steps=warmup_steps)
-        assert torch.equal(stale, expected(model, fields, groups=2, warmup_steps=warmup_steps))
+        assert torch.equal(stale, expected(model, fields, distri=2, warmup_steps=warmup_steps))
         drift = difference(stale, serial)
         log.info("%s, %s, %d exact evaluations: drift %.1e", kind, name, warmup_steps, drift)
         assert 1e-9 < drift < 0.5
@@ -93,7 +93,7 @@ def test_four_ranks_equal_the_emulation(four, kind) -> None:
     model = MODELS[kind]
     fields = job(flow_program(steps=3, kind="multistep", cfg=2.0), family=model["family"], size=(5, 10))
     stale = sampled(four, model, {"distri": 4}, fields)
-    assert torch.equal(stale, expected(model, fields, groups=4, warmup_steps=1))
+    assert torch.equal(stale, expected(model, fields, distri=4))
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -102,14 +102,14 @@ def test_fresh_keys_within_a_group_of_ulysses_ranks(four, kind) -> None:
     model = MODELS[kind]
     fields = job(flow_program(steps=3, kind="multistep"), family=model["family"], size=(5, 10))
     stale = sampled(four, model, {"distri": 2, "ulysses": 2}, fields)
-    assert torch.equal(stale, expected(model, fields, groups=2, inner=2, warmup_steps=1))
+    assert torch.equal(stale, expected(model, fields, distri=2, ulysses=2))
 
 
 def test_fresh_keys_within_a_ring(four) -> None:
     """A ring sums in another order, so all but the last bits are equal."""
     fields = job(flow_program(steps=3, kind="multistep"), size=(5, 10))
     stale = sampled(four, MODELS["flux"], {"distri": 2, "ring": 2}, fields)
-    assert difference(stale, expected(MODELS["flux"], fields, groups=2, inner=2, warmup_steps=1)) <= EXACT
+    assert difference(stale, expected(MODELS["flux"], fields, distri=2, ring=2)) <= EXACT
 
 
 @pytest.mark.parametrize("texts", [(7, 7), (9, 4)])
@@ -117,11 +117,8 @@ def test_each_conditioning_has_its_keys(two, four, texts) -> None:
     """As one batch, one call after another (texts of different lengths), or side by side on the cfg axis."""
     model = MODELS["flux"]
     fields = job(flow_program(steps=3, cfg=2.0), texts=texts)
-    together = expected(model, fields, groups=2, warmup_steps=1) if texts[0] == texts[1] else None
-    apart = expected(model, fields, groups=2, warmup_steps=1, together=False)
-    stale = sampled(two, model, {"distri": 2}, fields)
-    assert torch.equal(stale, apart if together is None else together)
-    assert torch.equal(sampled(four, model, {"cfg": 2, "distri": 2}, fields), apart)
+    for ranks, degrees in ((two, {"distri": 2}), (four, {"cfg": 2, "distri": 2})):
+        assert torch.equal(sampled(ranks, model, degrees, fields), expected(model, fields, **degrees))
 
 
 def test_shards_of_weights_change_nothing(two, four, tmp_path) -> None:
@@ -147,7 +144,7 @@ def test_each_image_of_a_batch_has_its_keys(four) -> None:
             "latent": fields["latent"][row : row + 1],
             "noises": [noise[row : row + 1] for noise in fields["noises"]],
         }
-        assert torch.equal(image[None], expected(MODELS["flux"], alone, groups=2, warmup_steps=1))
+        assert torch.equal(image[None], expected(MODELS["flux"], alone, distri=2))
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -223,7 +220,7 @@ def test_buffers_do_not_outlive_the_job(two) -> None:
         assert answers == [(4, 0), (4, 0)]
     # Also where the ranks stopped with keys under way, the next job works.
     stale = sampled(two, MODELS["flux"], {"distri": 2}, fields)
-    assert torch.equal(stale, expected(MODELS["flux"], fields, groups=2, warmup_steps=1))
+    assert torch.equal(stale, expected(MODELS["flux"], fields, distri=2))
 
 
 def test_degrees() -> None:
