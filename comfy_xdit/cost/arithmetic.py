@@ -14,6 +14,9 @@ from comfy_xdit.weights.slices import is_unused
 
 ONCE, IMAGE, TEXT, BOTH = (), ("image",), ("text",), ("image", "text")
 
+LAST = ("final_layer.linear.", "final_layer.adaLN_modulation.")
+"""How the weights behind the blocks are named, in every family's layout."""
+
 Streams = tuple[str, ...]
 
 
@@ -138,7 +141,8 @@ class Part:
 class Network:
     """What the cost of a transformer depends on.
 
-    blocks: in the order in which they run; outside: embedders and final layer. cut: as in `Anatomy`.
+    blocks: in the order in which they run; outside: embedders and final layer; last_params: of these, what is on
+    the last stage only. cut: as in `Anatomy`.
     latent_patch: latent pixels on a side of one token; latent_pixel: image pixels on a side of one latent pixel.
     token_outputs: numbers that come out for each image token; latent_outputs: of use, for each latent pixel.
     param_bytes: of one parameter as the file keeps it, on average.
@@ -150,6 +154,7 @@ class Network:
     hidden: int
     blocks: tuple[Part, ...]
     outside: Part
+    last_params: int
     cut: Streams
     latent_patch: int
     token_outputs: int
@@ -230,6 +235,7 @@ def network(
         hidden=config["num_attention_heads"] * config["attention_head_dim"],
         blocks=blocks,
         outside=outside,
+        last_params=sum(math.prod(info.shape) for key, info in weights.items() if key.startswith(LAST)),
         cut=anatomy.cut,
         latent_patch=latent_patch,
         token_outputs=token_outputs,

@@ -41,7 +41,9 @@ def memory(network: Network, work: Work, spec: ParallelSpec, rank: int) -> Memor
 
 def parameters(network: Network, part: Part) -> int:
     """Its stage's blocks, their matrices cut by the tensor axis; embedders are on every rank."""
-    return network.outside.params + sum(_share(network.blocks[block], part.spec.tensor) for block in part.blocks)
+    elsewhere = 0 if part.index["pipe"] + 1 == part.spec.pipe else network.last_params
+    blocks = sum(_share(network.blocks[block], part.spec.tensor) for block in part.blocks)
+    return network.outside.params - elsewhere + blocks
 
 
 def activations(network: Network, work: Work, part: Part) -> int:
