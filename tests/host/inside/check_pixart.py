@@ -4,6 +4,7 @@ import comfy.sd
 import comfy.utils
 import pytest
 import torch
+from check_lora import TARGETS, with_lora
 from check_models_parity import call, error, ours, resident, theirs
 from comfy.ldm.pixart.pixartms import get_2d_sincos_pos_embed_torch
 from comfy_xdit_nodes import skeleton
@@ -21,6 +22,18 @@ from comfy_xdit.weights.header import TensorInfo
 from comfy_xdit.weights.slices import slice_map
 
 HIDDEN = 144
+
+EXACT = [
+    {"tensor": 2},
+    {"pipe": 2, "sampling": "step"},
+    {"pipe": 2, "warmup_steps": 1000},
+    {"distri": 2, "warmup_steps": 1000},
+    {"ulysses": 2, "sampling": "step"},
+    {"ring": 2},
+    {"cfg": 2},
+    {"dp": 2},
+]
+STALE = [{"pipe": 2}, {"distri": 2}]
 PUBLISHED = {"hidden_size": 1152, "num_heads": 16, "depth": 28, "caption_channels": 4096}
 
 
@@ -158,3 +171,23 @@ def test_a_prompt_in_another_size_than_the_picture(models, fake):
     expected = tiny.sample(tiny.load(path), **inputs)
     assert torch.equal(tiny.sample(from_checkpoint(open_checkpoint(str(path))), **inputs), expected)
     assert not torch.equal(tiny.sample(tiny.load(path)), expected)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["bare", "lora"])
+@pytest.mark.parametrize("kind", ["pixart", "alpha"])
+def test_every_method_on_a_pool(kind, lora, models, pools):
+    """Two images under guidance, against stock; of the latent's norm, in fp32."""
+    path = models / f"{kind}.safetensors"
+    inputs = tiny.fitted(kind, {"latent_image": tiny.latent(18, 22, batch=2), "sampler_name": "dpmpp_2m"})
+    ours = from_checkpoint(open_checkpoint(str(path)))
+
+    def sampled(model):
+        return tiny.sample(with_lora(model, "lora", TARGETS["pixart"], 0.7) if lora else model, **inputs)
+
+    stock = sampled(tiny.load(path))
+    distances = {
+        str(degrees): ((sampled(parallelize(ours, pools(2, **degrees))) - stock).norm() / stock.norm()).item()
+        for degrees in EXACT + STALE
+    }
+    assert all(distances[str(degrees)] <= 2e-6 for degrees in EXACT), distances
+    assert all(1e-4 < distances[str(degrees)] < 0.1 for degrees in STALE), distances
