@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from .job import Job
 
 WIDTH, LEFT, ROW, GAP, TOP = 1000, 150, 18, 14, 40
-COMPUTE, TALK, IDLE, LINE = (44, 98, 207), (240, 147, 43), (214, 214, 214), (200, 200, 200)
+COMPUTE, TALK, IDLE, LINE = (44, 98, 207), (240, 147, 43), (214, 214, 214), (20, 20, 20)
 
 
 def timeline(jobs: Mapping[str, Job]) -> Image.Image:
