@@ -48,8 +48,11 @@ def write_files(models):
     save_file(tensors, models / "conditioning" / "prompts.safetensors")
 
 
-def prompt(*, ours=True, negative="b", steps=3, side=128, **degrees):
-    """A workflow in API format that saves a latent; the stock nodes when not `ours`."""
+def prompt(*, ours=True, stock_sampler=False, negative="b", steps=3, side=128, **degrees):
+    """A workflow in API format that saves a latent; the stock nodes when not `ours`.
+
+    stock_sampler: ComfyUI's loader and KSampler, with a Parallel Model between them.
+    """
     # A name of its own for each file: ComfyUI runs no node again whose inputs are those of the last run.
     names = {axis: degrees.get(axis, 0) for axis in ("dp", "cfg", "pipe", "ring", "ulysses", "tensor")}
     sampling = {
@@ -70,6 +73,11 @@ def prompt(*, ours=True, negative="b", steps=3, side=128, **degrees):
     if ours:
         nodes["1"] = ("XDiTWorkerPool", {"devices": "cpu:2", "name": "default", **names})
         sampling["pool"] = ["1", 0]
+    if stock_sampler:
+        nodes["2"] = ("UNETLoader", nodes["2"][1])
+        nodes["6"] = ("KSampler", sampling)
+        nodes["8"] = ("XDiTParallelModel", {"model": ["2", 0], "pool": sampling.pop("pool")})
+        sampling["model"] = ["8", 0]
     return {number: {"class_type": kind, "inputs": inputs} for number, (kind, inputs) in nodes.items()}
 
 
@@ -112,7 +120,8 @@ def until(what, timeout_s=120):
 
 
 def pool_status(server):
-    return json.loads(server.pool("status", "--json").stdout)
+    """Without ranks before there is a pool."""
+    return json.loads(server.pool("status", "--json").stdout or '{"ranks": []}')
 
 
 def close(a, b):
@@ -159,9 +168,16 @@ def test_equals_stock(server, degrees, negative):
     assert close(ours, latent(server, ours=False, negative=negative))
 
 
-def test_interrupt(server):
-    number = start(server, steps=2000)
-    until(lambda: any(rank["running"] for rank in pool_status(server)["ranks"]))
+STEP_BY_STEP, AS_A_WHOLE = {"steps": 2000}, {"steps": 1000}
+"""By so many steps; as a whole each rank is at work from the beginning to the end."""
+
+STAGES = {**AS_A_WHOLE, "pipe": 2, "stock_sampler": True}
+
+
+@pytest.mark.parametrize("inputs", [STEP_BY_STEP, AS_A_WHOLE, STAGES], ids=str)
+def test_interrupt(server, inputs):
+    number = start(server, **inputs)
+    until(lambda: any(rank.get("running") for rank in pool_status(server)["ranks"]))
     server.post("/interrupt", {})
     entry = wait(server, number, 60)
     assert any(kind == "execution_interrupted" for kind, _ in entry["status"]["messages"])
@@ -176,10 +192,11 @@ def test_free_unloads_the_workers(server):
     assert close(latent(server, ulysses=2, steps=3), expected)
 
 
-def test_a_killed_worker(server):
-    number = start(server, steps=2001)
-    until(lambda: all(rank["running"] for rank in pool_status(server)["ranks"]))
-    os.kill(pool_status(server)["ranks"][1]["pid"], signal.SIGKILL)
+@pytest.mark.parametrize(("rank", "inputs"), [(1, STEP_BY_STEP), (1, AS_A_WHOLE), (0, STAGES), (1, STAGES)], ids=str)
+def test_a_killed_worker(server, rank, inputs):
+    number = start(server, **inputs)
+    until(lambda: [rank.get("running") in ("Sample", "Denoise") for rank in pool_status(server)["ranks"]] == [True] * 2)
+    os.kill(pool_status(server)["ranks"][rank]["pid"], signal.SIGKILL)
     said = error(wait(server, number, 60))
     assert "the pool restarts its workers" in said and "\n" not in said, said
     assert latent(server, ring=2).isfinite().all()
