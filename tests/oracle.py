@@ -101,6 +101,8 @@ class Lane:
 
     def evaluate(self, call: dict[str, Any], *, is_exact: bool) -> Tensor:
         """The model's output: of all tokens at once, or of text and then patch after patch."""
+        if self.num_patches and is_exact and len(call["x"]) > 1:
+            return self._row_after_row(call)
         arguments = self.model.family.inputs(dict(self.module.config), call)
         counts = token_counts(self.model, arguments)
         height, width = (-(-side // 2) for side in call["x"].shape[-2:])
@@ -112,6 +114,17 @@ class Lane:
                 segments.append({"text": (0, 0), "image": (int(lines[0]) * width, len(lines) * width)})
         tokens = torch.cat([self._compute(arguments, counts, rows, is_exact) for rows in segments], 1)
         return latent_of(self.model, tokens, height, width)[..., : call["x"].shape[-2], : call["x"].shape[-1]]
+
+    def _row_after_row(self, call: dict[str, Any]) -> Tensor:
+        """As stages do it, so that all have something to do."""
+        num_rows, made, kept = len(call["x"]), [], []
+        for row in range(num_rows):
+            alone = {name: value[row : row + 1] if len(value) == num_rows else value for name, value in call.items()}
+            self.kept = {}
+            made.append(self.evaluate(alone, is_exact=True))
+            kept.append(self.kept)
+        self.kept = {key: tuple(map(torch.cat, zip(*(each[key] for each in kept), strict=True))) for key in kept[0]}
+        return torch.cat(made)
 
     def _compute(self, arguments: dict[str, Any], counts: dict[str, int], rows: Spans, is_exact: bool) -> Tensor:
         """The output of the image tokens among `rows`."""

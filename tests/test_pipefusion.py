@@ -233,7 +233,8 @@ def test_buffers_end_with_the_job(ending) -> None:
     class Watched(StaleAttention):
         def _renewed(self, *args):
             pair = super()._renewed(*args)
-            made.update({id(x): weakref.ref(x) for x in pair})
+            buffers = [x for layers in self._kept.values() for kept in layers.values() for x in kept]
+            made.update({id(x): weakref.ref(x) for x in buffers})
             if ending == "failed" and len(made) == 8:
                 raise RuntimeError("in mid-job")
             return pair

@@ -207,7 +207,9 @@ def _pipelined(
     stages, part = spec.pipe, part_of(network, work, spec, 0)
     patches = work.num_patches or usual_patches(part.shard_tokens(("image",)), stages)
     hop_bytes = part.rows * part.shard_tokens(network.cut) * network.hidden * work.element_bytes
-    serial = serial_s + (stages - 1) * link.seconds({"p2p": hop_bytes})
+    # Rows follow each other through the stages in an exact evaluation.
+    rows = max(part.rows, 1)
+    serial = serial_s * (rows + stages - 1) / (rows * stages) + (stages - 1) * link.seconds({"p2p": hop_bytes / rows})
     full = max(stage_s, link.seconds({"p2p": hop_bytes}, patches + 1))
     fill = (stages - 1) * (full / patches + link.seconds({"p2p": hop_bytes / patches}))
     warm = _warm(work)

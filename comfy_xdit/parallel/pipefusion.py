@@ -74,13 +74,31 @@ def pipefusion(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Batch:
-    """Rows that go through the model together. key: names their buffers; segments: of a step that isn't exact."""
+    """Rows that go through the model together.
+
+    key: names their buffers, which are for `num_rows`, these from `first` on; segments: of a step that isn't exact.
+    """
 
     key: tuple[Kind, int]
     pieces: list[Piece]
     call: Call
     segments: list[Segment]
     num_tokens: dict[str, int]
+    first: int
+    num_rows: int
+
+    def apart(self) -> list[_Batch]:
+        """Each row by itself."""
+        places = [(piece.call, row) for piece in self.pieces for row in range(piece.start, piece.stop)]
+        return [
+            dataclasses.replace(
+                self,
+                pieces=[Piece(call=call, start=row, stop=row + 1)],
+                call=rows_of(self.call, Piece(call=0, start=number, stop=number + 1)),
+                first=number,
+            )
+            for number, (call, row) in enumerate(places)
+        ]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -184,7 +202,8 @@ class _Pipeline:
                 self._first.expect(evaluation)
             batches = self._batches[self._kinds[number]]
             if evaluation.is_exact:
-                whole = [(batch, WHOLE) for batch in batches]
+                # Rows don't see each other, so one follows the other through the stages.
+                whole = [(row, WHOLE) for batch in batches for row in batch.apart()]
                 yield _Step(evaluation=evaluation, patches=everything, computed=whole, begins=True)
             for patch in (None, *everything) if not evaluation.is_exact else ():
                 computed = [(batch, part) for batch in batches for part in batch.segments if part.patch == patch]
@@ -216,11 +235,14 @@ class _Pipeline:
         if self._first is not None and previous is not None:
             for patch in step.patches:
                 self._first.take(previous, patch)
-        outputs: list[Tensor] = []
+        rows: dict[tuple[Kind, int], list[Tensor]] = {}
         for batch, segment in step.computed:
             out = self._forward(step, batch, segment)
             if out is not None:
-                outputs += out.split([piece.stop - piece.start for piece in batch.pieces])
+                rows.setdefault(batch.key, []).append(out)
+        outputs: list[Tensor] = []
+        for batch in self._batches[self._kinds[step.evaluation.number]] if rows else ():
+            outputs += torch.cat(rows[batch.key]).split([piece.stop - piece.start for piece in batch.pieces])
         if self._last is not None:
             for patch in step.patches:
                 self._last.finish(step.evaluation, patch, outputs)
@@ -229,8 +251,8 @@ class _Pipeline:
         call = {**batch.call, "timestep": torch.full_like(batch.call["timestep"], step.evaluation.call.timestep)}
         if self._first is not None:
             call["x"] = torch.cat([self._first.x[piece.start : piece.stop] for piece in batch.pieces])
-        self._keys.begin(batch.key, keep=step.evaluation.keeps)
-        self._once.begin(step.evaluation.number, batch.key)
+        self._keys.begin(batch.key, keep=step.evaluation.keeps, first=batch.first, num_rows=batch.num_rows)
+        self._once.begin(step.evaluation.number, (batch.key, batch.first))
         self._run.segment = segment.spans
         out = self._stage.forward(arguments_of(self._model, call), wants_output=bool(step.patches))
         return self._model.family.output(out, call) if out is not None else None
@@ -251,7 +273,15 @@ class _Pipeline:
         segments = segments_of(
             self._patches.grid, self._patches.rows, lengths, num_shards=self._shards.degree
         )
-        return _Batch(key=(kind, number), pieces=pieces, call=call, segments=segments, num_tokens=lengths)
+        return _Batch(
+            key=(kind, number),
+            pieces=pieces,
+            call=call,
+            segments=segments,
+            num_tokens=lengths,
+            first=0,
+            num_rows=call["x"].shape[0],
+        )
 
     def _rows(self, kind: Kind, piece: Piece) -> Call:
         """The rows' call, but for what changes: its latent is 0, its timestep too."""

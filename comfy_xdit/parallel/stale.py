@@ -38,14 +38,16 @@ class StaleAttention:
         self._kept: dict[Hashable, dict[str, tuple[Tensor, Tensor]]] = {}
         self._run: Hashable = None
         self._keep = False
+        self._first, self._num_rows = 0, 1
         self.most_bytes_held = 0
 
-    def begin(self, run: Hashable, *, keep: bool) -> None:
-        """What follows computes rows that belong to `run`, which has buffers of its own.
+    def begin(self, run: Hashable, *, keep: bool, first: int, num_rows: int) -> None:
+        """What follows computes rows that belong to `run`, from its `first` on; buffers are for all `num_rows`.
 
-        A forward of all its tokens fills them if `keep`; those of segments need them filled.
+        A forward of all their tokens fills them if `keep`; those of segments need them filled.
         """
         self._run, self._keep = run, keep
+        self._first, self._num_rows = first, num_rows
 
     def forget(self, run: Hashable) -> None:
         """No segment of `run` will be computed any more."""
@@ -88,15 +90,17 @@ class StaleAttention:
         if pair is None:
             assert layer.spans is None, f"{layer.path}: nothing was kept of the other tokens"
             length = sum(layer.lengths)
-            pair = (k.new_empty((*k.shape[:2], length, k.shape[3])), v.new_empty((*v.shape[:2], length, v.shape[3])))
+            keys, values = (x.new_empty((self._num_rows, x.shape[1], length, x.shape[3])) for x in (k, v))
+            pair = keys, values
             if self._keep:
                 self._kept.setdefault(self._run, {})[layer.path] = pair
                 self.most_bytes_held = max(self.most_bytes_held, self._bytes_held())
-        for whole, fresh in zip(pair, (k, v), strict=True):
+        keys, values = (whole[self._first : self._first + k.shape[0]] for whole in pair)
+        for whole, fresh in ((keys, k), (values, v)):
             parts = fresh.split([size for _, size in spans], 2)
             for (first, size), part in zip(spans, parts, strict=True):
                 whole.narrow(2, first, size).copy_(part)
-        return pair
+        return keys, values
 
     def _group(self, ring: int) -> range:
         """Places on the sequence axis of the ranks that differ on the ulysses axis only."""
