@@ -21,6 +21,9 @@ def test_exact_methods_are_exact_and_the_others_near(result):
     assert set(differences) | set(near) == {f"{axis}=2" for axis in METHODS}
     assert max(differences.values()) <= EXACT_LIMIT < min(near.values()) and max(near.values()) < 0.1
     exact = {row["method"]: (row["evaluations"], row["exact"]) for row in result["rows"]}
+    parts = {row["method"]: (row["warm_up"], row["gain_after"]) for row in result["rows"]}
+    assert parts["tensor=2"] == parts["cfg=2"] == (None, None)
+    assert all(0 < parts[method][0] < 1 and parts[method][1] > 0 for method in near)
     assert exact["tensor=2"] == (3, 3) and exact["pipe=2"] == exact["distri=2"] == (3, 1) and exact["cfg=2"] == (1, 1)
 
 

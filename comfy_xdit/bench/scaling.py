@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -142,10 +143,13 @@ class Bench:
         work = self._work(call, num_evaluations=settings.num_evaluations)
         rows, ranks = [], []
         for axis, spec in specs.items():
-            last = results[axis][-1]
-            difference = relative_difference(last[0].value, outputs["here"])
-            rows.append(self._row(tokens, spec, times[axis], times["1 thread"], work=work, difference=difference))
-            ranks += _shares(tokens, spec, [found[0].report["ranks"] for found in results[axis][1:]])
+            turns = results[axis][1:]
+            difference = relative_difference(turns[-1][0].value, outputs["here"])
+            row = self._row(tokens, spec, times[axis], times["1 thread"], work=work, difference=difference)
+            if row["exact"] < row["evaluations"]:
+                row |= _apart([found[-1].report for found in turns], row)
+            rows.append(row)
+            ranks += _shares(tokens, spec, [found[0].report["ranks"] for found in turns])
         return rows, ranks
 
     def _specs(self, methods: tuple[str, ...]) -> dict[str, ParallelSpec]:
@@ -155,7 +159,8 @@ class Bench:
     def _run(self, call: dict[str, Tensor], spec: ParallelSpec, num_evaluations: int) -> Sample:
         settings = self._settings
         reuse = {"num_patches": settings.num_patches, "warmup_steps": settings.warmup_steps}
-        return whole_run(str(spec), call, spec, num_evaluations=num_evaluations, **reuse)
+        # Traced: where evaluations begin tells the warm-up from the rest.
+        return whole_run(str(spec), call, spec, num_evaluations=num_evaluations, trace=True, **reuse)
 
     def _work(self, call: dict[str, Tensor], *, num_evaluations: int = 1, images: int = 1, chunks: int = 1) -> Work:
         height, width = call["x"].shape[-2:]
@@ -195,9 +200,28 @@ class Bench:
             "one_thread_s": alone.median_s / number,
             "gain": ratio(alone, time),
             "predicted": seconds[0] / seconds[1],
+            "warm_up": None,
+            "gain_after": None,
             "over_threads": ratio(threads, time) if threads is not None else None,
             "difference": difference,
         }
+
+
+def _apart(reports: list[dict[str, Any]], row: dict[str, Any]) -> dict[str, Any]:
+    """The share of a run's time that its exact evaluations take, and the gain of the others.
+
+    reports: the last rank's, of each run. With pipe the first of the others fills the pipeline, and isn't counted.
+    """
+    warm_up, after = [], []
+    for report in reports:
+        marks, end = report["evaluations"], report["began"] + report["seconds"]
+        warm_up.append((marks[row["exact"]] - report["began"]) / report["seconds"])
+        counted = marks[row["exact"] + 1 :]
+        after += [(end - counted[0]) / len(counted)] if counted else []
+    return {
+        "warm_up": statistics.median(warm_up),
+        "gain_after": row["one_thread_s"] / statistics.median(after) if after else None,
+    }
 
 
 def _shares(tokens: int, spec: ParallelSpec, reports: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
