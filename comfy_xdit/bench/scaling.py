@@ -41,7 +41,10 @@ RUN_TIMEOUT_S = 3600.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """num_evaluations, warmup_steps and num_patches are of whole runs; num_patches 0 lets the ranks choose."""
+    """num_evaluations, warmup_steps, num_patches and chunks are of whole runs.
+
+    num_patches: 0 lets the ranks choose; chunks: 1, or 2 for cond and uncond.
+    """
 
     num_ranks: int = 2
     num_turns: int = 3
@@ -49,6 +52,7 @@ class Settings:
     num_evaluations: int = 28
     warmup_steps: int = 1
     num_patches: int = 0
+    chunks: int = 1
 
 
 def scaling(tokens: Sequence[int], size: FluxSize, settings: Settings) -> dict[str, Any]:
@@ -69,8 +73,9 @@ def scaling(tokens: Sequence[int], size: FluxSize, settings: Settings) -> dict[s
     return {
         "compared": (
             f"seconds of one evaluation of a random Flux (hidden {size.hidden}, {size.double_blocks} + "
-            f"{size.single_blocks} blocks), alone or in a run of several: {settings.num_ranks} ranks with 1 thread "
-            f"each; 1 process with 1 thread; 1 process with {settings.num_ranks} threads"
+            f"{size.single_blocks} blocks), alone or in a run{', with cond and uncond' * (settings.chunks - 1)}"
+            f": {settings.num_ranks} ranks with 1 thread each; 1 process with 1 thread; 1 process with "
+            f"{settings.num_ranks} threads"
         ),
         "rows": rows,
         "ranks": ranks,
@@ -118,7 +123,7 @@ class Bench:
     def runs(self, tokens: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Rows of the methods that show in a whole run, and the shares of each rank's time."""
         settings, specs = self._settings, self._specs(WHOLE)
-        call = random_call(self._contest.size, tokens=tokens)
+        call = random_call(self._contest.size, tokens=tokens, batch=settings.chunks)
         results: dict[str, list[list[Result]]] = {axis: [] for axis in specs}
         outputs: dict[str, Tensor] = {}
         for spec in specs.values():
@@ -140,7 +145,7 @@ class Bench:
             return [], []
         short = contestants(settings.warmup_steps + 1)
         times = take_turns(contestants(settings.num_evaluations), num_turns=settings.num_turns, warm=short)
-        work = self._work(call, num_evaluations=settings.num_evaluations)
+        work = self._work(call, num_evaluations=settings.num_evaluations, chunks=settings.chunks)
         rows, ranks = [], []
         for axis, spec in specs.items():
             turns = results[axis][1:]
@@ -160,7 +165,8 @@ class Bench:
         settings = self._settings
         reuse = {"num_patches": settings.num_patches, "warmup_steps": settings.warmup_steps}
         # Traced: where evaluations begin tells the warm-up from the rest.
-        return whole_run(str(spec), call, spec, num_evaluations=num_evaluations, trace=True, **reuse)
+        wanted = {"num_evaluations": num_evaluations, "chunks": settings.chunks, "trace": True}
+        return whole_run(str(spec), call, spec, **wanted, **reuse)
 
     def _work(self, call: dict[str, Tensor], *, num_evaluations: int = 1, images: int = 1, chunks: int = 1) -> Work:
         height, width = call["x"].shape[-2:]
@@ -252,6 +258,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--evaluations", type=int, default=28, help=f"in a run of {', '.join(WHOLE)}, the others make one (default: 28)"
     )
+    parser.add_argument(
+        "--chunks", type=int, choices=(1, 2), default=1, help="2: cond and uncond in each evaluation of a run"
+    )
     parser.add_argument("--warmup", type=int, default=1, help="exact evaluations of pipe and distri (default: 1)")
     parser.add_argument("--patches", type=int, default=0, help="of pipe (default: as many as suit the image)")
 
@@ -268,6 +277,7 @@ def run(args: argparse.Namespace) -> int:
         num_evaluations=args.evaluations,
         warmup_steps=args.warmup,
         num_patches=args.patches,
+        chunks=args.chunks,
     )
     result = scaling(args.tokens, FluxSize(hidden=512, double_blocks=2, single_blocks=4), settings)
     show(result, as_json=args.json)

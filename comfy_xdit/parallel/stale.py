@@ -85,21 +85,21 @@ class StaleAttention:
         self, k: Tensor, v: Tensor, layer: Layer, spans: list[tuple[int, int]]
     ) -> tuple[Tensor, Tensor]:
         """The run's whole buffers, with `k` and `v`, which come span after span, in their places."""
-        layers = self._kept.get(self._run, {})
-        pair = layers.get(layer.path)
+        pair = self._kept.get(self._run, {}).get(layer.path)
+        first, num_rows = (self._first, self._num_rows) if pair is not None or self._keep else (0, k.shape[0])
         if pair is None:
             assert layer.spans is None, f"{layer.path}: nothing was kept of the other tokens"
             length = sum(layer.lengths)
-            keys, values = (x.new_empty((self._num_rows, x.shape[1], length, x.shape[3])) for x in (k, v))
+            keys, values = (x.new_empty((num_rows, x.shape[1], length, x.shape[3])) for x in (k, v))
             pair = keys, values
             if self._keep:
                 self._kept.setdefault(self._run, {})[layer.path] = pair
                 self.most_bytes_held = max(self.most_bytes_held, self._bytes_held())
-        keys, values = (whole[self._first : self._first + k.shape[0]] for whole in pair)
+        keys, values = (whole[first : first + k.shape[0]] for whole in pair)
         for whole, fresh in ((keys, k), (values, v)):
             parts = fresh.split([size for _, size in spans], 2)
-            for (first, size), part in zip(spans, parts, strict=True):
-                whole.narrow(2, first, size).copy_(part)
+            for (start, size), part in zip(spans, parts, strict=True):
+                whole.narrow(2, start, size).copy_(part)
         return keys, values
 
     def _group(self, ring: int) -> range:
