@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("comfy_xdit.cost.plan", "which parallel spec suits a model, a size and a link, and why"),
     "parity": ("comfy_xdit.bench.parity", "stock ComfyUI against the pool, for every sampler"),
     "pool stop": ("comfy_xdit.pool.cli_stop", "end a pool and all of its workers"),
+    "bench links": ("comfy_xdit.bench.links", "the plan's order of methods beside the measured one, link by link"),
     "bench heal": ("comfy_xdit.bench.heal", "kill workers again and again and watch the pool heal"),
 }
 """Command words → (module, one line of help)."""

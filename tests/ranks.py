@@ -208,11 +208,36 @@ def sample_checkpoint(path: str, family: str, fields: dict[str, Any], degrees: d
         )[1]
 
 
-def run_probe() -> dict[str, Any]:
-    """Job: what this rank measured."""
+def run_probe(num_local: int | None = None) -> dict[str, Any]:
+    """Job: what this rank measured, where so many ranks share a machine."""
     from comfy_xdit.cost.probe import probe
+    from comfy_xdit.parallel.context import GroupCache
 
-    return probe(torch.distributed.get_rank(), torch.distributed.get_world_size(), torch.device("cpu"))
+    cache = GroupCache(torch.distributed.get_world_size(), num_local)
+    try:
+        return probe(cache, torch.device("cpu"))
+    finally:
+        cache.close()
+
+
+def run_exchange(sizes: list[list[int]], num_local: int) -> tuple[torch.Tensor, int]:
+    """Job: what this rank gets of an all-to-all, and the bytes it counts, where so many ranks share a machine.
+
+    sizes: rank → for each rank, how many numbers go to it.
+    """
+    from comfy_xdit.parallel.context import GroupCache, ParallelContext
+    from comfy_xdit.parallel.sequence import exchange
+    from comfy_xdit.parallel.spec import ParallelSpec
+
+    cache = GroupCache(len(sizes), num_local)
+    with ParallelContext(ParallelSpec(ulysses=len(sizes)), cache) as context:
+        axis = context.axis("ulysses")
+        own = sizes[axis.index]
+        send = torch.arange(sum(own), dtype=torch.float32) + 1000 * axis.index
+        received = exchange(send, own, [row[axis.index] for row in sizes], axis)
+        found = received, context.traffic.bytes["all_to_all"]
+    cache.close()
+    return found
 
 
 def refusal_of(**arguments: Any) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import struct
 
 import pytest
@@ -18,7 +19,7 @@ from comfy_xdit.cost import document, measured
 from comfy_xdit.cost.arithmetic import ANATOMIES, network, read_network
 from comfy_xdit.cost.choose import predict, predictions, ranking
 from comfy_xdit.cost.formulas import sent
-from comfy_xdit.cost.links import Device, Link, device_named, link_named
+from comfy_xdit.cost.links import Device, Link, Machines, device_named, link_named
 from comfy_xdit.cost.memory import memory
 from comfy_xdit.cost.work import Work, part_of
 from comfy_xdit.messages import LoadModel, Probe, Result
@@ -237,6 +238,39 @@ def test_plan_prints_the_best_first(tmp_path, capsys):
     assert "11.90 billion parameters" in capsys.readouterr().out
 
 
+def test_plan_keeps_what_sends_much_within_a_machine(tmp_path, capsys):
+    size = FluxSize(hidden=3072, double_blocks=19, single_blocks=38, context_dim=4096, pooled_dim=768)
+    words = ["plan", "--model", header_only(tmp_path / "flux.safetensors", size.shapes()), "--chunks", "2", "--json"]
+    machines = ["--machines", "2", "--network", "ethernet-10"]
+    found = []
+    for more in ([], machines):
+        assert cli.main([*words, *more]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    one, two = ([entry["degrees"] for entry in each["specs"]] for each in found)
+    assert found[1]["link"] == "nvlink and ethernet-10"
+    within = [math.prod(degrees[axis] for axis in ("distri", "ring", "ulysses", "tensor")) for degrees in two]
+    assert max(within) <= 4, "a sequence is cut over the slow network"
+    assert one != two
+
+
+def test_axes_within_a_machine_and_between_machines():
+    near, far = (Link(name=name, bytes_per_s=1.0, latency_s=0.0) for name in ("near", "far"))
+    links = Machines(name="both", within=near, across=far, num_local=4)
+    for degrees, axes, want in (
+        ({"cfg": 2, "ulysses": 4}, ("ulysses",), near),
+        ({"cfg": 2, "ulysses": 4}, ("cfg", "dp"), far),
+        ({"cfg": 2, "ring": 2, "ulysses": 2}, ("distri", "ring", "ulysses"), near),
+        ({"ring": 4, "ulysses": 2}, ("ulysses",), near),
+        ({"ring": 4, "ulysses": 2}, ("ring",), far),
+        ({"ring": 4, "ulysses": 2}, ("distri", "ring", "ulysses"), far),
+        ({"pipe": 4, "tensor": 2}, ("pipe",), far),
+        # Three ranks, one after the other, are not always on one machine of four.
+        ({"dp": 4, "ulysses": 3}, ("ulysses",), far),
+    ):
+        assert links.on(ParallelSpec(**degrees), *axes) is want, (degrees, axes)
+        assert near.on(ParallelSpec(**degrees), *axes) is near
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -245,6 +279,8 @@ def test_plan_prints_the_best_first(tmp_path, capsys):
         (["--devices", "0"], "--devices 0 makes no job"),
         (["--chunks", "3"], "neither 1 nor 2"),
         (["--link", "string"], "no known link"),
+        (["--machines", "3", "--network", "ethernet-10"], "--machines 3 --network ethernet-10 do not fit 8 devices"),
+        (["--machines", "2"], "--machines 2 --network None do not fit 8 devices; use a number of machines"),
     ],
 )
 def test_plan_refuses_in_a_sentence(tmp_path, capsys, words, sentence):
@@ -311,10 +347,16 @@ def test_a_pool_measures_itself_once(tmp_path, monkeypatch):
         assert len(asked) == num_asked
 
 
-def test_ranks_probe_together():
-    with Ranks(2) as ranks:
-        first, second = ranks.run("run_probe")
+@pytest.mark.parametrize(("num_ranks", "num_local"), [(2, None), (2, 1), (4, 2)])
+def test_ranks_probe_together(num_ranks, num_local):
+    with Ranks(num_ranks) as ranks:
+        found = ranks.run("run_probe", num_local=num_local)
+    assert all(each == found[0] for each in found) and found[0]["flops_per_s"] > 0
     names = {"all_to_all", "all_gather", "all_reduce", "send"}
-    assert first["bytes_per_s"].keys() == names == first["latency_s"].keys()
-    assert first["flops_per_s"] == second["flops_per_s"] > 0 and first["bytes_per_s"] == second["bytes_per_s"]
-    assert all(rate > 0 for rate in first["bytes_per_s"].values())
+    within, across = "bytes_per_s" in found[0], "across" in found[0]
+    assert (within, across) == (num_local != 1, num_local is not None)
+    for part in ([found[0]] if within else []) + ([found[0]["across"]] if across else []):
+        assert part["bytes_per_s"].keys() == names == part["latency_s"].keys()
+        assert all(rate > 0 for rate in part["bytes_per_s"].values())
+    links = measured.links_of("probed", found[0])
+    assert isinstance(links, Machines) == across and links.bytes_per_s < 1e12

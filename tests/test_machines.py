@@ -21,43 +21,36 @@ from harness import private_home, wait_until, wait_until_gone
 from machines_client import SIZE
 
 from comfy_xdit.bench.checkpoint import write_flux
+from comfy_xdit.bench.links import COMFY_XDIT, METHODS, Settings, disagreements, links, orders, pool_on
 from comfy_xdit.bench.namespaces import Unavailable, two_machines
 from comfy_xdit.pool.client import status
 
 ROOT = Path(__file__).resolve().parents[1]
 CLIENT = Path(__file__).resolve().parent / "faults" / "machines_client.py"
 LIMIT_S = 240
-COMFY_XDIT = [sys.executable, "-m", "comfy_xdit"]
 
 
 class TwoMachines:
-    """A pool with its head on machine `a`, the commands that it printed, and the torchruns that run them.
+    """A pool with its head on machine `a`, and a rank on each.
 
     path: of a model that both have; lacking: that `b` has not; other: where `b` has another one.
     """
 
-    def __init__(self, a, b, folder):
+    def __init__(self, a, b, folder, stack):
         self.a, self.b = a, b
         self.path, self.other = (str(write_flux(folder / f"{name}.safetensors", SIZE)) for name in ("both", "other"))
         (folder / "hidden").mkdir()
         self.lacking = str(write_flux(folder / "hidden" / "flux.safetensors", SIZE))
         another = write_flux(folder / "another.safetensors", SIZE, seed=1)
-        # As the commands are printed: torchrun is found on the PATH.
-        self.env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-        start = ["pool", "start", "--nodes", "2", "--devices", "cpu:1", "--interface", a.interface]
-        printed = self.run(a, *COMFY_XDIT, *start)
-        one, two = [line.split() for line in printed.splitlines() if line.startswith("  torchrun")]
+        self.env = os.environ | {"OMP_NUM_THREADS": "1"}
         hide = f"mount -t tmpfs none {folder / 'hidden'} && mount --bind {another} {self.other}"
-        two = ["unshare", "--mount", "sh", "-c", f'{hide} && exec "$@"', "sh", *two]
-        self.torchruns = [
-            subprocess.Popen(machine.command(command), cwd=ROOT, env=self.env)
-            for machine, command in ((a, one), (b, two))
-        ]
+        hidden = ["unshare", "--mount", "sh", "-c", f'{hide} && exec "$@"', "sh"]
+        self.torchruns = stack.enter_context(pool_on(a, b, self.env, before_b=hidden))
 
     def run(self, machine, *command):
         """What a command writes that ends well on a machine."""
         done = subprocess.run(
-            machine.command(command), cwd=ROOT, env=self.env, stdout=subprocess.PIPE, text=True, timeout=LIMIT_S
+            machine.command(command), env=self.env, stdout=subprocess.PIPE, text=True, timeout=LIMIT_S
         )
         assert done.returncode == 0, done.stdout
         return done.stdout
@@ -70,7 +63,7 @@ class TwoMachines:
         """What the client on the head says, an object for each line."""
         command = [sys.executable, str(CLIENT), action, "default", *(paths or [self.path])]
         process = subprocess.Popen(
-            self.a.command(command), cwd=ROOT, env=self.env, stdout=subprocess.PIPE, text=True
+            self.a.command(command), env=self.env, stdout=subprocess.PIPE, text=True
         )
         timer = threading.Timer(LIMIT_S, process.kill)
         timer.start()
@@ -92,7 +85,7 @@ def machines(tmp_path_factory):
         except Unavailable as reason:
             pytest.skip(f"two machines can't be made here: {reason}")
         stack.enter_context(private_home())
-        yield TwoMachines(a, b, tmp_path_factory.mktemp("machines"))
+        yield TwoMachines(a, b, tmp_path_factory.mktemp("machines"), stack)
 
 
 def test_every_method_across_machines_equals_one_rank(machines, capsys):
@@ -187,3 +180,33 @@ def test_namespaces_go_with_their_maker_also_when_it_is_killed(machines):
     names = done.stdout.split()
     assert len(names) == 2 and done.returncode == -signal.SIGKILL
     wait_until(lambda: not any(Path("/run/netns", name).exists() for name in names), "the end of both namespaces")
+
+
+def test_the_benchmark_runs_every_method_over_each_link(machines):
+    """Whatever the times are: exact methods agree, and every prediction is there."""
+    settings = Settings(rates=(1.0, 0.5), num_turns=1, num_evaluations=3, tokens=36, size=SIZE)
+    found = links(settings)
+    rows = found["rows"]
+    assert [(row["gbit"], row["method"]) for row in rows] == [
+        (gbit, f"{method}=2") for gbit in (1.0, 0.5) for method in METHODS
+    ]
+    assert all(row["difference"] <= 1e-5 for row in rows if row["method"] not in ("pipe=2", "distri=2"))
+    assert all(0 < row["compute_s"] <= row["predicted_s"] and row["measured_s"] > 0 for row in rows)
+    rates = [link["send MB/s"] for link in found["links"]]
+    assert all(rate < 1.2 * gbit * 125 for rate, gbit in zip(rates, (1.0, 0.5), strict=True)), "the link is not shaped"
+
+
+def row(method, **seconds):
+    return {"gbit": 1.0, "method": method, **{f"{name}_s": value for name, value in seconds.items()}}
+
+
+def test_orders_agree_but_for_ties():
+    rows = [
+        row("a", measured=1.0, predicted=2.0, probed=1.0),
+        row("b", measured=1.1, predicted=1.8, probed=2.0),
+        row("c", measured=0.9, predicted=3.0, probed=3.0),
+    ]
+    assert [order["methods"] for order in orders(rows)] == ["c a b", "b a c", "a b c"]
+    told = {(found["by"], found["faster"], found["slower"]) for found in disagreements(rows)}
+    # a and b are predicted within 15 % of each other once, and the other time right.
+    assert told == {(by, fast, "c") for by in ("predicted", "probed") for fast in ("a", "b")}

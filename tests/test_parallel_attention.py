@@ -81,6 +81,25 @@ def test_ranks_equal_one(ranks, data, seed, batch, heads, lengths, dim, kind, dt
         assert (out - expected).abs().max() <= limit
 
 
+@pytest.mark.parametrize("count", [lambda rank, to: 7, lambda rank, to: (3 * rank + 2 * to) % 5, lambda rank, to: 0])
+def test_an_exchange_is_the_same_on_one_machine_and_over_a_network(ranks, count) -> None:
+    every = range(ranks.num_ranks)
+    sizes = [[count(rank, to) for to in every] for rank in every]
+    one, several = (ranks.run("run_exchange", sizes=sizes, num_local=number) for number in (len(sizes), 1))
+    for index, ((near, near_bytes), (far, far_bytes)) in enumerate(zip(one, several, strict=True)):
+        want = [1000.0 * rank + sum(row[:index]) + i for rank, row in enumerate(sizes) for i in range(row[index])]
+        assert near.tolist() == far.tolist() == want
+        assert near_bytes == far_bytes == 4 * (sum(sizes[index]) - sizes[index][index])
+
+
+def test_an_additive_mask_of_another_dtype() -> None:
+    """16 keys: what torch computes in whole vectors."""
+    q, k, v = random_qkv(0, 1, 4, 16, 4, torch.float64)
+    mask = random_mask(0, "additive", 1, 4, 16)
+    assert mask.dtype == torch.float32
+    assert (kernels.attention(q, k, v, mask=mask) - plain(q, k, v, mask)[0]).abs().max() <= 1e-12
+
+
 def test_half_precision(ranks) -> None:
     for degrees in DEGREES[ranks.num_ranks]:
         q, k, v = random_qkv(0, 2, 5, 13, 8, torch.bfloat16)

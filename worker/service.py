@@ -7,6 +7,7 @@ same order on every rank: so collectives line up without a lock.
 from __future__ import annotations
 
 import dataclasses
+import os
 import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
@@ -36,7 +37,8 @@ class Service:
         self.rank = rank
         self.world_size = world_size
         self.device = device
-        self._groups = GroupCache(world_size)
+        # As torchrun and the pool's own agent tell every worker.
+        self._groups = GroupCache(world_size, num_local=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
         self._models: dict[str, ResidentModel] = {}
         self._layouts: dict[str, list[WeightShare]] = {}
         self._vaes: dict[str, ResidentVAE] = {}
@@ -191,7 +193,7 @@ class Service:
     def _probe(self, message: m.Probe) -> m.Result:
         from comfy_xdit.cost.probe import probe
 
-        return m.Result(value=probe(self.rank, self.world_size, self.device))
+        return m.Result(value=probe(self._groups, self.device))
 
     def _unload(self, message: m.Unload) -> m.Result:
         self._forget(message.keys or list(self._loads))

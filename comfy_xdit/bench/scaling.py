@@ -15,7 +15,7 @@ from torch import Tensor
 
 from comfy_xdit.cost.arithmetic import Network, read_network
 from comfy_xdit.cost.choose import predict
-from comfy_xdit.cost.links import Device, Link
+from comfy_xdit.cost.links import Device, Links
 from comfy_xdit.cost.measured import measure
 from comfy_xdit.cost.work import Work
 from comfy_xdit.messages import Result, Sample
@@ -86,7 +86,7 @@ class Bench:
     """The methods on one pool, and their rivals in this process."""
 
     def __init__(
-        self, contest: Contest, pool: Pool, settings: Settings, network: Network, link: Link, device: Device
+        self, contest: Contest, pool: Pool, settings: Settings, network: Network, link: Links, device: Device
     ) -> None:
         self._contest, self._pool, self._settings = contest, pool, settings
         self._network, self._link, self._device = network, link, device

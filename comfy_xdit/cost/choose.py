@@ -12,7 +12,7 @@ from comfy_xdit.parallel.spec import APPROXIMATE, BALANCES, MAX_CFG, ParallelSpe
 from .arithmetic import Network, attention_flops
 from .formulas import distri, joined, ring, sent, shared, tensor, ulysses
 from .job import sent_in_job
-from .links import Device, Link
+from .links import Device, Links
 from .memory import Memory, memory
 from .work import Part, Work, part_of
 
@@ -46,7 +46,7 @@ class Prediction:
 
 
 def predictions(
-    network: Network, work: Work, num_ranks: int, link: Link, device: Device, *, approximate: bool = True
+    network: Network, work: Work, num_ranks: int, link: Links, device: Device, *, approximate: bool = True
 ) -> list[Prediction]:
     """All specs that the engine runs on so many ranks: what fits before what doesn't, then by time.
 
@@ -69,7 +69,7 @@ def specs(network: Network, work: Work, num_ranks: int) -> Iterator[ParallelSpec
 
 
 def ranking(
-    network: Network, work: Work, link: Link, device: Device
+    network: Network, work: Work, link: Links, device: Device
 ) -> Callable[[ParallelSpec], tuple[bool, int, int, int, int]]:
     """What `spec.auto` goes by: what fits memory, then no rank without rows, then weights that need not be
     spread, then time, then memory.
@@ -87,7 +87,7 @@ def ranking(
     return cost
 
 
-def _fitting(network: Network, work: Work, spec: ParallelSpec, link: Link, device: Device) -> Prediction:
+def _fitting(network: Network, work: Work, spec: ParallelSpec, link: Links, device: Device) -> Prediction:
     """As `predict`, with stages balanced by memory where that makes them fit."""
     prediction = predict(network, work, spec, link, device)
     if prediction.fits or spec.pipe == 1:
@@ -96,7 +96,7 @@ def _fitting(network: Network, work: Work, spec: ParallelSpec, link: Link, devic
     return other if other.fits else prediction
 
 
-def predict(network: Network, work: Work, spec: ParallelSpec, link: Link, device: Device) -> Prediction:
+def predict(network: Network, work: Work, spec: ParallelSpec, link: Links, device: Device) -> Prediction:
     """The prediction for one spec: of its slowest rank, as the others wait for it."""
     times = [_times(network, work, spec, rank, link, device) for rank in range(spec.num_ranks)]
     compute_s, waiting_s = max(times, key=sum)
@@ -120,14 +120,14 @@ def predict(network: Network, work: Work, spec: ParallelSpec, link: Link, device
 
 
 def _times(
-    network: Network, work: Work, spec: ParallelSpec, rank: int, link: Link, device: Device
+    network: Network, work: Work, spec: ParallelSpec, rank: int, link: Links, device: Device
 ) -> tuple[float, float]:
     """Seconds of arithmetic, and seconds for which links hold it up, in one evaluation on `rank`.
 
     With pipe: of its stage alone, as when the pipeline is full.
     """
     part = part_of(network, work, spec, rank)
-    waiting = link.seconds(shared(network, work, part))
+    waiting = link.on(spec, "cfg", "dp").seconds(shared(network, work, part))
     if not part.rows:
         return 0.0, waiting
     flops = _flops(network, part)
@@ -135,11 +135,13 @@ def _times(
         for streams in network.blocks[block].attention:
             attention_s = _attention_flops(network, part, streams) / device.flops_per_s
             flops += _attention_flops(network, part, streams)
-            waiting += link.seconds(ulysses(network, work, part, streams), 2)
+            waiting += link.on(spec, "ulysses").seconds(ulysses(network, work, part, streams), 2)
             waiting += _ring_waits(network, work, part, streams, link, attention_s)
             waiting += _distri_waits(network, work, part, streams, link)
-        waiting += link.seconds(tensor(network, work, part, block), len(network.blocks[block].sums) + 2)
-    waiting += link.seconds(joined(network, work, part))
+        waiting += link.on(spec, "tensor").seconds(
+            tensor(network, work, part, block), len(network.blocks[block].sums) + 2
+        )
+    waiting += link.on(spec, "distri", "ring", "ulysses").seconds(joined(network, work, part))
     compute_s = flops / device.flops_per_s
     if spec.distri > 1:
         waiting += max(0.0, _distri_seconds(network, work, part, link) - compute_s)
@@ -174,31 +176,31 @@ def _attention_flops(network: Network, part: Part, streams: tuple[str, ...]) -> 
 
 
 def _ring_waits(
-    network: Network, work: Work, part: Part, streams: tuple[str, ...], link: Link, attention_s: float
+    network: Network, work: Work, part: Part, streams: tuple[str, ...], link: Links, attention_s: float
 ) -> float:
     """What of each hop outlasts the attention to the block that is there meanwhile."""
     hops = part.spec.ring - 1
     if not hops:
         return 0.0
-    hop_s = link.seconds(ring(network, work, part, streams), hops) / hops
+    hop_s = link.on(part.spec, "ring").seconds(ring(network, work, part, streams), hops) / hops
     return hops * max(0.0, hop_s - attention_s / part.spec.ring)
 
 
-def _distri_waits(network: Network, work: Work, part: Part, streams: tuple[str, ...], link: Link) -> float:
+def _distri_waits(network: Network, work: Work, part: Part, streams: tuple[str, ...], link: Links) -> float:
     """Exact evaluations wait for each gather; spread over the job."""
     if part.spec.distri == 1:
         return 0.0
-    return link.seconds(distri(network, work, part, streams)) * _warm(work)
+    return link.on(part.spec, "distri").seconds(distri(network, work, part, streams)) * _warm(work)
 
 
-def _distri_seconds(network: Network, work: Work, part: Part, link: Link) -> float:
+def _distri_seconds(network: Network, work: Work, part: Part, link: Links) -> float:
     """The links' time for one evaluation's gathers, which run beside it."""
     layers = [streams for block in part.blocks for streams in network.blocks[block].attention]
-    return sum(link.seconds(distri(network, work, part, streams)) for streams in layers)
+    return sum(link.on(part.spec, "distri").seconds(distri(network, work, part, streams)) for streams in layers)
 
 
 def _pipelined(
-    network: Network, work: Work, spec: ParallelSpec, link: Link, stage_s: float, serial_s: float
+    network: Network, work: Work, spec: ParallelSpec, link: Links, stage_s: float, serial_s: float
 ) -> float:
     """An evaluation through the stages: a full pipeline, but for warming up and for filling it once.
 
@@ -207,11 +209,12 @@ def _pipelined(
     stages, part = spec.pipe, part_of(network, work, spec, 0)
     patches = work.num_patches or usual_patches(part.shard_tokens(("image",)), stages)
     hop_bytes = part.rows * part.shard_tokens(network.cut) * network.hidden * work.element_bytes
+    hops = link.on(spec, "pipe")
     # Rows follow each other through the stages in an exact evaluation.
     rows = max(part.rows, 1)
-    serial = serial_s * (rows + stages - 1) / (rows * stages) + (stages - 1) * link.seconds({"p2p": hop_bytes / rows})
-    full = max(stage_s, link.seconds({"p2p": hop_bytes}, patches + 1))
-    fill = (stages - 1) * (full / patches + link.seconds({"p2p": hop_bytes / patches}))
+    serial = serial_s * (rows + stages - 1) / (rows * stages) + (stages - 1) * hops.seconds({"p2p": hop_bytes / rows})
+    full = max(stage_s, hops.seconds({"p2p": hop_bytes}, patches + 1))
+    fill = (stages - 1) * (full / patches + hops.seconds({"p2p": hop_bytes / patches}))
     warm = _warm(work)
     return warm * serial + (1 - warm) * full + fill / work.num_evaluations
 

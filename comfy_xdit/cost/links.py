@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
+
+from comfy_xdit.parallel.spec import AXES, ParallelSpec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,12 +23,46 @@ class Link:
     latency_s: float
     rates: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
+    def on(self, spec: ParallelSpec, *axes: str) -> Link:
+        """Itself: every axis of a spec goes over it."""
+        return self
+
     def seconds(self, sent: Mapping[str, float], num_messages: int = 1) -> float:
         """For so many bytes by collective, in so many messages; 0 when there is nothing to send."""
         if not any(sent.values()):
             return 0.0
         latency = num_messages * self.latency_s
         return latency + sum(count / self.rates.get(name, self.bytes_per_s) for name, count in sent.items())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Machines:
+    """The links of ranks on several machines, `num_local` on each, numbered machine after machine.
+
+    within: between ranks of a machine; across: what each rank reaches when all of them send to other machines at once.
+    """
+
+    name: str
+    within: Link
+    across: Link
+    num_local: int
+
+    @property
+    def bytes_per_s(self) -> float:
+        return self.across.bytes_per_s
+
+    def on(self, spec: ParallelSpec, *axes: str) -> Link:
+        """What the collectives of `axes`, or of all of them joined, go over: `across` where a line leaves a machine."""
+        spans = [self._span(spec, axis) for axis in axes if getattr(spec, axis) > 1]
+        return self.within if all(self.num_local % span == 0 for span in spans) else self.across
+
+    def _span(self, spec: ParallelSpec, axis: str) -> int:
+        """How many ranks, one after the other, a line of the axis lies in."""
+        inner = AXES[AXES.index(axis) :]
+        return math.prod(getattr(spec, each) for each in inner)
+
+
+Links = Link | Machines
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import platform
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from comfy_xdit.messages import Probe
 from comfy_xdit.pool.folder import pool_folder
 
-from .links import Device, Link
+from .links import Device, Link, Links, Machines
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,7 +23,7 @@ log = logging.getLogger("comfy_xdit")
 LIMIT_S = 120.0
 
 
-def measure(pool: Pool) -> tuple[Link, Device]:
+def measure(pool: Pool) -> tuple[Links, Device]:
     """What the pool's ranks measured on these devices; they measure now when they haven't yet, for a second or so.
 
     Raises PoolError when the pool cannot.
@@ -37,7 +38,7 @@ def measure(pool: Pool) -> tuple[Link, Device]:
     return _as_link(pool.name, found)
 
 
-def read(name: str) -> tuple[Link, Device]:
+def read(name: str) -> tuple[Links, Device]:
     """The last measurement of the pool `name`. Raises ValueError when there is none."""
     found = _read(name)
     if found is None:
@@ -66,17 +67,32 @@ def _read(name: str) -> dict[str, Any] | None:
     return dict(found)
 
 
-def _as_link(name: str, found: dict[str, Any]) -> tuple[Link, Device]:
+def _as_link(name: str, found: dict[str, Any]) -> tuple[Links, Device]:
     value = found["measured"]
-    rates: dict[str, float] = value.get("bytes_per_s", {})
-    latencies = value.get("latency_s", {}).values()
-    link = Link(
-        name=f"the links of pool {name!r}",
+    device = Device(
+        name=found["ranks"][0][1].split(":")[0], flops_per_s=value["flops_per_s"], memory_bytes=value["memory_bytes"]
+    )
+    return links_of(f"the links of pool {name!r}", value), device
+
+
+def links_of(name: str, probed: Mapping[str, Any]) -> Links:
+    """The links that ranks probed (see `probe`)."""
+    within = _link(name, probed)
+    if "across" not in probed:
+        return within
+    return Machines(name=name, within=within, across=_link(name, probed["across"]), num_local=probed["num_local"])
+
+
+def _link(name: str, probed: Mapping[str, Any]) -> Link:
+    """One rank alone has the fastest that there could be."""
+    rates: dict[str, float] = probed.get("bytes_per_s", {})
+    latencies = probed.get("latency_s", {}).values()
+    if "send" in rates:
+        # A pipeline's messages.
+        rates = {**rates, "p2p": rates["send"]}
+    return Link(
+        name=name,
         bytes_per_s=min(rates.values(), default=1e12),
         latency_s=sum(latencies) / max(len(latencies), 1),
         rates=rates,
     )
-    device = Device(
-        name=found["ranks"][0][1].split(":")[0], flops_per_s=value["flops_per_s"], memory_bytes=value["memory_bytes"]
-    )
-    return link, device

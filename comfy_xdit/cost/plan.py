@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import re
 import sys
@@ -12,7 +13,7 @@ from comfy_xdit.parallel.spec import ParallelSpec
 
 from .arithmetic import Network, read_network
 from .choose import Prediction, predict, predictions
-from .links import DEVICES, LINKS, Device, Link, device_named, link_named
+from .links import DEVICES, LINKS, Device, Links, Machines, device_named, link_named
 from .work import Work
 
 SHOWN = 12
@@ -25,6 +26,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=28, help="steps of the sampler (default: 28)")
     parser.add_argument("--devices", type=int, default=8, help="how many (default: 8)")
     parser.add_argument("--link", default="nvlink", help=f"{', '.join(LINKS)}, or ethernet-25 for 25 Gbit/s")
+    parser.add_argument("--machines", type=int, default=1, help="that the devices are on, as many on each (default: 1)")
+    parser.add_argument("--network", help="between machines, of which a machine's devices share one: as --link")
     parser.add_argument("--device", default="a100", help=f"{', '.join(DEVICES)} (default: a100)")
     parser.add_argument("--pool", metavar="NAME", help="link and device as that pool measured them")
     parser.add_argument("--images", type=int, default=1, help="pictures at a time (default: 1)")
@@ -79,13 +82,24 @@ def work_of(network: Network, args: argparse.Namespace) -> Work:
     )
 
 
-def links_of(args: argparse.Namespace) -> tuple[Link, Device]:
-    """By name, or as a pool measured them."""
+def links_of(args: argparse.Namespace) -> tuple[Links, Device]:
+    """By name, or as a pool measured them. Raises ValueError for unknown names, and machines of unequal size."""
     if args.pool:
         from .measured import read
 
         return read(args.pool)
-    return link_named(args.link), device_named(args.device)
+    link, device = link_named(args.link), device_named(args.device)
+    if args.machines == 1 and args.network is None:
+        return link, device
+    if args.machines < 1 or args.devices % args.machines or args.network is None:
+        raise ValueError(
+            f"--machines {args.machines} --network {args.network} do not fit {args.devices} devices; use a number of "
+            "machines that divides them, and the network between them, e.g. ethernet-100"
+        )
+    num_local = args.devices // args.machines
+    shared = link_named(args.network)
+    across = dataclasses.replace(shared, bytes_per_s=shared.bytes_per_s / num_local)
+    return Machines(name=f"{link.name} and {shared.name}", within=link, across=across, num_local=num_local), device
 
 
 def row(prediction: Prediction, alone: Prediction) -> dict[str, Any]:
@@ -109,7 +123,7 @@ def row(prediction: Prediction, alone: Prediction) -> dict[str, Any]:
 
 
 def reasons(
-    network: Network, work: Work, found: list[Prediction], alone: Prediction, link: Link, device: Device
+    network: Network, work: Work, found: list[Prediction], alone: Prediction, link: Links, device: Device
 ) -> list[str]:
     """Why the first is first, and what stands against others."""
     best = found[0]

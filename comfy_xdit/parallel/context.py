@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,7 +31,8 @@ waits for a peer must not hold up what that peer waits for."""
 class Axis:
     """This rank's line of ranks along one axis.
 
-    ranks: their global ranks in order; index: this rank's place; group: None when it is alone.
+    ranks: their global ranks in order; index: this rank's place; group: None when it is alone. is_local: all of
+    them are on one machine.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Axis:
     index: int
     group: dist.ProcessGroup | None
     traffic: LineTraffic
+    is_local: bool = True
 
     @property
     def degree(self) -> int:
@@ -60,11 +63,13 @@ class GroupCache:
     """Process groups for each spec used so far.
 
     Making one is collective: every rank must ask for the same specs in the same order.
-    world_size: how many ranks there are; with 1, torch.distributed need not be initialised.
+    world_size: how many ranks there are; with 1, torch.distributed need not be initialised. num_local: how many of
+    them each machine has, numbered machine after machine; None: all.
     """
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, num_local: int | None = None) -> None:
         self.world_size = world_size
+        self.num_local = num_local or world_size
         self._lines: dict[ParallelSpec, _Lines] = {}
 
     @property
@@ -75,6 +80,10 @@ class GroupCache:
     def world(self) -> dist.ProcessGroup | None:
         """The group of all ranks; None when there is only one."""
         return dist.group.WORLD if self.world_size > 1 else None
+
+    def are_local(self, ranks: Sequence[int]) -> bool:
+        """Whether they are all on one machine."""
+        return len({rank // self.num_local for rank in ranks}) == 1
 
     def lines(self, spec: ParallelSpec) -> _Lines:
         if spec not in self._lines:
@@ -157,7 +166,14 @@ class ParallelContext:
         self.traffic = Traffic()
         self._trace = trace
         self._axes = {
-            name: Axis(name=name, ranks=ranks, index=index, group=group, traffic=self.traffic.line(name, ranks))
+            name: Axis(
+                name=name,
+                ranks=ranks,
+                index=index,
+                group=group,
+                traffic=self.traffic.line(name, ranks),
+                is_local=groups.are_local(ranks),
+            )
             for name, (ranks, index, group) in groups.lines(spec).lines.items()
         }
         # Groups that are made for a spec's first job are not its work.

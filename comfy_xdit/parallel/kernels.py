@@ -33,6 +33,9 @@ def attention(
     name = choose(q, masked=mask is not None, lse=False)
     if name in _FLASH:
         return _flash(name, q, k, v, scale)[0]
+    if mask is not None and mask.dtype != torch.bool and q.dtype == torch.float64:
+        # torch 2.13 takes an fp32 mask too, and on a CPU reads it as fp64.
+        mask = mask.to(q.dtype)
     # Flash kernels of torch refuse masks; scaled_dot_product_attention then picks another by itself.
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     return out if mask is None else out.masked_fill(unseen(mask), 0)

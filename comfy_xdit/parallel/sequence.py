@@ -73,5 +73,27 @@ def exchange(send: Tensor, send_sizes: list[int], receive_sizes: list[int], axis
     received = send.new_empty(sum(receive_sizes))
     num_bytes = (send.numel() - send_sizes[axis.index]) * send.element_size()
     with axis.traffic.timed("all_to_all", num_bytes, send.device):
-        dist.all_to_all_single(received, send, receive_sizes, send_sizes, group=axis.group)
+        if send.device.type == "cpu" and not axis.is_local:
+            _exchange_over_network(received, send, receive_sizes, send_sizes, axis)
+        else:
+            dist.all_to_all_single(received, send, receive_sizes, send_sizes, group=axis.group)
     return received
+
+
+def _exchange_over_network(
+    received: Tensor, send: Tensor, receive_sizes: list[int], send_sizes: list[int], axis: Axis
+) -> None:
+    """gloo's all-to-all, that uses both directions of a link at once.
+
+    Its own sends first. Two ranks share one connection, where the word that a rank is ready to receive then waits
+    behind what it sends: over a network one direction follows the other, in twice the time. (On one machine nothing
+    waits, and it is a little faster.)
+    """
+    coming, going = received.split(receive_sizes), send.split(send_sizes)
+    coming[axis.index].copy_(going[axis.index])
+    peers = [(rank, place) for place, rank in enumerate(axis.ranks) if place != axis.index]
+    works = [dist.irecv(coming[place], rank, axis.group) for rank, place in peers if receive_sizes[place]]
+    works += [dist.isend(going[place], rank, axis.group) for rank, place in peers if send_sizes[place]]
+    for work in works:
+        assert work is not None
+        work.wait()

@@ -82,7 +82,8 @@ def measured_now(pool: Pool) -> None:
     from comfy_xdit.cost.measured import measure
 
     link, device = measure(pool)
-    links = f"{link.bytes_per_s / 1e9:.3g} GB/s between ranks, " if pool.num_ranks > 1 else ""
+    between = "machines" if pool.network is not None else "ranks"
+    links = f"{link.bytes_per_s / 1e9:.3g} GB/s between {between}, " if pool.num_ranks > 1 else ""
     sys.stdout.write(f"measured: {links}{device.flops_per_s / 1e12:.3g} TFLOP/s a rank\n")
 
 
