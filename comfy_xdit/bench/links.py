@@ -27,7 +27,7 @@ from .show import json_argument, show
 
 METHODS = ("cfg", "ulysses", "ring", "tensor", "pipe", "distri")
 
-RATES = (0.02, 0.1, 0.5, 2.0)
+RATES = (0.05, 0.2, 0.5, 2.0)
 """Gbit/s: from where only the methods that send little are worth it, to where the link hardly counts."""
 
 PREDICTED = ("predicted", "probed")

@@ -137,15 +137,12 @@ def _times(
             flops += _attention_flops(network, part, streams)
             waiting += link.on(spec, "ulysses").seconds(ulysses(network, work, part, streams), 2)
             waiting += _ring_waits(network, work, part, streams, link, attention_s)
-            waiting += _distri_waits(network, work, part, streams, link)
         waiting += link.on(spec, "tensor").seconds(
             tensor(network, work, part, block), len(network.blocks[block].sums) + 2
         )
     waiting += link.on(spec, "distri", "ring", "ulysses").seconds(joined(network, work, part))
     compute_s = flops / device.flops_per_s
-    if spec.distri > 1:
-        waiting += max(0.0, _distri_seconds(network, work, part, link) - compute_s)
-    return compute_s, waiting
+    return compute_s, waiting + _distri_waits(network, work, part, link, compute_s)
 
 
 def _flops(network: Network, part: Part) -> float:
@@ -186,17 +183,17 @@ def _ring_waits(
     return hops * max(0.0, hop_s - attention_s / part.spec.ring)
 
 
-def _distri_waits(network: Network, work: Work, part: Part, streams: tuple[str, ...], link: Links) -> float:
-    """Exact evaluations wait for each gather; spread over the job."""
+def _distri_waits(network: Network, work: Work, part: Part, link: Links, compute_s: float) -> float:
+    """Spread over the job: exact evaluations wait for each gather, the others for what of the one before's outlasts
+    their compute; the last has nobody to gather for.
+    """
     if part.spec.distri == 1:
         return 0.0
-    return link.on(part.spec, "distri").seconds(distri(network, work, part, streams)) * _warm(work)
-
-
-def _distri_seconds(network: Network, work: Work, part: Part, link: Links) -> float:
-    """The links' time for one evaluation's gathers, which run beside it."""
     layers = [streams for block in part.blocks for streams in network.blocks[block].attention]
-    return sum(link.on(part.spec, "distri").seconds(distri(network, work, part, streams)) for streams in layers)
+    gathers_s = sum(link.on(part.spec, "distri").seconds(distri(network, work, part, streams)) for streams in layers)
+    exact = _warm(work)
+    beside = max(0.0, 1 - exact - 1 / work.num_evaluations)
+    return exact * gathers_s + beside * max(0.0, gathers_s - compute_s)
 
 
 def _pipelined(
@@ -228,4 +225,4 @@ def _sent(network: Network, work: Work, spec: ParallelSpec, rank: int) -> int:
 
 def _warm(work: Work) -> float:
     """The share of evaluations that are exact with methods that reuse activations."""
-    return min(1.0, work.warmup / work.num_evaluations)
+    return min(1.0, max(work.warmup, 1) / work.num_evaluations)
