@@ -205,7 +205,7 @@ def ring_attention(
             packed = torch.cat([x.reshape(-1) for x in kv])
             buffer = packed.new_empty(sum(x.shape[0] * x.shape[1] * coming * x.shape[3] for x in kv))
             ring.send_recv(packed, buffer)
-            # Receiving first: see `sequence._exchange_over_network`.
+            # Receiving first, for which yunchang has no switch: see `sequence._exchange_over_network`.
             ring._ops.reverse()
             ring.commit()
         piece = kernels.attention_with_lse(q_BhLD, kv[0], kv[1], mask=masks[block], scale=scale)
