@@ -31,7 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bench drift": ("comfy_xdit.bench.drift", "pictures of the approximate methods against exact ones"),
     "bench trace": ("comfy_xdit.bench.trace", "what each rank did when in one job, as a Chrome trace and a picture"),
     "plan": ("comfy_xdit.cost.plan", "which parallel spec suits a model, a size and a link, and why"),
-    "parity": ("comfy_xdit.bench.parity", "stock ComfyUI against the pool, for every sampler"),
+    "parity": ("comfy_xdit.bench.parity", "N ranks against one and against stock ComfyUI, by mode and by sampler"),
     "pool stop": ("comfy_xdit.pool.cli_stop", "end a pool and all of its workers"),
     "bench links": ("comfy_xdit.bench.links", "the plan's order of methods beside the measured one, link by link"),
     "bench heal": ("comfy_xdit.bench.heal", "kill workers again and again and watch the pool heal"),

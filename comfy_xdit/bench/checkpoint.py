@@ -68,7 +68,7 @@ def random_weights(
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for key, shape in shapes.items():
-        if key.endswith(".scale"):
+        if key.endswith(".scale") or ".ln_" in key:
             weights[key] = torch.ones(shape, dtype=dtype)
         else:
             spread = (0.5 / shape[1]) ** 0.5 if len(shape) == 2 else 0.02

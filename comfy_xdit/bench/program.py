@@ -18,11 +18,19 @@ GUIDANCE = 2.0
 
 
 def whole_run(
-    model: str, call: dict[str, Any], spec: ParallelSpec, *, num_evaluations: int, chunks: int = 1, **options: Any
+    model: str,
+    call: dict[str, Any],
+    spec: ParallelSpec,
+    *,
+    num_evaluations: int,
+    chunks: int = 1,
+    timesteps: float = 1.0,
+    **options: Any,
 ) -> Sample:
     """A sampling run by Euler's method from a call's noise and conditioning.
 
     call: as `checkpoint.random_call`; its rows are `chunks` (1, or 2 for cond and uncond) of all images.
+    timesteps: what the model calls noise level 1.
     options: other fields of `Sample`.
     """
     noise = call["x"][: call["x"].shape[0] // chunks]
@@ -32,7 +40,7 @@ def whole_run(
         model=model,
         patches_id="",
         spec=spec,
-        program=euler(num_evaluations, cfg=GUIDANCE if chunks == 2 else None),
+        program=euler(num_evaluations, cfg=GUIDANCE if chunks == 2 else None, timesteps=timesteps),
         noise=noise,
         latent=torch.zeros_like(noise),
         mask=None,
@@ -42,17 +50,18 @@ def whole_run(
     )
 
 
-def euler(num_steps: int, *, cfg: float | None = None) -> SamplerProgram:
+def euler(num_steps: int, *, cfg: float | None = None, timesteps: float = 1.0) -> SamplerProgram:
     """Of a model that predicts noise minus image, from noise level 1 to 0 in even steps.
 
-    cfg: the guidance of "positive" over "negative", which are then evaluated side by side; None: "positive" alone.
+    timesteps: what the model calls level 1. cfg: the guidance of "positive" over "negative", which are then
+    evaluated side by side; None: "positive" alone.
     """
     levels = [1 - step / num_steps for step in range(num_steps)] + [0.0]
     conds = ["positive"] if cfg is None else ["positive", "negative"]
     tape = Tape()
     x: Tensor = tape.value("noise")
     for number, (level, lower) in enumerate(pairwise(levels)):
-        outputs: list[Tensor] = [*tape.call(x, sigma=level, timestep=level, conds=range(len(conds)))]
+        outputs: list[Tensor] = [*tape.call(x, sigma=level, timestep=level * timesteps, conds=range(len(conds)))]
         velocity = outputs[0] if cfg is None else outputs[1] + cfg * (outputs[0] - outputs[1])
         tape.preview(number + 1, num_steps, x - level * velocity)
         x = x + (lower - level) * velocity

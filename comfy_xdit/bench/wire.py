@@ -24,6 +24,7 @@ from .bench_pool import bench_pool
 from .checkpoint import FluxSize, random_call, write_flux
 from .pixart import PixArtSize, pixart_call, write_pixart
 from .program import whole_run
+from .sd3 import SD3Size, sd3_call, write_sd3
 from .show import json_argument, show
 
 MODEL = "wire"
@@ -42,12 +43,17 @@ class Subject:
 
 
 FLUX = FluxSize(hidden=96, head_dim=16, double_blocks=2, single_blocks=3)
+SD3 = SD3Size(heads=6, blocks=5)
 PIXART = PixArtSize(heads=6, blocks=5)
 
 SUBJECTS = {
     "flux": Subject(
         write=lambda path: write_flux(path, FLUX),
         call=lambda batch: random_call(FLUX, tokens=35, text_tokens=13, batch=batch),
+    ),
+    "sd3": Subject(
+        write=lambda path: write_sd3(path, SD3),
+        call=lambda batch: sd3_call(SD3, rows=5, columns=7, text_tokens=13, batch=batch),
     ),
     "pixart": Subject(
         write=lambda path: write_pixart(path, PIXART),

@@ -12,13 +12,16 @@ import os
 import runpy
 import sys
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--comfyui", required=True)
     parser.add_argument("--samplers", nargs="*")
+    parser.add_argument("--modes", nargs="+", type=int, metavar="RANKS", help="measure modes of so many ranks instead")
     parser.add_argument("--lora", nargs=2, type=int, metavar=("RANKS", "TURNS"), help="time LoRA switching instead")
     parser.add_argument("--skeleton", action="store_true", help="measure what a MODEL costs ComfyUI instead")
     args = parser.parse_args()
@@ -35,6 +38,8 @@ def main() -> None:
                 sys.stdout.write(json.dumps(skeleton_memory(folder)) + "\n")
             elif args.lora:
                 measure_lora(folder, *args.lora)
+            elif args.modes:
+                measure_modes(folder, args.modes)
             else:
                 measure_all(folder, args.samplers)
         finally:
@@ -42,18 +47,43 @@ def main() -> None:
 
 
 def measure_all(folder: Path, samplers: list[str] | None) -> None:
+    from comfy_xdit_nodes.parity import measure
+
+    with compared(folder) as parity:
+        for case in measure.CASES:
+            for kind in measure.KINDS:
+                write(parity.measure(kind, case, samplers or None))
+
+
+def measure_modes(folder: Path, numbers: list[int]) -> None:
+    from comfy_xdit_nodes.parity import measure
+
+    from comfy_xdit.bench.modes import modes
+
+    with compared(folder) as parity:
+        for num_ranks in numbers:
+            for spec in modes(num_ranks):
+                for kind in measure.KINDS:
+                    write(parity.measure_mode(kind, spec))
+            stop_pools(measure.setting_of(num_ranks).name)
+
+
+@contextlib.contextmanager
+def compared(folder: Path) -> Iterator[Any]:
+    """Stock's models and ours, of `measure.KINDS`."""
     import torch
     from comfy_xdit_nodes.parity import measure, models
 
     torch.set_num_threads(1)
     models.write_all(folder)
     with torch.inference_mode():
-        parity = measure.Parity(folder)
-        for case in measure.CASES:
-            for kind in measure.KINDS:
-                for result in parity.measure(kind, case, samplers or None):
-                    sys.stdout.write(json.dumps(dataclasses.asdict(result)) + "\n")
-                    sys.stdout.flush()
+        yield measure.Parity(folder)
+
+
+def write(results: Iterable[Any]) -> None:
+    for result in results:
+        sys.stdout.write(json.dumps(dataclasses.asdict(result)) + "\n")
+        sys.stdout.flush()
 
 
 def measure_lora(folder: Path, num_ranks: int, num_turns: int) -> None:
@@ -65,12 +95,13 @@ def measure_lora(folder: Path, num_ranks: int, num_turns: int) -> None:
         sys.stdout.write(json.dumps(switching(folder, num_ranks=num_ranks, num_turns=num_turns)) + "\n")
 
 
-def stop_pools() -> None:
-    from comfy_xdit_nodes.parity.measure import CASES, setting_of
+def stop_pools(*names: str) -> None:
+    """Those of these names; without, all that a measurement may have started."""
+    from comfy_xdit_nodes.parity.measure import setting_of
 
     from comfy_xdit.pool.cli_stop import stop
 
-    for name in {"lora"} | {setting_of(num_ranks).name for num_ranks, _ in CASES.values()}:
+    for name in names or ("lora", *(setting_of(num_ranks).name for num_ranks in (1, 2, 3, 4, 8))):
         with contextlib.suppress(ConnectionError):
             stop(name)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,14 @@ from comfy_xdit_nodes.patcher import from_checkpoint, parallelize
 from comfy_xdit_nodes.pool import PoolSetting
 from torch import Tensor
 
+from comfy_xdit.bench.modes import is_exact, title
+from comfy_xdit.parallel.spec import ParallelSpec, check
+
 LIMIT = 1e-4
 """Largest difference that counts as equal, in fp32, relative to the largest number of the latent."""
+
+ALL = 10_000
+"""More evaluations than any run has."""
 
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "1 rank": (1, {}),
@@ -26,10 +32,16 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "ring=2": (2, {"ring": 2}),
     "cfg=2, ulysses=2": (4, {"cfg": 2, "ulysses": 2}),
     "ulysses=2, ring=2": (4, {"ulysses": 2, "ring": 2}),
+    "tensor=2": (2, {"tensor": 2}),
+    "pipe=2, all exact": (2, {"pipe": 2, "warmup_steps": ALL}),
+    "distri=2, all exact": (2, {"distri": 2, "warmup_steps": ALL}),
 }
-"""Label → ranks, and what a PoolSetting says about them."""
+"""Label → ranks, and what a PoolSetting says about them: measured with every sampler."""
 
 KINDS = ("sd3", "flux", "pixart")
+
+SAMPLERS = ("euler", "dpmpp_2m", "dpmpp_2m_sde")
+"""Those that every mode is measured with."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,10 +68,22 @@ class Parity:
         }
         self._latents: dict[tuple[str, str], Tensor] = {}
 
-    def measure(self, kind: str, case: str, samplers: list[str] | None = None) -> Iterator[Measured]:
+    def measure(self, kind: str, case: str, samplers: Collection[str] | None = None) -> Iterator[Measured]:
         """One result for each sampler; the host's schedulers take turns, so that each one is met."""
         num_ranks, choices = CASES[case]
-        model = parallelize(self._ours[kind], setting_of(num_ranks, **choices))
+        yield from self._measured(kind, case, setting_of(num_ranks, **choices), samplers)
+
+    def measure_mode(self, kind: str, spec: ParallelSpec) -> Iterator[Measured]:
+        """The same of a mode with `SAMPLERS`, all evaluations exact; nothing where the model is too small for it."""
+        if not check(spec, num_ranks=spec.num_ranks, shape=self._ours[kind].model.checkpoint.shape):
+            warmup = {} if is_exact(spec) else {"warmup_steps": ALL}
+            setting = setting_of(spec.num_ranks, **spec.degrees, **warmup)
+            yield from self._measured(kind, title(spec), setting, SAMPLERS)
+
+    def _measured(
+        self, kind: str, case: str, setting: PoolSetting, samplers: Collection[str] | None
+    ) -> Iterator[Measured]:
+        model = parallelize(self._ours[kind], setting)
         for sampler, scheduler in pairs():
             if samplers is not None and sampler not in samplers:
                 continue
