@@ -82,20 +82,23 @@ class Contest:
         return outputs[0]
 
     def run_in_process(self, message: Sample, *, num_threads: int = 1) -> Tensor:
-        """What the whole run gives on this process's own threads; the message's degrees don't count."""
+        """What the whole run gives on this process's own threads."""
         torch.set_num_threads(num_threads)
-        with torch.inference_mode(), ParallelContext(ParallelSpec(), self._groups) as context:
-            samples, _ = sample(
-                self.model, message, message.conds, context, post=lambda entry: None, wish_to_stop=lambda: False
-            )
-        assert samples is not None
-        return samples
+        return run_here(self.model, message)
 
     def on_pool(self, pool: Pool, call: dict[str, Any], spec: ParallelSpec, *, chunks: int = 1) -> Result:
         """The pool's answer: value [output], report of rank 0."""
         return pool.call(
             Denoise(model="bench", patches_id="", spec=spec, calls=[call], chunks=[chunks]), timeout_s=3600
         )
+
+
+def run_here(model: ResidentModel, message: Sample) -> Tensor:
+    """What a whole run gives on one rank, which this process is; the message's degrees don't count."""
+    with torch.inference_mode(), ParallelContext(ParallelSpec(), GroupCache(1)) as context:
+        samples, _ = sample(model, message, message.conds, context, post=lambda entry: None, wish_to_stop=lambda: False)
+    assert samples is not None
+    return samples
 
 
 def relative_difference(output: Tensor, reference: Tensor) -> float:

@@ -9,17 +9,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from comfy_xdit.messages import LoadModel, Sample
-from comfy_xdit.parallel.context import GroupCache, ParallelContext
-from comfy_xdit.parallel.sample import sample
 from comfy_xdit.parallel.spec import ParallelSpec, check
 from comfy_xdit.pool.client import Pool
-from comfy_xdit.weights.resident import ResidentModel, load
+from comfy_xdit.weights.resident import load
 
-from .bench_pool import bench_pool, relative_difference
+from .bench_pool import bench_pool, relative_difference, run_here
 from .modes import is_exact, modes, title
 from .program import whole_run
 from .wire import SUBJECTS
@@ -49,7 +46,7 @@ def against_one_rank(num_ranks: int, families: Sequence[str] = tuple(SUBJECTS)) 
                 compute_dtype="float32",
             )
             whole = load(message, "cpu")
-            exact = one_rank(whole, run_of(family, ParallelSpec()))
+            exact = run_here(whole, run_of(family, ParallelSpec()))
             for spec in modes(num_ranks):
                 if not check(spec, num_ranks=num_ranks, shape=whole.shape):
                     yield {"kind": family, "mode": title(spec), "ranks": num_ranks} | _measured(
@@ -75,16 +72,6 @@ def run_of(family: str, spec: ParallelSpec, **options: Any) -> Sample:
     call = SUBJECTS[family].call(2 * IMAGES)
     timesteps = TIMESTEPS.get(family, 1000.0)
     return whole_run(MODEL, call, spec, num_evaluations=NUM_STEPS, chunks=2, timesteps=timesteps, **options)
-
-
-def one_rank(model: ResidentModel, message: Sample) -> Tensor:
-    """What the run gives in this process."""
-    with torch.inference_mode(), ParallelContext(ParallelSpec(), GroupCache(1)) as context:
-        samples, _ = sample(
-            model, message, message.conds, context, post=lambda entry: None, wish_to_stop=lambda: False
-        )
-    assert samples is not None
-    return samples
 
 
 def psnr_db(near: Tensor, exact: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 Result = dict[str, Any]
@@ -10,16 +11,16 @@ Result = dict[str, Any]
 
 def mode_table(columns: dict[str, list[Result]]) -> str:
     """Markdown: a row for each mode, for each family a column of each of `columns`, which are by what it is against."""
-    errors: dict[tuple[str, tuple[str, str]], float] = {}
+    errors: dict[tuple[str, tuple[str, str]], list[float]] = {}
     for against, results in columns.items():
         for result in results:
             place = (result.get("mode") or result["case"], (result["kind"], against))
-            errors[place] = max(errors.get(place, 0.0), result["error"])
+            errors.setdefault(place, []).append(result["error"])
     ranks = {result["mode"]: result["ranks"] for result in columns["1 rank"]}
     kinds = list(dict.fromkeys(result["kind"] for result in columns["1 rank"]))
     places = [(kind, against) for kind in kinds for against in columns]
-    rows = [[str(n), mode, *(_small(errors.get((mode, place))) for place in places)] for mode, n in ranks.items()]
-    worst = [_small(max((e for (_, at), e in errors.items() if at == place), default=None)) for place in places]
+    rows = [[str(n), mode, *(_worst(errors.get((mode, place), [])) for place in places)] for mode, n in ranks.items()]
+    worst = [_worst([e for (_, at), found in errors.items() if at == place for e in found]) for place in places]
     heads = ["ranks", "mode", *(f"{kind}, {against}" for kind, against in places)]
     return markdown([heads, *rows, ["", "**worst**", *worst]])
 
@@ -40,10 +41,10 @@ def sampler_table(results: list[Result]) -> str:
     errors = {(r["sampler"], (r["kind"], r["case"])): r["error"] for r in results}
     schedulers = {result["sampler"]: result["scheduler"] for result in results}
     rows = [
-        [sampler, scheduler, *(_small(errors[sampler, place]) for place in places)]
+        [sampler, scheduler, *(_worst([errors[sampler, place]]) for place in places)]
         for sampler, scheduler in schedulers.items()
     ]
-    worst = [_small(max(errors[sampler, place] for sampler in schedulers)) for place in places]
+    worst = [_worst([errors[sampler, place] for sampler in schedulers]) for place in places]
     heads = ["sampler", "scheduler", *(f"{kind} {case}" for kind, case in places)]
     return markdown([heads, *rows, ["**worst**", "", *worst]])
 
@@ -54,7 +55,9 @@ def markdown(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]) + "\n"
 
 
-def _small(error: float | None) -> str:
-    if error is None:
+def _worst(errors: list[float]) -> str:
+    """One that is no number is worse than any."""
+    if not errors:
         return "-"
-    return f"{error:.0e}" if error else "0"
+    worst = max(errors, key=lambda error: (math.isnan(error), error))
+    return f"{worst:.0e}" if worst else "0"
