@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from comfy_xdit import cli
 from comfy_xdit.bench.checkpoint import FluxSize
+from comfy_xdit.bench.pixart import PixArtSize
 from comfy_xdit.cost import document, measured
 from comfy_xdit.cost.arithmetic import ANATOMIES, network, read_network
 from comfy_xdit.cost.choose import predict, predictions, ranking
@@ -191,6 +192,18 @@ def test_a_pipeline_falls_back_to_stages_of_equal_weights(flux_dev, tmp_path, ca
     assert cli.main([*words, "--size", "2432x2048"]) == 0
     said = capsys.readouterr().out
     assert "1 of 6 specs fit 24 GB only with stages of equal weights (balance = memory), which are slower" in said
+
+
+@pytest.mark.parametrize(("rows", "stages", "gain"), [(1, 2, 1.0), (2, 2, 4 / 3), (2, 4, 8 / 5), (6, 3, 18 / 8)])
+def test_rows_follow_each_other_through_exact_evaluations(rows, stages, gain):
+    """R rows on N stages: (R + N - 1) / (R N) of one rank's time, where stages are alike and links are free."""
+    infos = {key: Shape(shape) for key, shape in PixArtSize(heads=4, blocks=12).shapes().items()}
+    config = FAMILIES["pixart"].config(infos)
+    pixart = network(ANATOMIES["pixart"], infos, config, FAMILIES["pixart"].shape(config), 0)
+    work = Work(latent=(128, 128), text_tokens=64, images=rows, num_evaluations=4, warmup=4)
+    free = Link(name="free", bytes_per_s=1e30, latency_s=0.0)
+    one, piped = (predict(pixart, work, spec, free, GPU).step_s for spec in (ParallelSpec(), ParallelSpec(pipe=stages)))
+    assert one / piped == pytest.approx(gain, rel=0.01)
 
 
 def test_approximate_specs_are_marked_and_can_be_left_out(flux_dev):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -79,11 +80,10 @@ def figures(request):
     """(kind, ranks) → name of a comparison → the largest difference of each mode; printed at the end."""
     found: dict[tuple[str, int], dict[str, list[float]]] = {}
     yield found
-    write = request.config.pluginmanager.get_plugin("terminalreporter").write_line
-    write("")
-    for (kind, num_ranks), differences in sorted(found.items()):
-        parts = [f"{name} {max(values):.0e} (of {len(values)})" for name, values in differences.items()]
-        write(f"{kind} on {num_ranks} against one rank: {', '.join(parts)}")
+    with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
+        for (kind, num_ranks), differences in sorted(found.items()):
+            parts = [f"{name} {max(values):.0e} (of {len(values)})" for name, values in differences.items()]
+            sys.stdout.write(f"\n{kind}, {num_ranks} ranks against one: {', '.join(parts)}")
 
 
 @pytest.mark.parametrize(("ranks", "kind", "spec"), list(cases()), indirect=["ranks"])

@@ -213,7 +213,7 @@ def _pipelined(
     full = max(stage_s, hops.seconds({"p2p": hop_bytes}, patches + 1))
     fill = (stages - 1) * (full / patches + hops.seconds({"p2p": hop_bytes / patches}))
     warm = _warm(work)
-    return warm * serial + (1 - warm) * full + fill / work.num_evaluations
+    return serial if warm == 1 else warm * serial + (1 - warm) * full + fill / work.num_evaluations
 
 
 def _sent(network: Network, work: Work, spec: ParallelSpec, rank: int) -> int:
