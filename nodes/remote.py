@@ -152,8 +152,9 @@ class RemoteModel:
         The workers say which patches they hold: another MODEL of the same file may have changed them.
         """
         self._resident[pool.name] = _Resident(pool=pool, model=load.model.model)
-        status = _made_resident(pool, load.model)
-        if status["patches_id"] != load.patches_id:
+        held = [status["patches_id"] for status in _made_resident(pool, load.model)]
+        # One rank may have failed where the others did not.
+        if any(patches_id != load.patches_id for patches_id in held):
             patches = m.SetPatches(
                 model=load.model.model, patches_id=load.patches_id, patches=load.patches()
             )
@@ -173,18 +174,18 @@ class RemoteModel:
                 log.warning("could not unload a model from pool %s: %s", name, error)
 
 
-def _made_resident(pool: Pool, message: m.LoadModel) -> dict[str, Any]:
-    """The model's status on the workers; what else they hold makes room for it when it must."""
+def _made_resident(pool: Pool, message: m.LoadModel) -> list[dict[str, Any]]:
+    """The model's status on each worker; what else they hold makes room for it when it must."""
     if pool.network is not None:
         message = dataclasses.replace(message, fingerprint=fingerprint(message.path))
     try:
-        return pool.call(message, poll=poll).value
+        return [result.value for result in pool.call_all(message, poll=poll)]
     except PoolError as error:
         if error.kind != "memory":
             raise
         log.info("pool %s has no room for the model beside what it holds: unloading that", pool.name)
     pool.call(m.Unload(keys=[]), poll=poll)
-    return pool.call(message, poll=poll).value
+    return [result.value for result in pool.call_all(message, poll=poll)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

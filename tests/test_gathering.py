@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -244,6 +245,34 @@ def test_join_looks_for_a_door_for_a_while(monkeypatch):
     monkeypatch.setattr(join, "DOOR_WAIT_S", 0.1)
     with pytest.raises(PoolError, match=r"no pool is at 127.0.0.1:\d+ \(Connection refused\); start it with"):
         join._come_in(("127.0.0.1", free_port()), {}, None)
+
+
+def test_join_looks_anew_for_a_door_that_let_it_wait(monkeypatch):
+    """However long it waited: a door that was killed may be opened again."""
+    monkeypatch.setattr(join, "DOOR_WAIT_S", 0.5)
+    monkeypatch.setattr(join, "TRY_EVERY_S", 0.1)
+    monkeypatch.setattr(join, "BEAT_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        accepted = []
+
+        def serve():
+            for wait_s, said in ((1.0, b""), (0.0, b'{"type": "welcome"}\n')):
+                connection, _ = server.accept()
+                accepted.append(connection)
+                time.sleep(wait_s)
+                if said:
+                    connection.sendall(said)
+                else:
+                    connection.close()
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        wire, interface, welcome = join._come_in(server.getsockname(), {"type": "worker"}, None)
+        thread.join()
+        wire.close()
+    assert (interface, welcome, len(accepted)) == ("lo", {"type": "welcome"}, 2)
+    for connection in accepted:
+        connection.close()
 
 
 def test_join_asks_again_where_its_place_is_taken(door, monkeypatch):

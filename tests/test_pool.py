@@ -28,8 +28,10 @@ from harness import (
 )
 
 from comfy_xdit import cli
+from comfy_xdit.pool import rpc as rpc_module
 from comfy_xdit.pool import start as start_module
 from comfy_xdit.pool.client import Pool, PoolError
+from comfy_xdit.pool.network import Network
 
 
 class Cancelled(Exception):
@@ -241,6 +243,31 @@ def test_a_supervisor_killed_in_a_job_fails_it_in_one_sentence():
             pool.call(Sleep(seconds=600))
         assert told.value.kind == "lost"
         assert pool.call(Echo(value=2)).value == 2
+
+
+def test_a_supervisor_that_hangs_can_be_stopped(capsys):
+    with private_pool() as pool:
+        pool.call(Echo(value=1))
+        pids = [pool.status()["pid"], *worker_pids(pool)]
+        os.kill(pids[0], signal.SIGSTOP)
+        assert cli.main(["pool", "stop", "--name", NAME]) == 0
+        wait_until_gone(pids)
+        assert capsys.readouterr().out == f"pool {NAME!r} and its workers ended\n"
+
+
+def test_a_pool_on_several_machines_is_not_replaced_by_one_here():
+    was = Network(num_machines=3, interface="lo", address="127.0.0.1", port=29500)
+    with private_home() as home, pytest.raises(PoolError, match=r"on 3 machines has ended.*--name test --nodes 3`"):
+        start_module.reach(NAME, "cpu:1", start=True, was=was)
+    assert not home.exists()
+
+
+def test_a_process_in_an_rpc_group_of_its_own_is_told_so(pool, monkeypatch):
+    monkeypatch.setattr(rpc_module, "_current_name", lambda: "trainer0")
+    with pytest.raises(PoolError, match="already takes part in torch RPC as 'trainer0'"):
+        pool.call(Echo(value=1))
+    monkeypatch.undo()
+    assert pool.call(Echo(value=2)).value == 2
 
 
 def test_workers_that_cannot_start_are_told_with_the_reason():

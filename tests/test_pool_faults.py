@@ -13,7 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent / "faults"))
 
 from fault_service import Echo, Journal, Keep, Raise, Reduce, Sleep
-from harness import private_pool, wait_until, wait_until_gone, worker_pids
+from harness import client_process, private_pool, says, wait_until, wait_until_gone, worker_pids
 
 from comfy_xdit.bench.heal import heal, render
 from comfy_xdit.pool.client import PoolError
@@ -46,6 +46,27 @@ def test_a_worker_killed_before_a_job(pool, rank):
     os.kill(pids[rank], signal.SIGKILL)
     wait_until_gone(pids)
     assert_healed(pool, pids, generation)
+
+
+def test_a_worker_killed_between_jobs_locks_nobody_out(pool):
+    pool.call(Echo(value=1))
+    pids = worker_pids(pool)
+    os.kill(pids[0], signal.SIGKILL)
+    wait_until_gone(pids[:1])
+
+    def is_healed():
+        found = worker_pids(pool)
+        return len(found) == 2 and not set(found) & set(pids) and pool.status()["state"] == "ready"
+
+    wait_until(is_healed, "new workers")
+    # Asks for its turn before it has read that its group is gone, and then once more.
+    assert pool.call(Reduce(value=1.0)).value == 2.0
+    assert not pool.status()["queue"] and not pool.status()["client"]["in_turn"]
+    with client_process("slow") as other:
+        says(other, "connected")
+        says(other, "turn")
+        assert pool.call(Reduce(value=2.0)).value == 4.0
+        says(other, "done")
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from comfy_xdit.messages import LoadModel, Patch, SetPatches
 from comfy_xdit.models import FAMILIES
 from comfy_xdit.weights.patches import apply_patches
-from comfy_xdit.weights.resident import CastLinear, load
+from comfy_xdit.weights.resident import CastLinear, ResidentModel, load
 from comfy_xdit.weights.slices import slice_map
 
 KINDS = {
@@ -300,6 +300,28 @@ def test_errors_leave_the_base(tmp_path):
     with pytest.raises(ValueError, match="unknown kind of patch 'zip'"):
         wear(model, [good, Patch(key="img_in.weight", kind="zip", weights=[], strength=1.0)], "bad")
     assert same(everything(model), before) and model.patches_id == ""
+
+
+def test_a_model_that_cannot_be_restored_passes_for_none(tmp_path, monkeypatch):
+    model, weights = make(tmp_path)
+    before = everything(model)
+    keys = ["img_in.weight", "txt_in.weight"]
+    patches = [lora(key, weights[key].shape) for key in keys]
+
+    def no_memory(self, source, *rest):
+        if source == keys[1] or not rest:
+            raise MemoryError
+        return patch(self, source, *rest)
+
+    patch = ResidentModel._patch
+    with monkeypatch.context() as broken, pytest.raises(MemoryError):
+        broken.setattr(ResidentModel, "_patch", no_memory)
+        broken.setattr(ResidentModel, "_restore", no_memory)
+        wear(model, patches)
+    # Half of it is on, and no job may take that for the model without.
+    assert model.num_patched and model.patches_id not in ("", "on")
+    wear(model, [], "")
+    assert same(everything(model), before) and model.patches_id == "" and not model.num_patched
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from comfy_xdit.pool.wire import Wire, versions
 from .rank import become, prepare
 
 DOOR_WAIT_S = 60.0
-"""How long a worker looks for a door: one that was killed may be opened again."""
+"""How long a worker looks for a door: one that was killed may be opened again. Counted anew when it waited at one."""
 
 TRY_EVERY_S, BEAT_S = 1.0, 1.0
 
@@ -85,7 +85,9 @@ def _come_in(
             if answer["type"] == "end":
                 os._exit(0)
             why = answer["reason"]
-            if not answer["again"]:
+            if answer["type"] == "closed":
+                deadline = time.monotonic() + DOOR_WAIT_S
+            elif not answer["again"]:
                 break
         time.sleep(TRY_EVERY_S)
     raise PoolError(why)
@@ -104,15 +106,21 @@ def _interface(wire: Wire, named: str | None) -> str:
 
 
 def _answer(wire: Wire, greeting: dict[str, Any]) -> dict[str, Any]:
-    """What the door says in the end; as long as others are missing it says nothing."""
+    """What the door says in the end; as long as others are missing it says nothing.
+
+    "closed": the door was lost after it had let this worker wait.
+    """
+    let_wait = False
     try:
         wire.send(greeting)
         while True:
             if messages := wire.wait(BEAT_S):
                 return next((message for message in messages if message["type"] == "end"), messages[0])
             wire.send({"type": "beat"})
+            let_wait = True
     except (ConnectionError, ValueError) as error:
-        return {"type": "refused", "reason": f"the pool's door closed the connection ({error})", "again": True}
+        kind = "closed" if let_wait else "refused"
+        return {"type": kind, "reason": f"the pool's door closed the connection ({error})", "again": True}
 
 
 def _give_up(reason: str) -> NoReturn:

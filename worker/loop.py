@@ -111,11 +111,14 @@ class Loop:
             except queue.Empty:
                 self._look()
                 continue
-            if isinstance(item, Job):
+            if not isinstance(item, Job):
+                self._obey(item)
+            elif item.generation <= self._closed:
+                # Not kept: a new client's message of the same number would find its place taken.
+                item.resolve(self._dropped())
+            else:
                 self._early[item.serial] = item
                 self._run_in_order()
-            else:
-                self._obey(item)
 
     # Orders
 
@@ -136,7 +139,7 @@ class Loop:
         if self._group is not None:
             self._group.leave()
             self._group = None
-            self._service.forget_client()
+        self._service.forget_client()
 
     def _join(self, generation: int, store: str) -> None:
         place = Place(
@@ -175,6 +178,9 @@ class Loop:
             return encode(self._aside(text, tensors))
         job = Job(generation, serial, text, tensors)
         self._inbox.put(job)
+        if generation <= self._closed:
+            # The turn ended meanwhile, and the main thread may wait for this one to return.
+            job.resolve(self._dropped())
         job.done.wait()
         assert job.answer is not None
         return job.answer

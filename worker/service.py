@@ -78,7 +78,7 @@ class Service:
 
     def abandon(self) -> None:
         """The client is gone: end its job after the current step. Any thread may call."""
-        self._mailbox.cancel_current()
+        self._mailbox.abandon()
 
     def residents(self) -> list[m.Message]:
         """The loads to repeat in a worker that replaces this one."""
@@ -87,6 +87,7 @@ class Service:
     def forget_client(self) -> None:
         """Drop what a client left when its turn ended; models stay warm."""
         self._held.clear()
+        self._mailbox.renew()
 
     def status(self) -> dict[str, Any]:
         """What is resident; the loop adds pid, device and memory."""
@@ -168,10 +169,22 @@ class Service:
                 dataclasses.replace(message, **sent),
                 conds,
                 context,
-                post=self._mailbox.post,
+                post=self._post,
                 wish_to_stop=lambda: self._mailbox.is_cancelled(message.job),
             )
         return m.Result(value=samples, report=report)
+
+    def _post(self, entry: dict[str, Any]) -> None:
+        """Progress for the client. A GPU computes it some time after this: `Peek` must not wait for that."""
+        denoised = entry["denoised"]
+        if denoised.device.type != "cuda":
+            self._mailbox.post(entry)
+            return
+        host = torch.empty(denoised.shape, dtype=denoised.dtype, pin_memory=True)
+        host.copy_(denoised, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        self._mailbox.post({**entry, "denoised": host}, copied.query)
 
     def _load_vae(self, message: m.LoadVAE) -> m.Result:
         if message.vae not in self._vaes:

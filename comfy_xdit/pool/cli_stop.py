@@ -6,6 +6,8 @@ import argparse
 import contextlib
 import os
 import signal
+import socket
+import struct
 import sys
 import time
 
@@ -13,6 +15,7 @@ from .client import status
 from .errors import PoolError
 from .folder import pool_folder
 from .start import say
+from .wire import Wire
 
 STOP_TIMEOUT_S = 15.0
 POLL_S = 0.05
@@ -30,7 +33,8 @@ def run(args: argparse.Namespace) -> int:
     except ConnectionError:
         sys.stdout.write(f"no pool {args.name!r} runs\n")
         return 0
-    sys.stdout.write(f"pool {args.name!r} and its {num_workers} workers ended\n")
+    workers = f"its {num_workers} workers" if num_workers else "its workers"
+    sys.stdout.write(f"pool {args.name!r} and {workers} ended\n")
     return 0
 
 
@@ -44,9 +48,16 @@ def stop(name: str = "default") -> int:
         raise ConnectionError(f"no pool {name!r} runs")
     pids: list[int] = []
     num_workers = 0
-    with contextlib.suppress(PoolError, KeyError):
+    supervisor = _listener(name)
+    try:
         found = status(name)
         workers = [rank["pid"] for rank in found["ranks"] if rank["pid"]]
+    except (PoolError, KeyError):
+        # It hangs, speaks otherwise, or has gone meanwhile. Its workers end with it (PDEATHSIG).
+        if supervisor:
+            pids = [supervisor]
+            _kill(supervisor)
+    else:
         supervisor = int(found["pid"])
         _ask_to_stop(name, supervisor)
         # The supervisor waits for workers on other machines itself, and pids there say nothing here.
@@ -68,10 +79,26 @@ def _ask_to_stop(name: str, supervisor: int) -> None:
     try:
         wire, _ = say(pool_folder(name), {"type": "stop"})
         wire.close()
-    except ConnectionError:
-        # It is ending already, or hangs; its workers end with it (PDEATHSIG).
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(supervisor, signal.SIGKILL)
+    except (ConnectionError, PoolError):
+        # It is ending already, or hangs.
+        _kill(supervisor)
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def _listener(name: str) -> int:
+    """The process that listens at the pool's door; 0 when none does."""
+    try:
+        wire = Wire.connect(pool_folder(name).door)
+    except OSError:
+        return 0
+    # unix(7): of who called listen(2), whether it answers or not.
+    pid, _, _ = struct.unpack("3i", wire.sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    wire.close()
+    return int(pid)
 
 
 def is_running(pid: int) -> bool:

@@ -14,7 +14,7 @@ from ..messages import Failure, Message, Result, decode, encode
 from .errors import PoolError
 from .folder import pool_folder
 from .network import LOOPBACK, Network
-from .rpc import ASIDE, Group, Place, TurnEnded, require_available, require_interface
+from .rpc import ASIDE, Group, Place, TurnEnded, require_available, require_free, require_interface
 from .start import POLL_S, Poll, reach, say
 from .verdict import groups_survive, worst
 from .wire import Wire
@@ -144,13 +144,15 @@ class Pool:
 
     def _open(self, poll: Poll) -> None:
         devices, start, options = self._asked
-        self._wire, self._about = reach(self.name, devices, start=start, poll=poll, **options)
+        was = self.network if self._about else None
+        self._wire, self._about = reach(self.name, devices, start=start, poll=poll, was=was, **options)
         self._group = None
 
     def _wait_for_grant(self, poll: Poll) -> None:
         wire = self._wire
         assert wire is not None
         require_interface(self.network.interface if self.network else LOOPBACK)
+        require_free()
         self._settle_join(poll)
         if self._group is not None and not self._group.is_current:
             self._group = None

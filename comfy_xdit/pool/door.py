@@ -293,7 +293,7 @@ class Door:
         turns = self.turns
         if client in turns.queue:
             turns.queue.remove(client)
-        elif client is turns.holder and turns.phase == "open":
+        if client is turns.holder and turns.phase == "open":
             turns.in_turn = False
             self._advance()
         elif turns.forget(client):
@@ -352,7 +352,8 @@ class Door:
         late, self._ticked_at = now - self._ticked_at - TICK_S, now
         if late > 1.0:
             # We were held up ourselves, so silence says nothing about the workers.
-            for worker in self.roster.workers.values():
+            waiting = self._gathering.waiting.values() if self._gathering else ()
+            for worker in (*self.roster.workers.values(), *waiting):
                 worker.heard_at += late
         reason = self.roster.hung()
         if reason is None and self.turns.phase in ("preparing", "joining"):

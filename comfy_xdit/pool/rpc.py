@@ -83,6 +83,16 @@ def require_interface(interface: str) -> None:
         )
 
 
+def require_free() -> None:
+    """Raises PoolError when this process is in an RPC group of somebody else's."""
+    name = _current_name()
+    if name is not None and not re.fullmatch(r"(client|worker\d+)-.+-g\d+", name):
+        raise PoolError(
+            f"this process already takes part in torch RPC as {name!r}, and it can be in one group only; "
+            "switch off what uses it, or run that in a process of its own"
+        )
+
+
 def _allow_list(handler: Serve | None) -> dict[tuple[str, str], Any]:
     """The names that a pickle may mention, with what they give."""
     from torch.distributed.rpc import api, internal
@@ -253,13 +263,8 @@ def _leave_current() -> None:
     from torch.distributed import rpc
     from torch.distributed.rpc import internal
 
-    name = _current_name()
-    if name is not None and not re.fullmatch(r"(client|worker\d+)-.+-g\d+", name):
-        raise PoolError(
-            f"this process already takes part in torch RPC as {name!r}, and it can be in one group only; "
-            "switch off what uses it, or run that in a process of its own"
-        )
-    if name is not None:
+    require_free()
+    if _current_name() is not None:
         rpc.shutdown(graceful=False)
     internal._unpickler = pickle.Unpickler  # type: ignore[misc]
 

@@ -65,12 +65,12 @@ def say(
 
 
 def reach(
-    name: str, devices: str, *, start: bool, poll: Poll = None, **options: Any
+    name: str, devices: str, *, start: bool, poll: Poll = None, was: Network | None = None, **options: Any
 ) -> tuple[Wire, dict[str, Any]]:
     """A client's connection to the pool `name` and what the pool says about itself.
 
-    start: start a pool on `devices` when none runs. options: of `spawn`; with a `network`, `devices` are those
-    of each machine.
+    start: start a pool on `devices` when none runs. was: what it was on before; one on several machines is not
+    replaced by one on this machine alone. options: of `spawn`; with a `network`, `devices` are those of each machine.
     Raises PoolError: no pool, another version, other devices or machines than asked for, a bad `devices`.
     """
     network: Network | None = options.get("network")
@@ -80,6 +80,11 @@ def reach(
     try:
         wire, about = say(folder, {"type": "client"})
     except ConnectionError:
+        if was is not None and not network:
+            raise PoolError(
+                f"pool {name!r} on {was.num_machines} machines has ended; start it again with "
+                f"`comfy-xdit pool start --name {name} --nodes {was.num_machines}`, or give another pool name"
+            ) from None
         if not start:
             raise PoolError(
                 f"no pool {name!r} runs; start it with `comfy-xdit pool start --name {name}`"

@@ -54,7 +54,9 @@ class Turns:
         if is_member and not self.queue:
             self.in_turn = True
             return True
-        if client not in self.queue:
+        is_coming = client is self.holder and self.phase in ("preparing", "joining")
+        # It asks twice when it learns of a lost group after it has asked.
+        if client not in self.queue and not is_coming:
             client.waiting_since = time.monotonic()
             self.queue.append(client)
         return False

@@ -48,6 +48,10 @@ def load(message: LoadModel, device: torch.device | str, *, rank: int = 0) -> Re
         raise ValueError(f"{os.path.basename(message.path)}: {error}") from None
 
 
+UNSETTLED = "being changed"
+"""The patches_id of a model that wears neither the old nor the new patches: no host asks for it."""
+
+
 class ResidentModel:
     """One diffusers module, the file it came from, and the patches it wears.
 
@@ -100,15 +104,15 @@ class ResidentModel:
 
         Each touched weight is computed from the pristine base, in fp32 and in ComfyUI's layout, then cut to
         diffusers' weights. Untouched weights stay what they are. Raises ValueError for a weight that the
-        model hasn't got; after any error the model wears no patches. Patches of weights that other ranks
-        hold are left to them.
+        model hasn't got; after any error the model wears no patches, or, where there is no memory for the weights
+        without, some, under a name that no job asks for. Patches of weights that other ranks hold are left to them.
         """
         if message.patches and not message.patches_id:
             raise ValueError("patches need a patches_id; the empty one stands for none")
         if message.patches_id == self.patches_id:
             return 0
         before = set(self._patched)
-        self.patches_id = ""
+        self.patches_id = UNSETTLED
         try:
             wanted = self._wanted(message.patches)
             for source in before - set(wanted):
@@ -118,6 +122,7 @@ class ResidentModel:
         except BaseException:
             for source in list(self._patched):
                 self._restore(source)
+            self.patches_id = ""
             raise
         self.patches_id = message.patches_id
         return len(before | set(wanted))

@@ -38,6 +38,9 @@ class FakePool:
             poll()
         return m.Result(value=getattr(self, "on_" + type(message).__name__)(message))
 
+    def call_all(self, message, *, poll=None, timeout_s=None):
+        return [self.call(message, poll=poll, timeout_s=timeout_s)]
+
     def status(self):
         return {}
 
