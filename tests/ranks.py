@@ -208,14 +208,19 @@ def sample_checkpoint(path: str, family: str, fields: dict[str, Any], degrees: d
         )[1]
 
 
-def run_probe(num_local: int | None = None) -> dict[str, Any]:
-    """Job: what this rank measured, where so many ranks share a machine."""
-    from comfy_xdit.cost.probe import probe
+def run_probe(num_local: int | None = None, cards: list[tuple[str, int]] | None = None) -> dict[str, Any]:
+    """Job: what this rank measured, where so many ranks share a machine.
+
+    cards: name and bytes of each rank's device, in place of what is there.
+    """
+    from comfy_xdit.cost import probe
     from comfy_xdit.parallel.context import GroupCache
 
     cache = GroupCache(torch.distributed.get_world_size(), num_local)
+    card = probe._device if cards is None else lambda device: cards[torch.distributed.get_rank()]
     try:
-        return probe(cache, torch.device("cpu"))
+        with mock.patch.object(probe, "_device", card):
+            return probe.probe(cache, torch.device("cpu"))
     finally:
         cache.close()
 

@@ -23,7 +23,7 @@ class Prediction:
 
     step_s: one evaluation, on average over the job; compute_s: of which matrices; waiting_s: of which links, as far as
     they aren't hidden behind compute, and with pipe its warming up and filling. sent_bytes: in one evaluation.
-    fits: memory is enough.
+    fits: it leaves free what a device reserves.
     """
 
     spec: ParallelSpec
@@ -70,19 +70,20 @@ def specs(network: Network, work: Work, num_ranks: int) -> Iterator[ParallelSpec
 
 def ranking(
     network: Network, work: Work, link: Links, device: Device
-) -> Callable[[ParallelSpec], tuple[bool, int, int, int, int]]:
+) -> Callable[[ParallelSpec], tuple[int, int, int, int, int]]:
     """What `spec.auto` goes by: what fits memory, then no rank without rows, then weights that need not be
-    spread, then time, then memory.
+    spread, then time, then memory. Where nothing fits, memory comes first: the least may still run.
 
     A rank without rows is what the pool's user did not ask for, though it may be faster over a slow link.
     Weights that are spread are read anew when degrees change, so that is worth it for room only. Times within
     2 % of each other are the same.
     """
 
-    def cost(spec: ParallelSpec) -> tuple[bool, int, int, int, int]:
+    def cost(spec: ParallelSpec) -> tuple[int, int, int, int, int]:
         found = predict(network, work, spec, link, device)
         steps = round(math.log(max(found.step_s, 1e-9)) / 0.02)
-        return not found.fits, found.num_idle, spec.tensor, steps, found.memory.total
+        lacking = 0 if found.fits else found.memory.total
+        return lacking, found.num_idle, spec.tensor, steps, found.memory.total
 
     return cost
 
@@ -114,7 +115,7 @@ def predict(network: Network, work: Work, spec: ParallelSpec, link: Links, devic
         sent_bytes=max(_sent(network, work, spec, rank) for rank in range(spec.num_ranks)),
         memory=worst,
         num_idle=sum(not part_of(network, work, spec, rank).rows for rank in range(spec.num_ranks)),
-        fits=worst.total <= device.memory_bytes,
+        fits=worst.total <= device.room_bytes,
         balance=work.balance,
     )
 

@@ -64,14 +64,23 @@ class Machines:
 
 Links = Link | Machines
 
+RESERVED_SHARE, RESERVED_BYTES = 0.1, 2e9
+"""Of a device's memory, the larger of the two is left free: for the contexts of CUDA and NCCL in each process, gaps
+between the allocator's blocks, and ComfyUI's own process with a small text encoder and a VAE. On a CPU: the system's."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Device:
-    """flops_per_s: of a transformer's large matrices in its compute dtype; memory_bytes: for one rank."""
+    """flops_per_s: of a transformer's large matrices in its compute dtype; memory_bytes: of one rank, used or not."""
 
     name: str
     flops_per_s: float
     memory_bytes: float
+
+    @property
+    def room_bytes(self) -> float:
+        """What a model may take: the rest is for what no formula counts (see `RESERVED_SHARE`)."""
+        return max(0.0, self.memory_bytes - max(RESERVED_SHARE * self.memory_bytes, RESERVED_BYTES))
 
 
 LINKS: dict[str, Link] = {

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from comfy_xdit.messages import Probe
+from comfy_xdit.pool.errors import PoolError
 from comfy_xdit.pool.folder import pool_folder
 
 from .links import Device, Link, Links, Machines
@@ -24,16 +24,16 @@ LIMIT_S = 120.0
 
 
 def measure(pool: Pool) -> tuple[Links, Device]:
-    """What the pool's ranks measured on these devices; they measure now when they haven't yet, for a second or so.
+    """What the pool's ranks measured since it was started; they measure now when they haven't yet, for a second or so.
 
     Raises PoolError when the pool cannot.
     """
     found = _read(pool.name)
-    if found is None or found["ranks"] != _key(pool):
+    if found is None or found["pool"] != _key(pool):
         log.info("pool %r measures its links and devices", pool.name)
         value = pool.call(Probe(), timeout_s=LIMIT_S).value
         # Now all machines are there.
-        found = {"ranks": _key(pool), "measured": value}
+        found = {"pool": _key(pool), "measured": value}
         _file(pool.name).write_text(json.dumps(found, indent=2))
     return _as_link(pool.name, found)
 
@@ -46,11 +46,20 @@ def read(name: str) -> tuple[Links, Device]:
     return _as_link(name, found)
 
 
-def _key(pool: Pool) -> list[list[str]]:
-    """The machine and the device of each rank."""
-    if pool.network is None:
-        return [[platform.node(), device] for device in pool.devices]
-    return [[rank.get("machine", ""), rank["device"]] for rank in pool.status()["ranks"]]
+def _key(pool: Pool) -> list[Any]:
+    """The pool that runs now, and on several machines its processes.
+
+    The ranks' devices won't do: under another CUDA_VISIBLE_DEVICES cuda:0 is another card, perhaps of the same name
+    behind another link. A process keeps its cards, and starts its workers on them.
+    """
+    try:
+        door = pool_folder(pool.name).door.stat()
+    except OSError:
+        raise PoolError(f"pool {pool.name!r} has ended; run again, which starts it anew") from None
+    key: list[Any] = [door.st_ino, door.st_mtime_ns]
+    if pool.network is not None:
+        key += [[rank.get("machine", ""), rank["device"], rank["pid"]] for rank in pool.status()["ranks"]]
+    return key
 
 
 def _file(name: str) -> Path:
@@ -70,7 +79,9 @@ def _read(name: str) -> dict[str, Any] | None:
 def _as_link(name: str, found: dict[str, Any]) -> tuple[Links, Device]:
     value = found["measured"]
     device = Device(
-        name=found["ranks"][0][1].split(":")[0], flops_per_s=value["flops_per_s"], memory_bytes=value["memory_bytes"]
+        name=" or ".join(dict.fromkeys(value["devices"])),
+        flops_per_s=value["flops_per_s"],
+        memory_bytes=value["memory_bytes"],
     )
     return links_of(f"the links of pool {name!r}", value), device
 

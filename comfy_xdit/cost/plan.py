@@ -144,7 +144,7 @@ def reasons(
         reason = (
             f"sends {_size(other.sent_bytes)} and waits {other.waiting_s:.3g} s of {other.step_s:.3g} s"
             if other.fits
-            else f"needs {_size(other.memory.total)} of {_size(device.memory_bytes)}"
+            else f"needs {_size(other.memory.total)} of {_room(device)}"
         )
         said.append(f"next is {other.spec}: it {reason}")
     slowest = max(found, key=lambda prediction: prediction.step_s)
@@ -157,12 +157,12 @@ def reasons(
     if moved:
         said.append(
             f"stages of equal time hold unequal weights: {len(moved)} of {len(found)} specs fit "
-            f"{_size(device.memory_bytes)} only with stages of equal weights (balance = memory), which are slower"
+            f"{_room(device)} only with stages of equal weights (balance = memory), which are slower"
         )
     short = [prediction for prediction in found if not prediction.fits]
     if short:
         said.append(
-            f"{len(short)} of {len(found)} specs do not fit {_size(device.memory_bytes)}; they are listed last "
+            f"{len(short)} of {len(found)} specs do not fit {_room(device)}; they are listed last "
             "whatever their time"
         )
     return said
@@ -189,6 +189,11 @@ def text(result: dict[str, Any], args: argparse.Namespace) -> str:
             f"{_size(entry['buffer_bytes']):>9}{marks}"
         )
     return "\n".join(lines) + "\n\n" + "\n".join(f"- {sentence}" for sentence in result["why"]) + "\n"
+
+
+def _room(device: Device) -> str:
+    reserved = device.memory_bytes - device.room_bytes
+    return f"{_size(device.room_bytes)} ({_size(device.memory_bytes)}, of which {_size(reserved)} are left free)"
 
 
 def _size(num_bytes: float) -> str:

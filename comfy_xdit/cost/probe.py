@@ -30,7 +30,8 @@ FIRST_BYTES, GROWTH, ENOUGH_S = 64 * 2**10, 4, 0.1
 def probe(groups: GroupCache, device: torch.device) -> dict[str, Any]:
     """Rates of this rank, the slowest rank's time counting; the same on every rank.
 
-    flops_per_s: of large matrices; memory_bytes: of the device, or of the machine.
+    flops_per_s: of large matrices; memory_bytes: of the device, or of the machine: the least that any rank has.
+    devices: what each rank's is called by its maker; "cpu" for all CPUs.
     bytes_per_s: by collective, of what leaves a rank; latency_s: by collective, with next to nothing to send: among the
     ranks of one machine, on all machines at once; both missing where a machine has one rank only.
     across: the same two between machines, each rank with those in its place on the others, all of them at once; where
@@ -40,7 +41,7 @@ def probe(groups: GroupCache, device: torch.device) -> dict[str, Any]:
     num_bytes, side, dtype = SIZES["cuda" if device.type == "cuda" else "cpu"]
     a = torch.randn(side, side, device=device).to(dtype)
     flops_per_s = 2 * side**3 / _best(lambda: torch.mm(a, a), device, groups)
-    found: dict[str, Any] = {"flops_per_s": flops_per_s, "memory_bytes": _memory_bytes(device)}
+    found: dict[str, Any] = {"flops_per_s": flops_per_s} | _devices(device, groups)
     found["num_local"] = groups.num_local
     # Of a spec the dp axis is the outermost one and ulysses an inner one: so each has its lines of ranks.
     spec = ParallelSpec(dp=groups.world_size // groups.num_local, ulysses=groups.num_local)
@@ -113,8 +114,18 @@ def _best(run: Callable[[], Any], device: torch.device, groups: GroupCache) -> f
     return max(float(slowest.min()), 1e-9)
 
 
-def _memory_bytes(device: torch.device) -> int:
+def _devices(device: torch.device, groups: GroupCache) -> dict[str, Any]:
+    """The least memory_bytes of all ranks, and the names of their devices."""
+    every: list[Any] = [own := _device(device)]
+    if groups.world is not None:
+        every = [None] * groups.world_size
+        dist.all_gather_object(every, own)
+    return {"memory_bytes": min(memory for _, memory in every), "devices": [name for name, _ in every]}
+
+
+def _device(device: torch.device) -> tuple[str, int]:
+    """Its name, and its bytes."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[1])
+        return torch.cuda.get_device_name(device), int(torch.cuda.mem_get_info(device)[1])
     # All of it for each: ranks on a CPU map the same pages of the same file.
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return "cpu", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
