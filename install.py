@@ -100,8 +100,8 @@ def install_torch(python: Path) -> None:
         try:
             pip(python, [f"torch=={TORCH}+cpu"], f"torch {TORCH} for CPUs")
             return
-        except InstallError:
-            say("pip's index has no CPU build; the general one is a download of some gigabytes")
+        except InstallError as error:
+            say(f"{error}; trying the general build, a download of some gigabytes")
     pip(python, [f"torch=={TORCH}"], f"torch {TORCH}")
 
 

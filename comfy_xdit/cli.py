@@ -77,6 +77,12 @@ def _run(name: str, rest: list[str]) -> int:
     except (PoolError, ValueError) as error:
         sys.stderr.write(f"{PROGRAM}: {error}\n")
         return 1
+    except OSError as error:
+        # A file that was named. What has no name was no argument: a fault, whose trace tells more.
+        if error.filename is None:
+            raise
+        sys.stderr.write(f"{PROGRAM}: cannot use {error.filename} ({error.strerror}); give another path\n")
+        return 1
     except KeyboardInterrupt:
         return 130
 

@@ -25,6 +25,7 @@ from comfy_xdit.cost.memory import memory
 from comfy_xdit.cost.work import Work, part_of
 from comfy_xdit.messages import LoadModel, Probe, Result
 from comfy_xdit.models import FAMILIES
+from comfy_xdit.parallel.segments import Grid, cut_rows, segments_of
 from comfy_xdit.parallel.sequence import shard_sizes
 from comfy_xdit.parallel.spec import ParallelSpec, auto
 from comfy_xdit.pool.errors import PoolError
@@ -313,6 +314,8 @@ def test_axes_within_a_machine_and_between_machines():
         (["--size", "0x64"], "is no size"),
         (["--devices", "0"], "--devices 0 makes no job"),
         (["--chunks", "3"], "neither 1 nor 2"),
+        (["--text-tokens", "-500"], "--text-tokens -500 makes no job; use 1 or more"),
+        (["--warmup", "-3"], "--warmup -3 makes no job; use 1 or more"),
         (["--link", "string"], "no known link"),
         (["--machines", "3", "--network", "ethernet-10"], "--machines 3 --network ethernet-10 do not fit 8 devices"),
         (["--machines", "2"], "--machines 2 --network None do not fit 8 devices; use a number of machines"),
@@ -322,6 +325,28 @@ def test_plan_refuses_in_a_sentence(tmp_path, capsys, words, sentence):
     path = tiny.write(tmp_path / "m.safetensors", tiny.random_weights(SHAPES["flux"]))
     assert cli.main(["plan", "--model", path, *words]) == 1
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "reason"), [("missing", "No such file or directory"), ("", "Is a directory")])
+def test_a_file_that_cannot_be_opened_is_a_sentence(tmp_path, capsys, name, reason):
+    assert cli.main(["plan", "--model", str(tmp_path / name)]) == 1
+    assert capsys.readouterr().err == f"comfy-xdit: cannot use {tmp_path / name} ({reason}); give another path\n"
+
+
+@pytest.mark.parametrize("size", ["1x1", "48x16", "16x1024"])
+def test_a_small_image_has_a_plan_without_pipelines_that_cannot_cut_it(tmp_path, capsys, size):
+    infos = header_only(tmp_path / "flux.safetensors", FluxSize(hidden=1024).shapes())
+    words = ["plan", "--model", infos, "--size", size, "--text-tokens", "5", "--json", "--all"]
+    assert cli.main(words) == 0
+    found = [entry["degrees"] for entry in json.loads(capsys.readouterr().out)["specs"]]
+    width, height = (-(-int(side) // 16) for side in size.split("x"))
+    for degrees in found:
+        grid = Grid(rows=height, columns=width, side=2)
+        if degrees["pipe"] > 1:
+            shards = degrees["ring"] * degrees["ulysses"]
+            rows = cut_rows(grid, num_patches=0, num_stages=degrees["pipe"], num_shards=shards)
+            segments_of(grid, rows, {"text": 5, "image": width * height}, num_shards=shards)
+    assert any(degrees["pipe"] > 1 for degrees in found) and any(degrees["ulysses"] == 8 for degrees in found)
 
 
 def test_auto_takes_the_cheapest_exact_spec(flux_dev):

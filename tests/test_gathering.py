@@ -21,6 +21,7 @@ from comfy_xdit_worker import join
 from fault_service import Reduce
 from harness import NAME, OPTIONS, private_home, wait_until, wait_until_gone, worker_pids
 
+from comfy_xdit import cli
 from comfy_xdit.pool import door as door_module
 from comfy_xdit.pool import gathering, network, roster, rpc
 from comfy_xdit.pool.client import Pool, PoolError
@@ -282,6 +283,12 @@ def test_join_asks_again_where_its_place_is_taken(door, monkeypatch):
     with pytest.raises(PoolError, match="rank 1 of this pool is process 1001 on host-1"):
         join._come_in((door.network.address, door.network.port), greeting | {"versions": versions()}, None)
     assert first.hears_nothing()
+
+
+def test_an_interface_of_one_machine_says_that_nodes_are_missing(capsys):
+    assert cli.main(["pool", "start", "--interface", "lo"]) == 1
+    said = "comfy-xdit: --interface lo is for a pool on several machines; add --nodes and how many they are, or leave"
+    assert capsys.readouterr().err.startswith(said)
 
 
 def test_an_interface_that_is_not_there_is_told(door):

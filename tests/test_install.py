@@ -89,7 +89,7 @@ def test_the_demo_gets_the_cpu_build_without_a_gpu(install, commands, monkeypatc
     assert recorded[-1][1:] == ["-m", "comfy_xdit", "demo", "--steps", "2"]
 
 
-def test_the_general_build_is_taken_where_pip_finds_no_cpu_build(install, commands, monkeypatch):
+def test_the_general_build_is_taken_where_pip_finds_no_cpu_build(install, commands, monkeypatch, capsys):
     monkeypatch.setattr(install, "has_nvidia_gpu", lambda: False)
     monkeypatch.setattr(install.sys, "platform", "linux")
     recorded, fails = commands
@@ -97,6 +97,9 @@ def test_the_general_build_is_taken_where_pip_finds_no_cpu_build(install, comman
     assert install.main(["--test"]) == 7
     assert any(command[-1] == f"torch=={install.TORCH}" for command in recorded)
     assert [command[-1] for command in recorded if "-e" in command] == [".[test]"]
+    # What pip said, and no cause that we would make up: a network that is down fails the same way.
+    said = f"pip could not install torch {install.TORCH} for CPUs: No matching distribution; trying the general build"
+    assert said in capsys.readouterr().out
 
 
 def test_with_a_gpu_torch_is_the_general_build(install, commands, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import ipaddress
 import json
 import os
@@ -22,8 +23,9 @@ from machines_client import SIZE
 
 from comfy_xdit.bench.checkpoint import write_flux
 from comfy_xdit.bench.links import COMFY_XDIT, METHODS, Settings, disagreements, links, orders, pool_on
-from comfy_xdit.bench.namespaces import Unavailable, two_machines
+from comfy_xdit.bench.namespaces import Machine, Unavailable, two_machines
 from comfy_xdit.pool.client import status
+from comfy_xdit.pool.errors import PoolError
 
 ROOT = Path(__file__).resolve().parents[1]
 CLIENT = Path(__file__).resolve().parent / "faults" / "machines_client.py"
@@ -194,6 +196,21 @@ def test_the_benchmark_runs_every_method_over_each_link(machines):
     assert all(0 < row["compute_s"] <= row["predicted_s"] and row["measured_s"] > 0 for row in rows)
     rates = [link["send MB/s"] for link in found["links"]]
     assert all(rate < 1.2 * gbit * 125 for rate, gbit in zip(rates, (1.0, 0.5), strict=True)), "the link is not shaped"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Failing(Machine):
+    """Where every command ends with a sentence."""
+
+    def command(self, command):
+        return [sys.executable, "-c", "import sys; sys.exit('comfy-xdit: port 29600 is taken')"]
+
+
+def test_a_pool_that_does_not_start_is_a_sentence():
+    machine = Failing(namespace="none", interface="none", address="none")
+    said = "no pool could be started on two machines: comfy-xdit: port 29600 is taken"
+    with pytest.raises(PoolError, match=said), pool_on(machine, machine, dict(os.environ)):
+        pass
 
 
 def row(method, **seconds):

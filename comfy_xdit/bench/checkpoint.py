@@ -82,6 +82,19 @@ def write_flux(path: Path, size: FluxSize, *, dtype: torch.dtype = torch.float32
     return path
 
 
+def random_inputs(
+    latent_channels: int, context_dim: int, *, rows: int, columns: int, text_tokens: int, batch: int, seed: int
+) -> tuple[dict[str, Tensor], torch.Generator]:
+    """What SD3 and PixArt both take: a latent with rows · columns tokens, a time and a text; and what drew them.
+
+    x: [batch, channels, 2 · rows, 2 · columns]; timestep: in ComfyUI's thousandths; context: [batch, text_tokens, dim].
+    """
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn((batch, latent_channels, 2 * rows, 2 * columns), generator=generator)
+    context = torch.randn((batch, text_tokens, context_dim), generator=generator)
+    return {"x": x, "timestep": torch.full((batch,), 700.0), "context": context}, generator
+
+
 def random_call(
     size: FluxSize, *, tokens: int, text_tokens: int = 64, batch: int = 1, seed: int = 0
 ) -> dict[str, Tensor]:

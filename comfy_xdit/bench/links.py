@@ -87,12 +87,14 @@ def pool_on(
 ) -> Iterator[list[subprocess.Popen[bytes]]]:
     """A pool "default" with its head on `a` and a rank on each: the torchruns, started as `pool start` says.
 
-    before_b: words that come before b's command.
+    before_b: words that come before b's command. Raises PoolError with what `pool start` said when it fails.
     """
     torchrun = {**environment, "PATH": f"{Path(sys.executable).parent}:{environment['PATH']}"}
     start = [*COMFY_XDIT, "pool", "start", "--nodes", "2", "--devices", "cpu:1", "--interface", a.interface]
-    printed = subprocess.run(a.command(start), env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
-    one, two = (line.split() for line in printed.splitlines() if line.strip().startswith("torchrun"))
+    done = subprocess.run(a.command(start), env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise PoolError(f"no pool could be started on two machines: {done.stderr.strip() or 'it said nothing'}")
+    one, two = (line.split() for line in done.stdout.splitlines() if line.strip().startswith("torchrun"))
     started = [
         subprocess.Popen(machine.command(command), cwd=ROOT, env=torchrun)
         for machine, command in ((a, one), (b, [*before_b, *two]))

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from comfy_xdit.models.pixart import HEAD_DIM
 
-from .checkpoint import random_weights
+from .checkpoint import random_inputs, random_weights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,9 +64,5 @@ def pixart_call(
 
     x: [batch, channels, 2 · rows, 2 · columns].
     """
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        "x": torch.randn((batch, size.latent_channels, 2 * rows, 2 * columns), generator=generator),
-        "timestep": torch.full((batch,), 700.0),
-        "context": torch.randn((batch, text_tokens, size.context_dim), generator=generator),
-    }
+    sizes = {"rows": rows, "columns": columns, "text_tokens": text_tokens, "batch": batch}
+    return random_inputs(size.latent_channels, size.context_dim, **sizes, seed=seed)[0]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from comfy_xdit.models.sd3 import HEAD_DIM
 
-from .checkpoint import random_weights
+from .checkpoint import random_inputs, random_weights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,10 +73,6 @@ def sd3_call(
 
     x: [batch, channels, 2 · rows, 2 · columns].
     """
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        "x": torch.randn((batch, size.latent_channels, 2 * rows, 2 * columns), generator=generator),
-        "timestep": torch.full((batch,), 700.0),
-        "context": torch.randn((batch, text_tokens, size.context_dim), generator=generator),
-        "y": torch.randn((batch, size.pooled_dim), generator=generator),
-    }
+    sizes = {"rows": rows, "columns": columns, "text_tokens": text_tokens, "batch": batch}
+    call, generator = random_inputs(size.latent_channels, size.context_dim, **sizes, seed=seed)
+    return {**call, "y": torch.randn((batch, size.pooled_dim), generator=generator)}

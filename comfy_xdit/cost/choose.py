@@ -59,12 +59,16 @@ def predictions(
 
 
 def specs(network: Network, work: Work, num_ranks: int) -> Iterator[ParallelSpec]:
-    """Every product of degrees that makes `num_ranks` and suits the model.
+    """Every product of degrees that makes `num_ranks`, and suits the model and the size of the work.
 
     Also those that leave some ranks without rows: over a slow link nothing may be faster.
     """
+    tokens = work.tokens(network)
+    least = min(tokens[stream] for stream in network.cut)
     for spec in products(num_ranks, {"cfg": min(MAX_CFG, work.chunks)}):
-        if not check(spec, num_ranks=num_ranks, shape=network.shape):
+        # A pipeline gives each rank something of every segment (`segments.segments_of`).
+        too_small = spec.pipe > 1 and spec.ring * spec.ulysses > least
+        if not too_small and not check(spec, num_ranks=num_ranks, shape=network.shape):
             yield spec
 
 

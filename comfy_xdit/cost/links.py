@@ -66,7 +66,7 @@ Links = Link | Machines
 
 RESERVED_SHARE, RESERVED_BYTES = 0.1, 2e9
 """Of a device's memory, the larger of the two is left free: for the contexts of CUDA and NCCL in each process, gaps
-between the allocator's blocks, and ComfyUI's own process with a small text encoder and a VAE. On a CPU: the system's."""
+between the allocator's blocks, and ComfyUI's own process with a small text encoder and a VAE. On a CPU, the system."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

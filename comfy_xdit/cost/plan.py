@@ -66,9 +66,10 @@ def work_of(network: Network, args: argparse.Namespace) -> Work:
     size = re.fullmatch(r"(\d+)x(\d+)", args.size)
     if size is None or "0" in size.groups():
         raise ValueError(f"--size {args.size!r} is no size; use width x height in pixels, as 1024x1024")
-    for name in ("steps", "devices", "images"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)} makes no job; use 1 or more")
+    for name in ("steps", "devices", "images", "text_tokens", "warmup"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value} makes no job; use 1 or more")
     if args.chunks not in (None, 1, 2):
         raise ValueError(f"--chunks {args.chunks} is neither 1 nor 2 (cond and uncond)")
     width, height = (-(-int(side) // network.latent_pixel) for side in size.groups())

@@ -59,7 +59,13 @@ def run(args: argparse.Namespace) -> int:
 
 def network_of(args: argparse.Namespace) -> Network | None:
     """What --nodes, --interface and --port say. Raises PoolError for what makes no network."""
-    if args.nodes == 1 and args.interface is None:
+    if args.nodes == 1:
+        if args.interface is not None:
+            raise PoolError(
+                f"--interface {args.interface} is for a pool on several machines; add --nodes and how many they are, "
+                "or leave it out",
+                kind="input",
+            )
         return None
     return network_on(args.interface or "", num_machines=args.nodes, port=args.port)
 
