@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from modes import Job
 from ranks import Ranks
 from staged import PROGRAMS, run_loaded, sampling_job
 from test_pipefusion import assert_same, expected, run, serial_result
+
+from comfy_xdit.parallel.spec import ParallelSpec
 
 LIMIT = 1e-12
 FLUX = {"family": "flux", "heads": 3, "layers": 2, "dtype": torch.float64}
@@ -106,3 +109,22 @@ def test_too_few_tokens_for_the_sequence_axis(ranks) -> None:
     arguments = {"model": FLUX, "job": job, "degrees": {"pipe": 2, "ulysses": 2}}
     errors = ranks.run("run_of", module="staged", function="refusal", arguments=arguments)
     assert all("a text of 1 tokens cannot be cut over 2 ranks beside a pipeline" in error for error in errors)
+
+
+@pytest.mark.parametrize("degrees", [{"pipe": 4}, {"pipe": 2, "ulysses": 2}, {"pipe": 2, "cfg": 2}], ids=str)
+def test_stages_that_connect_at_their_first_message(ranks, degrees) -> None:
+    """As with NCCL: a stage's first act is to receive what its neighbour sends last."""
+    spec = ParallelSpec(**degrees)
+    arguments = {"spec": spec, "job": Job.of("flux", spec)}
+    at_once, *_ = ranks.run("run_of", module="modes", function="run_mode", arguments=arguments)
+    lazily = {**arguments, "introduced": True, "wait_s": 30.0}
+    (found, met), *_ = ranks.run("run_of", module="lazy", function="run_mode", arguments=lazily)
+    assert met and found.keys() == at_once.keys()
+    assert all(torch.equal(found[name], at_once[name]) for name in found)
+
+
+def test_stages_that_were_not_introduced_wait_for_each_other(ranks) -> None:
+    spec = ParallelSpec(pipe=4)
+    arguments = {"spec": spec, "job": Job.of("flux", spec), "introduced": False, "wait_s": 3.0}
+    with pytest.raises(AssertionError, match="RuntimeError"):
+        ranks.run("run_of", module="lazy", function="run_mode", arguments=arguments)

@@ -1,7 +1,7 @@
 """The ranks of one job: which axes there are, where this rank stands on them, and what it sent.
 
-A `ParallelContext` is made for each job and dropped at its end. Process groups are slow to make, so they
-are kept in a `GroupCache`, which the worker's service owns.
+A `ParallelContext` is made for each job and dropped at its end. Process groups are slow to make, and with NCCL
+take memory of the device, so they are kept in a `GroupCache`, which the worker's service owns.
 """
 
 from __future__ import annotations
@@ -59,8 +59,12 @@ class _Lines:
     lines: dict[str, tuple[tuple[int, ...], int, dist.ProcessGroup | None]]
 
 
+Line = tuple[tuple[int, ...], int, "dist.ProcessGroup | None"]
+"""Ranks in order, this rank's place among them, and their group."""
+
+
 class GroupCache:
-    """Process groups for each spec used so far.
+    """Process groups for each spec used so far; specs whose axes cut the ranks alike share them.
 
     Making one is collective: every rank must ask for the same specs in the same order.
     world_size: how many ranks there are; with 1, torch.distributed need not be initialised. num_local: how many of
@@ -71,6 +75,7 @@ class GroupCache:
         self.world_size = world_size
         self.num_local = num_local or world_size
         self._lines: dict[ParallelSpec, _Lines] = {}
+        self._made: dict[tuple[str, tuple[tuple[int, ...], ...]], Line] = {}
 
     @property
     def rank(self) -> int:
@@ -92,11 +97,10 @@ class GroupCache:
 
     def close(self) -> None:
         """Destroy the groups. Every rank must call."""
-        groups = {id(group): group for kept in self._lines.values() for _, _, group in kept.lines.values()}
+        for _, _, group in self._made.values():
+            dist.destroy_process_group(group)
+        self._made.clear()
         self._lines.clear()
-        for group in groups.values():
-            if group is not None and group is not self.world:
-                dist.destroy_process_group(group)
 
     def _make(self, spec: ParallelSpec) -> _Lines:
         if spec.num_ranks != self.world_size:
@@ -104,49 +108,58 @@ class GroupCache:
                 f"{spec} does not fit a pool of {self.world_size}; "
                 f"use degrees whose product is {self.world_size}"
             )
-        lines: dict[str, tuple[tuple[int, ...], int, dist.ProcessGroup | None]] = {
-            axis: ((self.rank,), 0, None) for axis in (*AXES, *JOINED, *LINKS)
-        }
+        lines: dict[str, Line] = {axis: ((self.rank,), 0, None) for axis in (*AXES, *JOINED, *LINKS)}
         # Axes of degree 1 need no group; leaving them out saves one group a rank for each.
         used = [axis for axis in AXES if getattr(spec, axis) > 1]
-        if not used:
-            return _Lines(lines=lines)
-        from torch.distributed.device_mesh import init_device_mesh
-
-        device_type = "cuda" if "nccl" in str(dist.get_backend()) else "cpu"
-        mesh = init_device_mesh(
-            device_type, tuple(getattr(spec, axis) for axis in used), mesh_dim_names=tuple(used)
-        )
         for axis in used:
-            group = mesh.get_group(axis)
-            lines[axis] = (tuple(dist.get_process_group_ranks(group)), mesh.get_local_rank(axis), group)
+            lines[axis] = self._grouped(spec, [axis], "pipe" if axis == "pipe" else "")
         for name, axes in JOINED.items():
             lines[name] = self._joined(spec, lines, [axis for axis in axes if axis in used])
         for name in LINKS if spec.pipe > 1 else ():
-            lines[name] = self._grouped(spec, ["pipe"])
+            lines[name] = self._grouped(spec, ["pipe"], name)
         return _Lines(lines=lines)
 
-    def _joined(self, spec: ParallelSpec, lines: dict[str, Any], axes: list[str]) -> Any:
+    def _joined(self, spec: ParallelSpec, lines: dict[str, Line], axes: list[str]) -> Line:
         """Several axes, outermost first, as one."""
         if len(axes) < 2:
             return lines[axes[0]] if axes else ((self.rank,), 0, None)
         whole = math.prod(spec.degrees[axis] for axis in axes) == self.world_size
         return (tuple(range(self.world_size)), self.rank, self.world) if whole else self._grouped(spec, axes)
 
-    def _grouped(self, spec: ParallelSpec, axes: list[str]) -> Any:
-        """New groups for the lines along `axes`, and this rank's place on its own."""
+    def _grouped(self, spec: ParallelSpec, axes: list[str], link: str = "") -> Line:
+        """This rank's line along `axes`. link: "pipe" or one of `LINKS`, whose groups are nobody else's."""
         degrees = spec.degrees
         grid = torch.arange(spec.num_ranks).view(tuple(degrees.values()))
         places = [AXES.index(axis) for axis in axes]
         degree = math.prod(degrees[axis] for axis in axes)
         rows = grid.movedim(places, list(range(-len(axes), 0))).reshape(-1, degree).tolist()
-        mine: Any = None
-        for ranks in rows:
+        key = (link, tuple(tuple(ranks) for ranks in rows))
+        if key not in self._made:
             # new_group is collective over the world: every rank makes the groups of all, in one order.
-            group = dist.new_group(ranks)
-            if self.rank in ranks:
-                mine = (tuple(ranks), ranks.index(self.rank), group)
-        return mine
+            groups = [dist.new_group(ranks) for ranks in rows]
+            mine = next(number for number, ranks in enumerate(rows) if self.rank in ranks)
+            line = (key[1][mine], rows[mine].index(self.rank), groups[mine])
+            if link:
+                _introduce(line)
+            self._made[key] = line
+        return self._made[key]
+
+
+def _introduce(line: Line) -> None:
+    """A number from each rank to the next, and from the last to the first, one after the other.
+
+    With NCCL two ranks are connected at their first message, for which both must be there: the host waits. A pipeline's
+    stages would wait for each other, each at a receive whose send comes after it. Collective over the line.
+    """
+    ranks, index, group = line
+    device = "cuda" if "nccl" in str(dist.get_backend()) else "cpu"
+    number = torch.zeros(1, device=device)
+    for sender, rank in enumerate(ranks):
+        receiver = (sender + 1) % len(ranks)
+        if index == sender:
+            dist.send(number, ranks[receiver], group=group)
+        elif index == receiver:
+            dist.recv(number, rank, group=group)
 
 
 class ParallelContext:
