@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from comfy_xdit import cli
 from comfy_xdit.bench.checkpoint import FluxSize
 from comfy_xdit.bench.pixart import PixArtSize
-from comfy_xdit.cost import document, measured
+from comfy_xdit.cost import choose, document, measured, on_pool
 from comfy_xdit.cost.arithmetic import ANATOMIES, network, read_network
 from comfy_xdit.cost.choose import predict, predictions, ranking
 from comfy_xdit.cost.formulas import sent
@@ -371,6 +371,48 @@ def test_auto_takes_the_cheapest_exact_spec(flux_dev):
     assert spread.tensor > 1 and spread.pipe == spread.distri == 1
     with pytest.raises(ValueError, match="do not divide the pool's 8"):
         chosen(gpu, ulysses=5)
+
+
+def test_the_next_run_with_the_same_work_computes_nothing(tmp_path, monkeypatch):
+    class Pool:
+        name, num_ranks = "fast", 8
+
+    path = header_only(tmp_path / "flux.safetensors", FluxSize(hidden=1024).shapes())
+    shape = read_network(path).shape
+    read, computed = [], []
+    measurement = [link_named("pcie4"), GPU]
+    monkeypatch.setattr(on_pool, "measure", lambda pool: measurement)
+    monkeypatch.setattr(on_pool, "read_network", lambda path: read.append(path) or read_network(path))
+    monkeypatch.setattr(choose, "predict", lambda *given: computed.append(given) or predict(*given))
+
+    def chosen(**changed):
+        work = {"latent": (128, 128), "images": 1, "chunks": 1, "element_bytes": 2} | changed
+        cost = on_pool.cost_on(Pool(), path, **work)
+        before = len(computed)
+        return auto(8, requested={}, shape=shape, cost=cost), len(computed) - before
+
+    first, num_computed = chosen()
+    assert num_computed > 5 and chosen() == (first, 0) and len(read) == 1
+    assert chosen(latent=(96, 128))[1] == num_computed == chosen(images=2)[1]
+    # Other rates are another link, also of the same name.
+    measurement[0] = dataclasses.replace(measurement[0], rates={"all_to_all": 1e9})
+    assert chosen()[1] == num_computed and len(read) == 1
+    header_only(tmp_path / "other.safetensors", FluxSize(hidden=1024, single_blocks=12).shapes())
+    (tmp_path / "other.safetensors").replace(path)
+    assert chosen()[1] > 0 and len(read) == 2
+
+
+def test_blocks_that_are_alike_cost_what_each_of_them_does(flux_dev):
+    """Nineteen and thirty-eight of a kind: as when every block is one of its own."""
+    apart = dataclasses.replace(flux_dev)
+    vars(apart)["first_alike"] = list(range(57))
+    assert flux_dev.kinds(range(57)) == {0: 19, 19: 38} and len(apart.kinds(range(57))) == 57
+    work = Work(latent=(90, 122), text_tokens=77, chunks=2)
+    for degrees in ({"ring": 2, "ulysses": 4}, {"tensor": 2, "distri": 2, "ulysses": 2}, {"pipe": 4, "cfg": 2}):
+        spec, link = ParallelSpec(**degrees), link_named("pcie4")
+        one, other = (predict(each, work, spec, link, GPU) for each in (flux_dev, apart))
+        assert one.step_s == pytest.approx(other.step_s, rel=1e-12) and one.sent_bytes == other.sent_bytes
+        assert one.memory == other.memory
 
 
 def test_a_pool_measures_itself_once(tmp_path, monkeypatch):

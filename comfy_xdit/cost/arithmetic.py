@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -137,9 +139,9 @@ class Part:
         )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Network:
-    """What the cost of a transformer depends on.
+    """What the cost of a transformer depends on. Equal to itself only, so that it can be a key.
 
     blocks: in the order in which they run; outside: embedders and final layer; last_params: of these, what is on
     the last stage only. cut: as in `Anatomy`.
@@ -175,6 +177,18 @@ class Network:
     @property
     def num_attentions(self) -> int:
         return sum(len(block.attention) for block in self.blocks)
+
+    def kinds(self, blocks: Iterable[int]) -> Counter[int]:
+        """Of these blocks those that differ, each as the first one like it, and how many of it there are.
+
+        A large model has two or three kinds of blocks, and what costs depend on is alike in all of a kind.
+        """
+        return Counter(self.first_alike[block] for block in blocks)
+
+    @functools.cached_property
+    def first_alike(self) -> list[int]:
+        """Of each block the number of the first one like it."""
+        return [self.blocks.index(block) for block in self.blocks]
 
     def flops(self, tokens: Mapping[str, int]) -> int:
         """Operations of one evaluation of one row: matrices and attention; what is elementwise isn't counted."""

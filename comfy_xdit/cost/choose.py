@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
 
@@ -89,7 +90,7 @@ def ranking(
         lacking = 0 if found.fits else found.memory.total
         return lacking, found.num_idle, spec.tensor, steps, found.memory.total
 
-    return cost
+    return functools.cache(cost)
 
 
 def _fitting(network: Network, work: Work, spec: ParallelSpec, link: Links, device: Device) -> Prediction:
@@ -136,13 +137,13 @@ def _times(
     if not part.rows:
         return 0.0, waiting
     flops = _flops(network, part)
-    for block in part.blocks:
+    for block, count in network.kinds(part.blocks).items():
         for streams in network.blocks[block].attention:
             attention_s = _attention_flops(network, part, streams) / device.flops_per_s
-            flops += _attention_flops(network, part, streams)
-            waiting += link.on(spec, "ulysses").seconds(ulysses(network, work, part, streams), 2)
-            waiting += _ring_waits(network, work, part, streams, link, attention_s)
-        waiting += link.on(spec, "tensor").seconds(
+            flops += count * _attention_flops(network, part, streams)
+            waiting += count * link.on(spec, "ulysses").seconds(ulysses(network, work, part, streams), 2)
+            waiting += count * _ring_waits(network, work, part, streams, link, attention_s)
+        waiting += count * link.on(spec, "tensor").seconds(
             tensor(network, work, part, block), len(network.blocks[block].sums) + 2
         )
     waiting += link.on(spec, "distri", "ring", "ulysses").seconds(joined(network, work, part))
@@ -157,12 +158,12 @@ def _flops(network: Network, part: Part) -> float:
     """
     tokens = {stream: sizes[part.shard] for stream, sizes in part.shards.items()}
     per_row = 0.0
-    for block in part.blocks:
+    for block, count in network.kinds(part.blocks).items():
         for streams, elements in network.blocks[block].multiplied.items():
             number = sum(tokens[stream] for stream in streams) if streams else 1
-            per_row += 2 * elements * number / part.spec.tensor
+            per_row += count * 2 * elements * number / part.spec.tensor
         for queries, keys in network.blocks[block].crossing:
-            per_row += attention_flops(queries, keys, tokens, network.hidden) / part.spec.tensor
+            per_row += count * attention_flops(queries, keys, tokens, network.hidden) / part.spec.tensor
     if part.index["pipe"] == 0:
         per_row += network.outside.linear_flops(tokens)
     return part.rows * per_row
@@ -194,8 +195,11 @@ def _distri_waits(network: Network, work: Work, part: Part, link: Links, compute
     """
     if part.spec.distri == 1:
         return 0.0
-    layers = [streams for block in part.blocks for streams in network.blocks[block].attention]
-    gathers_s = sum(link.on(part.spec, "distri").seconds(distri(network, work, part, streams)) for streams in layers)
+    gathers_s = sum(
+        count * link.on(part.spec, "distri").seconds(distri(network, work, part, streams))
+        for block, count in network.kinds(part.blocks).items()
+        for streams in network.blocks[block].attention
+    )
     exact = _warm(work)
     beside = max(0.0, 1 - exact - 1 / work.num_evaluations)
     return exact * gathers_s + beside * max(0.0, gathers_s - compute_s)

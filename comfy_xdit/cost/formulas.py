@@ -19,12 +19,13 @@ def sent(network: Network, work: Work, spec: ParallelSpec, rank: int) -> Counter
     part = part_of(network, work, spec, rank)
     total: Counter[str] = Counter()
     if part.rows:
-        for block in part.blocks:
+        for block, count in network.kinds(part.blocks).items():
+            once = tensor(network, work, part, block)
             for streams in network.blocks[block].attention:
-                total += ulysses(network, work, part, streams)
-                total += distri(network, work, part, streams)
-                total += ring(network, work, part, streams)
-            total += tensor(network, work, part, block)
+                once += ulysses(network, work, part, streams)
+                once += distri(network, work, part, streams)
+                once += ring(network, work, part, streams)
+            total += Counter({name: count * number for name, number in once.items()})
         total += joined(network, work, part)
     total += shared(network, work, part)
     return total

@@ -21,7 +21,7 @@ class Link:
     name: str
     bytes_per_s: float
     latency_s: float
-    rates: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    rates: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
 
     def on(self, spec: ParallelSpec, *axes: str) -> Link:
         """Itself: every axis of a spec goes over it."""

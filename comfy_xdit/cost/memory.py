@@ -42,7 +42,8 @@ def memory(network: Network, work: Work, spec: ParallelSpec, rank: int) -> Memor
 def parameters(network: Network, part: Part) -> int:
     """Its stage's blocks, their matrices cut by the tensor axis; embedders are on every rank."""
     elsewhere = 0 if part.index["pipe"] + 1 == part.spec.pipe else network.last_params
-    blocks = sum(_share(network.blocks[block], part.spec.tensor) for block in part.blocks)
+    kinds = network.kinds(part.blocks).items()
+    blocks = sum(count * _share(network.blocks[block], part.spec.tensor) for block, count in kinds)
     return network.outside.params - elsewhere + blocks
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from comfy_xdit.parallel.spec import BALANCES, ParallelSpec
 
-from .arithmetic import read_network
+from .arithmetic import Network, read_network
 from .choose import ranking
 from .measured import measure
 from .work import Work
@@ -39,7 +41,8 @@ def cost_on(
     if pool.num_ranks == 1:
         return None
     try:
-        network = read_network(path)
+        file = os.stat(path)
+        network = _network(path, (file.st_ino, file.st_size, file.st_mtime_ns))
     except (ValueError, OSError) as error:
         log.info("degrees are chosen by rule, not by cost: %s", error)
         return None
@@ -51,4 +54,14 @@ def cost_on(
         element_bytes=element_bytes,
         balance=balance,
     )
-    return ranking(network, work, *measure(pool))
+    return _ranking(network, work, *measure(pool))
+
+
+@functools.lru_cache(maxsize=8)
+def _network(path: str, stamp: tuple[int, ...]) -> Network:
+    """As `read_network`, once for a file. stamp: changes when the file does."""
+    return read_network(path)
+
+
+_ranking = functools.lru_cache(maxsize=32)(ranking)
+"""Which keeps what each spec costs: the next run with the same work has nothing to compute."""

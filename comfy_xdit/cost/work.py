@@ -87,7 +87,7 @@ def part_of(
         left, index[axis] = divmod(left, getattr(spec, axis))
     degree = spec.distri * spec.ring * spec.ulysses
     whole = tokens or work.tokens(network)
-    costs = tuple(_cost(block, network.hidden, work.balance) for block in network.blocks)
+    every = range(len(network.blocks))
     return Part(
         spec=spec,
         index=index,
@@ -98,8 +98,16 @@ def part_of(
         },
         shard=(index["distri"] * spec.ring + index["ring"]) * spec.ulysses + index["ulysses"],
         heads=shard_sizes(network.shape.num_heads // spec.tensor, spec.ulysses),
-        blocks=_stages(costs, spec.pipe)[index["pipe"]],
+        blocks=every if spec.pipe == 1 else _stages(_costs(network, work.balance), spec.pipe)[index["pipe"]],
     )
+
+
+def _costs(network: Network, balance: str) -> tuple[int, ...]:
+    """Of every block, what stages are to have alike."""
+    costs: list[int] = []
+    for number, first in enumerate(network.first_alike):
+        costs.append(_cost(network.blocks[number], network.hidden, balance) if number == first else costs[first])
+    return tuple(costs)
 
 
 def _cost(block: Block, hidden: int, balance: str) -> int:
