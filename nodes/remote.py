@@ -8,6 +8,7 @@ import inspect
 import logging
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import comfy.model_management
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from comfy_xdit_nodes.trajectory import Job
 
     from comfy_xdit.pool.client import Pool
+    from comfy_xdit.trajectory import SamplerProgram
 
 log = logging.getLogger("comfy_xdit")
 
@@ -91,8 +93,8 @@ class RemoteModel:
         """The transformer's output for ComfyUI's arguments, on x's device."""
         if self._run is None:
             raise ValueError(
-                "a model on the pool was called outside of a sampler; use a node that samples with it, "
-                "or the MODEL in front of Parallel Model (xDiT)"
+                "a model on the pool was called outside of a sampler; use a node that samples with it (one of a "
+                "guider's models can be on the pool), or the MODEL in front of Parallel Model (xDiT)"
             )
         call, options = self._arguments(*args, **kwargs)
         chunks = len(options.get("cond_or_uncond", ())) or 1
@@ -196,6 +198,12 @@ class _Resident:
     model: str
 
 
+def _longest_silence(program: SamplerProgram) -> int:
+    """Evaluations between two previews at most; one more, as a pipeline's previews come late."""
+    ends = [-1, *sorted(preview.after for preview in program.previews), len(program.calls) - 1]
+    return max(later - earlier for earlier, later in pairwise(ends)) + 1
+
+
 class Run:
     """One sampling run: evaluates calls on the workers, sends what is constant once."""
 
@@ -228,12 +236,12 @@ class Run:
         return self._call(message, poll=poll).value
 
     def sample(
-        self, job: Job, *, key: str, num_chunks: int, reuse: dict[str, int], poll: Callable[[], None]
+        self, job: Job, *, key: str, num_chunks: int, reuse: dict[str, int], poll: Callable[[], bool]
     ) -> Tensor:
         """The samples of a whole run, from one message to the workers.
 
         key: by which `Peek` and `Cancel` know it. num_chunks: conditionings that may run side by side.
-        reuse: fields of `Sample` for methods that use activations again.
+        reuse: fields of `Sample` for methods that use activations again. poll: True when a preview has come.
         """
         message = m.Sample(
             job=key,
@@ -248,7 +256,7 @@ class Run:
             conds=[self._refer(cond) for cond in job.conds],
             **reuse,  # type: ignore[arg-type]
         )
-        limit_s = EVALUATION_PATIENCE_S * len(job.program.calls)
+        limit_s = EVALUATION_PATIENCE_S * _longest_silence(job.program)
         samples = self._call(message, poll=poll, timeout_s=limit_s).value
         assert samples is not None, "only this client cancels its job, and then it does not wait"
         return samples

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from comfy.samplers import CFGGuider
 from comfy_xdit_nodes.export import MODEL_WAY_OUT, require_reachable
 from comfy_xdit_nodes.pool import connect
 from comfy_xdit_nodes.refuse import refuse_inside
@@ -82,9 +83,11 @@ def keeping_weights(choose: Callable[[int], ParallelSpec], spec: ParallelSpec) -
 
 
 def count_chunks(guider: Any) -> int:
-    """How many kinds of conditioning each step evaluates: 1, or 2 with a negative prompt that counts."""
+    """How many kinds of conditioning each step evaluates: 1 where a negative prompt does not count."""
     kinds = sum(1 for cond in guider.conds.values() if cond)
-    alone = math.isclose(getattr(guider, "cfg", 0.0), 1.0)
+    # Other guiders' own guidance is none of ComfyUI's `cfg`, which they leave at 1.
+    is_plain = getattr(type(guider), "predict_noise", None) is CFGGuider.predict_noise
+    alone = is_plain and math.isclose(guider.cfg, 1.0)
     if alone and not guider.model_options.get("disable_cfg1_optimization", False):
         return 1
     return max(kinds, 1)

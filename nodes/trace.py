@@ -88,7 +88,6 @@ class _Run:
         self._tape = Tape(noise)
         self._conds: list[str] = []
         self._drawn: list[Tensor] = []
-        self._answers: list[list[Tensor]] = []
         self._shown: list[Tensor] = []
 
     def record(
@@ -139,7 +138,7 @@ class _Run:
         asked = [self._number_of(cond) for cond in conds if cond is not None]
         outputs = iter(
             self._tape.call(
-                sampling.calculate_input(sigma, x), sigma=level, timestep=timestep, conds=asked, network=self._network
+                sampling.calculate_input(sigma, x), sigma=level, timestep=timestep, conds=asked, network=_network
             )
         )
         answers = []
@@ -159,23 +158,22 @@ class _Run:
             self._conds.append(name)
         return self._conds.index(name)
 
-    def _network(self, x: Tensor, k: int) -> Tensor:
-        """Something of x that no sampler could foresee, so that the record shows its mistakes."""
-        if k == 0:
-            self._answers.append([])
-        self._answers[-1].append(torch.tanh(x) / (1 + k))
-        return self._answers[-1][-1]
-
     def _check(self, program: SamplerProgram, replay: Replay, output: Tensor) -> None:
         """Raises NotAProgram when a replay comes to something else than the host's sampler came to."""
         shown = []
-        for number, answers in enumerate(self._answers):
-            replay.answer(number, answers)
+        for number, call in enumerate(program.calls):
+            x = replay.model_input(number)
+            replay.answer(number, [_network(x, k) for k, _ in enumerate(call.conds)])
             shown += [progress.denoised for progress in replay.previews(number)]
         assert isinstance(output, Traced)
         pairs = zip([*shown, replay.output()], [*self._shown, output.cell.numbers], strict=True)
         if not all(torch.equal(ours, host) for ours, host in pairs):
             raise NotAProgram("the sampler's result is not what its recorded operations give")
+
+
+def _network(x: Tensor, k: int) -> Tensor:
+    """Something of x that no sampler could foresee, so that the record shows its mistakes."""
+    return torch.tanh(x) / (1 + k)
 
 
 def _one(numbers: Tensor) -> float:

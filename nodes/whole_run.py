@@ -150,8 +150,11 @@ class Follower:
         self._num_shown = 0
         self._next = 0.0
 
-    def poll(self) -> None:
-        """To be called often. Raises ComfyUI's interruption, or what `show` raised; the job then ends early."""
+    def poll(self) -> bool:
+        """To be called often; whether there was news. Raises ComfyUI's interruption, or what `show` raised; the job
+        then ends early.
+        """
+        num_shown = self._num_shown
         try:
             poll()
             if time.monotonic() >= self._next:
@@ -160,6 +163,7 @@ class Follower:
         except BaseException:
             self._pool.aside(m.Cancel(job=self._job))
             raise
+        return self._num_shown > num_shown
 
     def finish(self, num_reports: int) -> None:
         """Show the rest, once the job is done. Raises RuntimeError when reports were lost on the way."""

@@ -84,6 +84,12 @@ def test_a_worker_killed_in_a_job(pool, rank, job):
     assert_healed(pool, pids, generation)
 
 
+def test_a_job_that_comes_further_may_take_longer(pool):
+    pids = worker_pids(pool)
+    pool.call(Sleep(seconds=1.5), poll=lambda: True, timeout_s=0.7)
+    assert worker_pids(pool) == pids
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_worker_killed_after_a_job_within_the_turn(pool, rank):
     pids, generation = worker_pids(pool), pool.generation

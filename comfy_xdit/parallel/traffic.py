@@ -62,8 +62,9 @@ class Traffic:
     @property
     def events(self) -> list[Event]:
         """All collectives so far, in order; waits for the device."""
-        if self._on_device:
+        if torch.cuda.is_initialized():
             torch.cuda.synchronize()
+        if self._on_device:
             assert self._clock is not None
             base, base_s = self._clock
             for event, begin, end in self._on_device:

@@ -216,8 +216,8 @@ class Pool:
         """Rank 0's result of `message`, which all ranks run.
 
         Opens a turn of its own when none is open. poll: called about every 50 ms; when it raises, the wait
-        ends, the workers finish this message, and its answer is dropped.
-        timeout_s: the workers are restarted when they take longer; None is 600 s.
+        ends, the workers finish this message, and its answer is dropped; when it returns True, the job has come
+        further. timeout_s: the workers are restarted when they take longer, or to come further; None is 600 s.
         Raises PoolError.
         """
         return self.call_all(message, poll=poll, timeout_s=timeout_s)[0]
@@ -260,8 +260,8 @@ class Pool:
                 self._restart(f"no answer to {type(message).__name__} within {timeout_s:g} s")
                 lost = self._lost(REASON_TIMEOUT_S)
                 break
-            if poll is not None:
-                poll()
+            if poll is not None and poll() is True:
+                deadline = time.monotonic() + timeout_s
         return self._judge(message, futures, lost)
 
     def _send(self, message: Message, wakeup: threading.Event | None = None) -> list[Any]:

@@ -1,15 +1,23 @@
 """The host side alone: with ComfyUI's own model behind the messages, results equal stock bit for bit."""
 
+import dataclasses
+from types import SimpleNamespace
+
 import comfy.model_management as mm
+import comfy_extras.nodes_custom_sampler as custom
 import pytest
 import torch
+from comfy.samplers import CFGGuider
 from comfy_xdit_nodes.checkpoint import open_checkpoint
 from comfy_xdit_nodes.parity import models as tiny
 from comfy_xdit_nodes.patcher import from_checkpoint, parallelize
 from comfy_xdit_nodes.pool import PoolSetting
+from comfy_xdit_nodes.remote import _longest_silence
+from comfy_xdit_nodes.run import count_chunks
 from comfy_xdit_nodes.samplers import XDiTKSampler
 
 from comfy_xdit.pool.errors import PoolError
+from comfy_xdit.trajectory import SamplerPreview
 
 KINDS = ("sd3", "sd35", "flux", "schnell", "pixart", "alpha")
 
@@ -63,6 +71,42 @@ def test_memory_is_free_without_the_model(models, fake):
     mm.unload_all_models()
     assert not fake.models
     assert torch.equal(tiny.sample(model), tiny.sample(tiny.load(path)))
+
+
+def test_a_rank_that_wears_other_patches_is_dressed_again(models, fake, monkeypatch):
+    model = ours(models / "sd3.safetensors")
+    tiny.sample(model)
+    assert "SetPatches" not in fake.log
+    call_all = type(fake).call_all
+
+    def other_rank_failed(self, message, **options):
+        answers = call_all(self, message, **options)
+        if type(message).__name__ == "LoadModel":
+            answers.append(dataclasses.replace(answers[0], value={"patches_id": "being changed"}))
+        return answers
+
+    monkeypatch.setattr(type(fake), "call_all", other_rank_failed)
+    tiny.sample(model)
+    assert fake.log.count("SetPatches") == 1
+
+
+@pytest.mark.parametrize(
+    ("after", "num_calls", "longest"), [([0, 1, 2], 3, 2), ([1, 3], 4, 3), ([0, 0], 6, 6), ([], 5, 6)]
+)
+def test_how_long_a_run_may_say_nothing(after, num_calls, longest):
+    previews = [SamplerPreview(after=number, step=0, total=1, denoised="x") for number in after]
+    assert _longest_silence(SimpleNamespace(previews=previews, calls=[None] * num_calls)) == longest
+
+
+def test_guidance_of_another_kind_counts_all_its_conditionings(models):
+    model = tiny.load(models / "sd3.safetensors")
+    conds = {"positive": tiny.conditioning(), "middle": tiny.conditioning(), "negative": tiny.conditioning()}
+    for guider, number in ((custom.Guider_DualCFG, 3), (custom.Guider_Basic, 1), (CFGGuider, 1)):
+        made = guider(model)
+        made.conds = conds
+        assert count_chunks(made) == number
+    made.set_cfg(3.0)
+    assert count_chunks(made) == 3
 
 
 def test_another_model_makes_room(models, fake, monkeypatch):
