@@ -34,9 +34,9 @@ with random weights. Made by `comfy-xdit parity --out docs/parity.md`, which mea
   trained model's pictures.
 - **Samplers**: every sampler of ComfyUI, 3 steps at cfg 3, a latent of 30 x 20 (150 tokens, which no degree divides
   evenly; for PixArt 30 x 38, 285 tokens). Schedulers take turns, so that each one is met. Runs are whole on the
-  workers where the sampler allows it; "step by step" leaves the loop to ComfyUI. The limit is 1e-4. `heun` with `ddim_uniform`
-  stands out because it divides by a last sigma of 0.0006: noise of 1e-7 on the outputs of ComfyUI's own model moves
-  its result by 4e-5 (SD3) and 5e-4 (Flux).
+  workers where the sampler allows it; "step by step" leaves the loop to ComfyUI. The limit is 1e-4. `heun` with
+  `ddim_uniform` stands out because it divides by a last sigma of 0.0006: noise of 1e-7 on the outputs of ComfyUI's own
+  model moves its result by 4e-5 (SD3) and 5e-4 (Flux).
 
 The tests hold more (`tests/test_matrix.py`): every product of degrees that there is on 1, 2, 3, 4 and 8 ranks; exact
 ones to 1e-5, and the approximation of the others, in fp64, to its emulation in one process, bit for bit.
