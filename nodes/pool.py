@@ -29,8 +29,8 @@ METHODS = {
     "dp": "Splits the batch: each group of ranks takes some of its images.",
     "cfg": "Runs the positive and the negative prompt side by side, when the sampler's cfg is above 1.",
     "pipe": "Gives each rank some of the model's blocks (PipeFusion).",
-    "ring": "Splits the image's tokens; keys and values travel in a ring. For more ranks than ulysses serves.",
-    "ulysses": "Splits the image's tokens, then the attention heads. The fastest way to split one image.",
+    "ring": "Splits the image's tokens; keys and values go round while ranks compute. For few ranks or fast links.",
+    "ulysses": "Splits the image's tokens, then the attention heads. Each rank sends less the more there are.",
     "tensor": "Splits every weight matrix, so that each rank holds a part of the model.",
     "distri": "Splits the image's tokens; each rank uses the others' keys and values of the step before, "
     "so that none waits for another (DistriFusion). Near to exact, nearer with more steps.",
