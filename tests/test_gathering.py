@@ -285,9 +285,10 @@ def test_join_asks_again_where_its_place_is_taken(door, monkeypatch):
     assert first.hears_nothing()
 
 
-def test_an_interface_of_one_machine_says_that_nodes_are_missing(capsys):
-    assert cli.main(["pool", "start", "--interface", "lo"]) == 1
-    said = "comfy-xdit: --interface lo is for a pool on several machines; add --nodes and how many they are, or leave"
+@pytest.mark.parametrize("words", [["--interface", "lo"], ["--port", "29500"]])
+def test_what_is_for_several_machines_says_that_nodes_are_missing(words, capsys):
+    assert cli.main(["pool", "start", *words]) == 1
+    said = f"comfy-xdit: {' '.join(words)} is for a pool on several machines; add --nodes and how many they are, or"
     assert capsys.readouterr().err.startswith(said)
 
 

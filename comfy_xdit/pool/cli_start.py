@@ -22,7 +22,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=int, default=1, help="machines, each with --devices (default: 1, this one)")
     parser.add_argument("--interface", help="with --nodes: this machine's interface to the others, e.g. eth0")
     parser.add_argument(
-        "--port", type=int, default=DOOR_PORT, help=f"with --nodes: that workers come to (default: {DOOR_PORT})"
+        "--port", type=int, help=f"with --nodes: that workers come to (default: {DOOR_PORT})"
     )
     parser.add_argument(
         "--service", help="module:Class that the workers run instead of their own (for tests)"
@@ -60,14 +60,16 @@ def run(args: argparse.Namespace) -> int:
 def network_of(args: argparse.Namespace) -> Network | None:
     """What --nodes, --interface and --port say. Raises PoolError for what makes no network."""
     if args.nodes == 1:
-        if args.interface is not None:
-            raise PoolError(
-                f"--interface {args.interface} is for a pool on several machines; add --nodes and how many they are, "
-                "or leave it out",
-                kind="input",
-            )
+        for name in ("interface", "port"):
+            if (value := getattr(args, name)) is not None:
+                raise PoolError(
+                    f"--{name} {value} is for a pool on several machines; add --nodes and how many they are, "
+                    "or leave it out",
+                    kind="input",
+                )
         return None
-    return network_on(args.interface or "", num_machines=args.nodes, port=args.port)
+    port = DOOR_PORT if args.port is None else args.port
+    return network_on(args.interface or "", num_machines=args.nodes, port=port)
 
 
 def missing_on(network: Network, num_ranks: int, missing: str) -> str:
