@@ -83,7 +83,7 @@ def figures(request):
     with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
         for (kind, num_ranks), differences in sorted(found.items()):
             parts = [f"{name} {max(values):.0e} (of {len(values)})" for name, values in differences.items()]
-            sys.stdout.write(f"\n{kind}, {num_ranks} ranks against one: {', '.join(parts)}")
+            sys.stdout.write(f"\n{kind}, {num_ranks} against one rank: {', '.join(parts)}")
 
 
 @pytest.mark.parametrize(("ranks", "kind", "spec"), list(cases()), indirect=["ranks"])
