@@ -356,10 +356,9 @@ class Door:
             for worker in (*self.roster.workers.values(), *waiting):
                 worker.heard_at += late
         reason = self.roster.hung()
-        if reason is None and self.turns.phase in ("preparing", "joining"):
-            limit_s = JOIN_LIMIT_S if self.turns.phase == "joining" else PREPARE_LIMIT_S
-            if now - self.turns.phase_since > limit_s:
-                reason = f"the workers were not free for the next client in {limit_s:.0f} s"
+        limit_s = {"preparing": PREPARE_LIMIT_S, "joining": JOIN_LIMIT_S}.get(self.turns.phase)
+        if reason is None and limit_s is not None and now - self.turns.phase_since > limit_s:
+            reason = f"the workers were not free for the next client in {limit_s:.0f} s"
         if reason is not None:
             self._lose(reason)
         else:
