@@ -10,6 +10,7 @@ from programs import flow_program
 from ranks import groups, tiny_call
 from staged import sampling_job, spread_model
 
+from comfy_xdit.bench.modes import is_exact
 from comfy_xdit.messages import Sample
 from comfy_xdit.parallel.context import ParallelContext
 from comfy_xdit.parallel.denoise import denoise
@@ -33,10 +34,6 @@ METHODS: dict[str, tuple[torch.dtype, int, dict[str, Any]]] = {
     "old keys": (torch.float64, 3, {"num_patches": NUM_PATCHES, "warmup_steps": 1}),
 }
 """Dtype, evaluations, and fields of a `Sample`."""
-
-
-def is_exact(spec: ParallelSpec) -> bool:
-    return spec.pipe == spec.distri == 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,6 @@ import argparse
 import contextlib
 import os
 import signal
-import socket
-import struct
 import sys
 import time
 
@@ -96,9 +94,9 @@ def _listener(name: str) -> int:
     except OSError:
         return 0
     # unix(7): of who called listen(2), whether it answers or not.
-    pid, _, _ = struct.unpack("3i", wire.sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    pid, _ = wire.peer()
     wire.close()
-    return int(pid)
+    return pid
 
 
 def is_running(pid: int) -> bool:
