@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 PR_SET_PDEATHSIG = 1
 GROUP_TIMEOUT_S = 1800
-"""torch's own last resort for a collective; the door finds a stuck rank long before."""
+"""torch's own last resort for a collective; the door ends silent workers, and a client slow ones, before that."""
 
 
 def prepare(path: list[str]) -> None:
