@@ -1,7 +1,13 @@
-"""Messages from one stage of a pipeline to the next, while both compute."""
+"""Messages from one stage of a pipeline to the next, while both compute.
+
+With NCCL a receive that was posted is a kernel that spins until its sender comes. Meanwhile anything that waits for
+the whole device (the first launch of a kernel, the allocator freeing its cache) waits for the sender too. So a receive
+is posted only when all that its sender needs of this rank is launched: then it ends whatever this rank waits for.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Sequence
 
@@ -37,22 +43,43 @@ class Outbox:
         self._old, self._new = self._new, []
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Expected:
+    """A tensor that will be sent."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
 class Inbox:
     """Receives tensors from one rank of an axis, in the order in which it sends them."""
 
     def __init__(self, axis: Axis, source: int) -> None:
         self._axis = axis
         self._source = axis.ranks[source]
+        self._expected: deque[_Expected] = deque()
         self._coming: deque[tuple[dist.Work | None, Tensor]] = deque()
 
     def expect(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
-        """The next tensor that will be sent is like this; it may come while this rank computes."""
-        x = torch.empty(tuple(shape), dtype=dtype, device=device)
-        work = dist.irecv(x, self._source, group=self._axis.group) if x.numel() else None
-        self._coming.append((work, x))
+        """The tensor that will be sent after all that were expected before is like this."""
+        self._expected.append(_Expected(shape=tuple(shape), dtype=dtype, device=device))
+
+    def post(self, num: int | None = None) -> None:
+        """Receive the next `num` (None: all) that are expected, while this rank computes.
+
+        All that their sender needs of this rank must be launched.
+        """
+        for _ in range(len(self._expected) if num is None else num):
+            like = self._expected.popleft()
+            x = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+            work = dist.irecv(x, self._source, group=self._axis.group) if x.numel() else None
+            self._coming.append((work, x))
 
     def take(self) -> Tensor:
         """The first tensor that is expected; waits for it."""
+        if not self._coming:
+            self.post(1)
         work, x = self._coming.popleft()
         if work is not None:
             with self._axis.traffic.timed("p2p", 0, x.device):
@@ -73,6 +100,9 @@ class Shelf:
         pass
 
     def expect(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+        pass
+
+    def post(self, num: int | None = None) -> None:
         pass
 
     def take(self) -> Tensor:

@@ -130,11 +130,15 @@ class FirstStage:
         self._previews: list[list[Tensor]] = []
 
     def expect(self, evaluation: Evaluation) -> None:
-        """The evaluation begins: what the last stage will make of its patches may come while others compute."""
+        """The evaluation begins: this is what the last stage will make of its patches."""
         for patch, _ in enumerate(self._patches.rows):
             for what in self._replies.to(evaluation):
                 shape = self._patches.cut(self.x, patch).shape
                 self._link.expect(shape, self._replies.dtype(what), self.x.device)
+
+    def post(self, evaluation: Evaluation, num_patches: int) -> None:
+        """So many more patches are launched here: what becomes of them may come while others compute."""
+        self._link.post(num_patches * len(self._replies.to(evaluation)))
 
     def take(self, evaluation: Evaluation, patch: int) -> None:
         """Wait for what the last stage made of a patch. Patch after patch, before its next evaluation."""

@@ -160,9 +160,16 @@ class _Pipeline:
             # Asked for before the computing, so that the next step's messages come beside it.
             following = next(steps, None)
             self._expect(following)
+            # A segment's sender needs what this stage made of the patch an evaluation ago. A whole evaluation's needs
+            # all of the one before, of which this step is the end.
+            if following is not None and not following.evaluation.is_exact:
+                self._stage.post()
             if step.begins:
                 self._context.begin_evaluation(self._message.noise.device)
             self._compute(step, previous)
+            self._stage.post()
+            if self._first is not None:
+                self._first.post(evaluation, len(step.patches))
             if following is None or following.evaluation is not evaluation:
                 self._settle()
                 for batch in self._batches[self._kinds[evaluation.number]] if not evaluation.keeps else ():

@@ -49,10 +49,15 @@ class Stage:
         self._handles: list[RemovableHandle] = []
 
     def expect(self, numel: int, dtype: torch.dtype, device: torch.device) -> None:
-        """A message of `numel` numbers comes next; said before the `forward` that takes it, it comes beside others."""
+        """A message of `numel` numbers comes next."""
         if self._inbox is not None:
             self._inbox.expect((numel,), dtype, device)
             self._num_expected += 1
+
+    def post(self) -> None:
+        """What is expected may come beside other forwards; all that its sender needs of this stage is launched."""
+        if self._inbox is not None:
+            self._inbox.post()
 
     def forward(self, arguments: Mapping[str, Any], *, wants_output: bool = True) -> Tensor | None:
         """The model's output on the last stage, where wanted; None otherwise."""
