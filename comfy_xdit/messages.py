@@ -26,6 +26,18 @@ class Message:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class FileStamp(Message):
+    """Which file a path leads to now, as its machine's kernel says (`weights.stamp`).
+
+    size: bytes; mtime_ns: when it was last written; inode: another one for a file that was put in its place.
+    """
+
+    size: int
+    mtime_ns: int
+    inode: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadModel(Message):
     """Make a diffusion transformer resident: on every rank the part of it that `spec` gives that rank.
 
@@ -37,7 +49,9 @@ class LoadModel(Message):
     storage_dtype, compute_dtype: torch names ("bfloat16"); they differ for fp8 weights.
     spec: with which degrees it will run; pipe and tensor (and which rank stands where on them) count here.
     balance: what the stages of a pipeline have alike, "time" or "memory".
-    fingerprint: of the file as the client has it (`weights.fingerprint`), for ranks on other machines; "": unchecked.
+    stamp: of the file as the client saw it; with another one than before, the file is loaded anew. None: not looked at.
+    fingerprint: of the file as the client has it (`weights.fingerprint`), for ranks on other machines, which cannot
+    compare stamps; "": unchecked.
     """
 
     model: str
@@ -49,6 +63,7 @@ class LoadModel(Message):
     spec: ParallelSpec = dataclasses.field(default_factory=ParallelSpec)
     balance: str = BALANCES[0]
     fingerprint: str = ""
+    stamp: FileStamp | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +88,11 @@ class Patch(Message):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SetPatches(Message):
-    """Replace the patches of `model` by these (in order of application); an empty list restores the base."""
+    """Replace the patches of `model` by these (in order of application); an empty list restores the base.
+
+    Answer: `Result(value={"changed": number of weights, "misfits": [[key, why], ...]})`, alike on every rank in its
+    misfits: patches whose shapes don't go with their weights, which are left out, as ComfyUI leaves them out.
+    """
 
     model: str
     patches_id: str
@@ -171,11 +190,15 @@ class Cancel(Message):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadVAE(Message):
-    """Make an image VAE resident: a safetensors file in ComfyUI's layout, and its dtype."""
+    """Make an image VAE resident: a safetensors file in ComfyUI's layout, and its dtype.
+
+    stamp: as in `LoadModel`.
+    """
 
     vae: str
     path: str
     dtype: str
+    stamp: FileStamp | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -221,12 +244,17 @@ class Result(Message):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Failure(Message):
-    """An error on a rank. kind: "input" (the user's mistake), "memory" (out of memory), "fault" (ours), "lost"."""
+    """An error on a rank.
+
+    kind: "input" (the user's mistake), "memory" (out of memory), "fault" (ours), "lost".
+    has_communicated: whether the rank took part in a message between ranks before it failed; True where unknown.
+    """
 
     rank: int
     kind: str
     message: str
     trace: str = ""
+    has_communicated: bool = True
 
 
 def _kinds() -> dict[str, type]:

@@ -21,6 +21,7 @@ from comfy_xdit.messages import Failure, Message, Result, decode, encode
 from comfy_xdit.pool.network import LOOPBACK
 from comfy_xdit.pool.rpc import ASIDE, Group, Place, TurnEnded
 
+from .failures import classify
 from .link import Link
 
 log = logging.getLogger("comfy_xdit")
@@ -251,22 +252,6 @@ class Loop:
         now = time.monotonic()
         if now - self._snapshot_at >= after_s:
             self._snapshot, self._snapshot_at = self._service.status(), now
-
-
-def classify(error: BaseException, rank: int) -> tuple[str, str]:
-    """A failure's kind and its sentence for the user."""
-    text = " ".join(str(error).split())
-    out_of_memory: Any = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
-    allocation = isinstance(error, RuntimeError) and "allocate memory" in text
-    if isinstance(error, (out_of_memory, MemoryError)) or allocation:
-        detail = f" ({text.split('. ')[0]})" if text else ""
-        return "memory", (
-            f"worker {rank} ran out of memory{detail}; use a smaller image or batch, more devices, "
-            "fp8 weights, or unload other models"
-        )
-    if isinstance(error, ValueError):
-        return "input", text
-    return "fault", f"worker {rank} failed: {type(error).__name__}: {text}"
 
 
 def guard(start: Callable[[], None], link: Link) -> None:

@@ -140,7 +140,9 @@ class Service:
         return [spec.weights_of(rank, balance) for rank in range(self.world_size)]
 
     def _set_patches(self, message: m.SetPatches) -> m.Result:
-        return m.Result(value=self._model(message.model).set_patches(message))
+        model = self._model(message.model)
+        changed = model.set_patches(message)
+        return m.Result(value={"changed": changed, "misfits": model.misfits})
 
     def _hold(self, message: m.Hold) -> m.Result:
         self._held[message.name] = _to(message.value, self.device)

@@ -68,8 +68,16 @@ class Bench:
 
     def load(self, spec: ParallelSpec) -> LoadModel:
         """The model as `spec` spreads it, beside the others'."""
-        dtypes = {"storage_dtype": "float32", "compute_dtype": "float32"}
-        return LoadModel(model=str(spec), path=self._path, prefix="", family="flux", spec=spec, **dtypes)
+        dtype = "float32"
+        return LoadModel(
+            model=str(spec),
+            path=self._path,
+            prefix="",
+            family="flux",
+            storage_dtype=dtype,
+            compute_dtype=dtype,
+            spec=spec,
+        )
 
     def measure(self, gbit: float) -> None:
         """Make the link so fast, in each direction; have the ranks probe it, and run every method."""

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ..errors import is_out_of_memory
 from ..messages import LoadVAE
 from ..weights.mapped import MappedFile
 from .layout import VAEConfig, describe, translate
@@ -162,13 +163,10 @@ def _fit(key: str, tensor: Tensor, shape: torch.Size) -> Tensor:
 
 @contextlib.contextmanager
 def memory_errors(what: str) -> Iterator[None]:
-    """Turn the allocators' errors into MemoryError, which says what there was no memory for, and a way out.
-
-    torch reports a full main memory as a plain RuntimeError.
-    """
+    """Turn the allocators' errors into MemoryError, which says what there was no memory for, and a way out."""
     try:
         yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+    except Exception as error:
+        if not is_out_of_memory(error):
             raise
         raise MemoryError(f"{what}; VAE nodes with tiles need less") from error

@@ -57,6 +57,7 @@ class ResidentModel:
 
     module: in eval mode, without gradients. config: what the module was built with.
     compute_dtype: what its inputs must be. patches_id: of the patches now applied; "" for none.
+    misfits: [key, why] of each of those patches that was left out, since its shapes don't go with the weight's.
     share: which part of the weights is here. stages: the blocks of each pipeline stage, numbered as in
     `block_paths`; blocks of other stages are `Absent`, and what follows the last block stays on the meta
     device where that isn't here.
@@ -74,6 +75,7 @@ class ResidentModel:
         if self.compute_dtype in FP8:
             raise ValueError(f"compute dtype {message.compute_dtype} is too coarse to compute in; use bfloat16")
         self.patches_id = ""
+        self.misfits: list[list[str]] = []
         self._file = file
         self._prefix = message.prefix
         infos = {k.removeprefix(self._prefix): i for k, i in file.infos.items() if k.startswith(self._prefix)}
