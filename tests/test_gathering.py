@@ -20,72 +20,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "faults"))
 from comfy_xdit_worker import join
 from fault_service import Reduce
 from harness import NAME, OPTIONS, private_home, wait_until, wait_until_gone, worker_pids
+from played import Played, free_port, hears, played_door
 
 from comfy_xdit import cli
 from comfy_xdit.pool import door as door_module
-from comfy_xdit.pool import gathering, network, roster, rpc
+from comfy_xdit.pool import gathering, grants, network, roster, rpc
 from comfy_xdit.pool.client import Pool, PoolError
-from comfy_xdit.pool.door import Door
 from comfy_xdit.pool.folder import pool_folder
-from comfy_xdit.pool.network import Network, network_on
+from comfy_xdit.pool.handshake import Challenge, kept_key, prove, read_key
+from comfy_xdit.pool.network import network_on
 from comfy_xdit.pool.wire import Wire, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_S = 60
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
-
-
-class Played:
-    """A worker that says what it is told to."""
-
-    def __init__(self, door, number, **changes):
-        self.wire = Wire.connect((door.network.address, door.network.port))
-        hello = {"type": "worker", "machine": number, "local_rank": 0, "num_local": 1, "versions": versions()}
-        self.wire.send(hello | {"host": f"host-{number}", "pid": 1000 + number} | changes)
-
-    def say(self, kind):
-        self.wire.send({"type": kind})
-
-    def hears(self):
-        """The next message; None when the door closes the connection."""
-        with contextlib.suppress(ConnectionError):
-            return wait_until(lambda: self.wire.wait(0.1), "a word of the door")[0]
-
-    def hears_nothing(self):
-        return self.wire.wait(0.6) == []
-
-
-class Over(Exception):
-    """Ends a door that is played with."""
+KEY = b"k" * 32
 
 
 @pytest.fixture
 def door(tmp_path, monkeypatch):
     """A door for two machines with a device each, on loopback."""
     monkeypatch.setenv("COMFY_XDIT_HOME", str(tmp_path / "h"))
-    where = Network(num_machines=2, interface="lo", address="127.0.0.1", port=free_port())
-    door = Door(pool_folder("test"), ["cpu", "cpu"], stop=lambda: None, kill_starting=lambda: None, network=where)
-    is_over, tick = threading.Event(), door._tick
-
-    def tick_until_over():
-        if is_over.is_set():
-            raise Over
-        tick()
-
-    def run():
-        with contextlib.suppress(Over):
-            door.run()
-
-    monkeypatch.setattr(door, "_tick", tick_until_over)
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    yield door
-    is_over.set()
-    thread.join()
+    with played_door(2) as door:
+        yield door
 
 
 def test_nobody_is_welcomed_before_all_are_there(door):
@@ -160,16 +116,21 @@ def test_a_second_machine_of_the_same_number_is_told_of_the_first(door):
         b"not json\n",
     ],
 )
-def test_over_the_network_nothing_is_taken_but_a_greeting(door, line):
+@pytest.mark.parametrize("proves", [True, False])
+def test_over_the_network_nothing_is_taken_but_a_greeting(door, line, proves):
     wire = Wire.connect((door.network.address, door.network.port))
+    if proves:
+        prove(wire, read_key(door.folder.key))
+    else:
+        assert hears(wire)["type"] == "challenge"
     wire.sock.sendall(line)
-    with pytest.raises(ConnectionError):
-        assert not wire.wait(LIMIT_S), "it was answered"
+    # Nothing, or that it must prove itself.
+    assert (said := hears(wire)) is None or (not proves and said["type"] == "refused" and hears(wire) is None)
     assert not door._stopping and door.status()["state"] == "starting"
 
 
 def test_a_client_is_told_which_machine_is_missing(door, monkeypatch):
-    monkeypatch.setattr(door_module, "ABSENT_LIMIT_S", 0.3)
+    monkeypatch.setattr(grants, "ABSENT_LIMIT_S", 0.3)
     workers = [Played(door, 0), Played(door, 1)]
     assert all(worker.hears()["type"] == "welcome" for worker in workers)
     workers[1].wire.close()
@@ -245,7 +206,7 @@ def test_join_gives_up_so_that_torchrun_ends_too(place):
 def test_join_looks_for_a_door_for_a_while(monkeypatch):
     monkeypatch.setattr(join, "DOOR_WAIT_S", 0.1)
     with pytest.raises(PoolError, match=r"no pool is at 127.0.0.1:\d+ \(Connection refused\); start it with"):
-        join._come_in(("127.0.0.1", free_port()), {}, None)
+        join._come_in(("127.0.0.1", free_port()), KEY, {}, None)
 
 
 def test_join_looks_anew_for_a_door_that_let_it_wait(monkeypatch):
@@ -260,6 +221,9 @@ def test_join_looks_anew_for_a_door_that_let_it_wait(monkeypatch):
             for wait_s, said in ((1.0, b""), (0.0, b'{"type": "welcome"}\n')):
                 connection, _ = server.accept()
                 accepted.append(connection)
+                wire, challenge = Wire(connection), Challenge(KEY, "{}:{}".format(*connection.getsockname()))
+                wire.send(challenge.question)
+                wire.send(challenge.answer(wait_until(lambda wire=wire: wire.wait(0.1), "a proof")[0]))
                 time.sleep(wait_s)
                 if said:
                     connection.sendall(said)
@@ -268,7 +232,7 @@ def test_join_looks_anew_for_a_door_that_let_it_wait(monkeypatch):
 
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
-        wire, interface, welcome = join._come_in(server.getsockname(), {"type": "worker"}, None)
+        wire, interface, welcome = join._come_in(server.getsockname(), KEY, {"type": "worker"}, None)
         thread.join()
         wire.close()
     assert (interface, welcome, len(accepted)) == ("lo", {"type": "welcome"}, 2)
@@ -281,7 +245,12 @@ def test_join_asks_again_where_its_place_is_taken(door, monkeypatch):
     first = Played(door, 1)
     greeting = {"type": "worker", "machine": 1, "local_rank": 0, "num_local": 1, "host": "h", "pid": 1}
     with pytest.raises(PoolError, match="rank 1 of this pool is process 1001 on host-1"):
-        join._come_in((door.network.address, door.network.port), greeting | {"versions": versions()}, None)
+        join._come_in(
+            (door.network.address, door.network.port),
+            read_key(door.folder.key),
+            greeting | {"versions": versions()},
+            None,
+        )
     assert first.hears_nothing()
 
 
@@ -294,7 +263,7 @@ def test_what_is_for_several_machines_says_that_nodes_are_missing(words, capsys)
 
 def test_an_interface_that_is_not_there_is_told(door):
     with pytest.raises(PoolError, match=r"eth77 is no interface .* with --interface: it has .*lo \(127.0.0.1\)"):
-        join._come_in((door.network.address, door.network.port), {}, "eth77")
+        join._come_in((door.network.address, door.network.port), KEY, {}, "eth77")
     with pytest.raises(PoolError, match=r"--interface 'eth77' is no interface .* this machine has .*lo \(127.0.0.1\)"):
         network_on("eth77", num_machines=2)
     for options, sentence in (({"num_machines": 65}, "--nodes 65"), ({"num_machines": 2, "port": 0}, "--port 0")):
@@ -326,7 +295,9 @@ def torchruns(where):
     """`torchrun --nnodes 2`, as two machines would run it."""
     rendezvous = ["--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(free_port())]
     rest = ["--nproc-per-node", "1", "--max-restarts", "100", "-m", "comfy_xdit", "pool", "join", where.door]
-    service = ["--service", OPTIONS["service"], "--path", OPTIONS["path"][0]]
+    key = pool_folder(NAME).key
+    kept_key(key)
+    service = ["--key-file", str(key), "--service", OPTIONS["service"], "--path", OPTIONS["path"][0]]
     torchrun = [sys.executable, "-m", "torch.distributed.run"]
     started = [
         subprocess.Popen([*torchrun, *rendezvous, "--node-rank", str(rank), *rest, *service], cwd=ROOT)

@@ -7,9 +7,11 @@ import os
 import socket
 import sys
 import time
+from pathlib import Path
 from typing import Any, NoReturn
 
 from comfy_xdit.pool.errors import PoolError
+from comfy_xdit.pool.handshake import KEY_VARIABLE, given_key, prove
 from comfy_xdit.pool.network import addresses, interface_of, listed, place_of
 from comfy_xdit.pool.start import SERVICE
 from comfy_xdit.pool.wire import Wire, versions
@@ -27,6 +29,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("door", metavar="HOST:PORT", help="as `comfy-xdit pool start --nodes` printed it")
     parser.add_argument(
         "--node-rank", type=int, help="which of the pool's machines this is, from 0 (default: torchrun's --node-rank)"
+    )
+    parser.add_argument(
+        "--key-file", type=Path, help=f"with the pool's key, as `comfy-xdit pool start` says (default: ${KEY_VARIABLE})"
     )
     parser.add_argument("--interface", help="to the other machines (default: the one that leads to the door)")
     parser.add_argument("--service", default=SERVICE, help="module:Class that the worker runs (for tests)")
@@ -49,7 +54,11 @@ def run(args: argparse.Namespace) -> int:
         "versions": versions(),
     }
     try:
-        wire, interface, welcome = _come_in(place_of(args.door), greeting, args.interface)
+        place = place_of(args.door)
+        key = given_key(args.key_file, os.environ)
+        # What this process starts has no need of it.
+        os.environ.pop(KEY_VARIABLE, None)
+        wire, interface, welcome = _come_in(place, key, greeting, args.interface)
     except PoolError as error:
         _give_up(str(error))
     # Whatever this process and its libraries open between machines, they open there.
@@ -61,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _come_in(
-    place: tuple[str, int], greeting: dict[str, Any], interface: str | None
+    place: tuple[str, int], key: bytes, greeting: dict[str, Any], interface: str | None
 ) -> tuple[Wire, str, dict[str, Any]]:
     """The connection, the interface and the welcome, once all ranks are there.
 
@@ -78,7 +87,7 @@ def _come_in(
             )
         else:
             found = _interface(wire, interface)
-            answer = _answer(wire, greeting)
+            answer = _answer(wire, key, greeting)
             if answer["type"] == "welcome":
                 return wire, found, answer
             wire.close()
@@ -105,13 +114,14 @@ def _interface(wire: Wire, named: str | None) -> str:
     return found
 
 
-def _answer(wire: Wire, greeting: dict[str, Any]) -> dict[str, Any]:
+def _answer(wire: Wire, key: bytes, greeting: dict[str, Any]) -> dict[str, Any]:
     """What the door says in the end; as long as others are missing it says nothing.
 
-    "closed": the door was lost after it had let this worker wait.
+    "closed": the door was lost after it had let this worker wait. Raises PoolError for a door without the key.
     """
     let_wait = False
     try:
+        prove(wire, key)
         wire.send(greeting)
         while True:
             if messages := wire.wait(BEAT_S):

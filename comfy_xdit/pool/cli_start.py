@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from .client import Pool, status
 from .devices import describe
 from .errors import PoolError
+from .folder import pool_folder
+from .handshake import KEY_VARIABLE
 from .network import DOOR_PORT, Network, network_on
 
 POLL_S = 0.1
@@ -42,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         missing = status(args.name)["missing"]
         if pool.network is not None and missing:
-            sys.stdout.write(f"{missing_on(pool.network, pool.num_ranks, missing)}\n")
+            key = pool_folder(args.name).key
+            sys.stdout.write(f"{missing_on(pool.network, pool.num_ranks, missing, key)}\n")
             return 0
         started = time.monotonic()
         found = wait_until_up(args.name)
@@ -72,15 +76,17 @@ def network_of(args: argparse.Namespace) -> Network | None:
     return network_on(args.interface or "", num_machines=args.nodes, port=port)
 
 
-def missing_on(network: Network, num_ranks: int, missing: str) -> str:
-    """Who is missing, and the command for each machine."""
+def missing_on(network: Network, num_ranks: int, missing: str, key: Path) -> str:
+    """Who is missing, and the command for each machine. key: the file with the pool's key, on this one."""
     num_devices = num_ranks // network.num_machines
-    commands = (f"  {network.torchrun(num_devices, machine)}" for machine in range(network.num_machines))
+    commands = (f"  {network.torchrun(num_devices, machine, key)}" for machine in range(network.num_machines))
     return "\n".join(
         [
             missing.partition(";")[0] + "; run on these machines, this one too, one command each "
             "(from a checkout: in its folder), with the torchrun of a Python that has comfy-xdit:",
             *commands,
+            f"The pool's key is in {key}: copy that file to the other machines (scp -p), readable by you alone, and "
+            f"name its place with --key-file; or set {KEY_VARIABLE} there to what is in it. Who has it is let in.",
         ]
     )
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import selectors
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from .errors import PoolError
+from .handshake import Challenge
 from .network import Network
 from .roster import WorkerLine
 from .turns import ClientLine
@@ -19,15 +22,36 @@ from .wire import Wire
 
 log = logging.getLogger("comfy_xdit")
 
-Line = Wire | WorkerLine | ClientLine
-"""A connection: of a newcomer who has not said who it is, of a worker, or of a client."""
+NEWCOMER_LIMIT_S = 15.0
+"""How long a connection may take to say who it is."""
+
+MAX_NEWCOMERS = 64
+"""Connections at each door that have not said who they are."""
+
+
+@dataclasses.dataclass(eq=False)
+class Newcomer:
+    """A connection that has not said who it is. challenge: what it must answer first, over a network."""
+
+    wire: Wire
+    since: float
+    challenge: Challenge | None = None
+
+
+Line = Newcomer | WorkerLine | ClientLine
+"""A connection: of a newcomer, of a worker, or of a client."""
 
 
 class Connections:
-    """All that are open, each with its line."""
+    """All that are open, each with its line.
 
-    def __init__(self) -> None:
+    challenge: makes what a newcomer over the network must answer; None where nobody comes over one.
+    """
+
+    def __init__(self, challenge: Callable[[], Challenge] | None = None) -> None:
         self._selector = selectors.DefaultSelector()
+        self._challenge = challenge
+        self._newcomers: list[Newcomer] = []
 
     def listen(self, listener: socket.socket) -> None:
         """Let in who comes to `listener`."""
@@ -40,7 +64,7 @@ class Connections:
         for line in sorted(ready, key=lambda line: not isinstance(line, WorkerLine)):
             if isinstance(line, socket.socket):
                 self._accept(line)
-            elif wire_of(line).fileno() >= 0:
+            elif line.wire.fileno() >= 0:
                 yield line
 
     def _accept(self, listener: socket.socket) -> None:
@@ -50,32 +74,50 @@ class Connections:
             if not wire.is_remote and wire.peer()[1] != os.getuid():
                 wire.close()
                 return
-            self._selector.register(sock, selectors.EVENT_READ, wire)
+            self._enter(Newcomer(wire=wire, since=time.monotonic()))
+
+    def _enter(self, newcomer: Newcomer) -> None:
+        alike = [other for other in self._newcomers if other.wire.is_remote == newcomer.wire.is_remote]
+        if len(alike) >= MAX_NEWCOMERS:
+            # The oldest: one of ours says who it is at once, a stranger may never.
+            log.warning("door: dropped the oldest of %d connections that have not said who they are", len(alike))
+            self.drop(alike[0])
+        self._newcomers.append(newcomer)
+        self._selector.register(newcomer.wire.sock, selectors.EVENT_READ, newcomer)
+        if newcomer.wire.is_remote and self._challenge is not None:
+            newcomer.challenge = self._challenge()
+            with contextlib.suppress(ConnectionError):
+                newcomer.wire.send(newcomer.challenge.question)
+
+    def drop_slow(self) -> None:
+        """Hang up on newcomers who took too long."""
+        limit = time.monotonic() - NEWCOMER_LIMIT_S
+        for newcomer in [newcomer for newcomer in self._newcomers if newcomer.since < limit]:
+            log.warning("door: dropped a connection that did not say who it is in %.0f s", NEWCOMER_LIMIT_S)
+            self.drop(newcomer)
 
     def read(self, line: Line) -> list[dict[str, Any]] | None:
         """What came on a line; None when it is closed, or what came is no message."""
         try:
-            return wire_of(line).read()
+            return line.wire.read()
         except ConnectionError:
             return None
         except ValueError as error:
             log.warning("door: dropped a connection that sent %s", error)
             return None
 
-    def become(self, wire: Wire, line: WorkerLine | ClientLine) -> None:
-        """The newcomer on `wire` said who it is."""
-        self._selector.modify(wire.sock, selectors.EVENT_READ, line)
+    def become(self, newcomer: Newcomer, line: WorkerLine | ClientLine) -> None:
+        """The newcomer said who it is."""
+        self._newcomers.remove(newcomer)
+        self._selector.modify(newcomer.wire.sock, selectors.EVENT_READ, line)
 
     def drop(self, line: Line) -> None:
         """Close it; harmless when that was done."""
-        wire = wire_of(line)
-        if wire.fileno() >= 0:
-            self._selector.unregister(wire.sock)
-            wire.close()
-
-
-def wire_of(line: Line) -> Wire:
-    return line if isinstance(line, Wire) else line.wire
+        if isinstance(line, Newcomer) and line in self._newcomers:
+            self._newcomers.remove(line)
+        if line.wire.fileno() >= 0:
+            self._selector.unregister(line.wire.sock)
+            line.wire.close()
 
 
 def listener_at(path: Path) -> socket.socket:

@@ -12,27 +12,25 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from .connections import Connections, Line, listener_at, listener_on
+from .connections import Connections, Line, Newcomer, listener_at, listener_on
+from .fields import Malformed, integer, one_of, table, text, texts
 from .folder import PoolFolder
 from .gathering import Gathering
-from .network import LOOPBACK, Network
+from .grants import Grants
+from .handshake import Challenge, kept_key
+from .network import Network
 from .roster import Roster, WorkerLine
 from .stores import FileStores, SharedStores
-from .turns import ClientLine, Turns
-from .wire import Wire, versions
+from .turns import ClientLine
+from .verdict import SAID_FIRST
+from .wire import versions
 
 log = logging.getLogger("comfy_xdit")
 
 TICK_S = 0.25
-JOIN_LIMIT_S = 15.0
-PREPARE_LIMIT_S = 120.0
-"""How long a message whose client is gone or lost interest may run on before the workers restart."""
 
 MAX_FAILED_STARTS = 3
 LONGEST_PAUSE_S = 30.0
-
-ABSENT_LIMIT_S = 60.0
-"""How long a client waits for machines that aren't there."""
 
 
 class Door:
@@ -53,7 +51,6 @@ class Door:
         self.folder = folder
         self.network = network
         self.roster = Roster(devices, network)
-        self.turns = Turns(generation=folder.last_generation())
         self.residents: list[str] = []
         self.failed_starts = 0
         self.last_error = ""
@@ -62,12 +59,21 @@ class Door:
         self._started_at = self._ticked_at = time.monotonic()
         self._message = ""
         self._stopping = False
-        self._connections = Connections()
+        self._connections = Connections(self._challenge(network))
         self._gathering = Gathering(folder.name, devices, network) if network else None
         self._stores = SharedStores(network.address) if network else FileStores(folder)
+        self.grants = Grants(
+            folder, self.roster, self._connections, self._stores, missing=lambda: self._missing
+        )
         if network is not None:
             self._connections.listen(listener_on(network))
         self._connections.listen(listener_at(folder.door))
+
+    def _challenge(self, network: Network | None) -> Callable[[], Challenge] | None:
+        if network is None:
+            return None
+        key, place = kept_key(self.folder.key), network.door
+        return lambda: Challenge(key, place)
 
     def run(self) -> None:
         """Serve for ever."""
@@ -101,46 +107,67 @@ class Door:
             return
         try:
             for message in messages:
-                if isinstance(line, Wire):
-                    line = self._hello(line, message)
-                    if isinstance(line, Wire):
+                if isinstance(line, Newcomer):
+                    known = self._newcomer_said(line, message)
+                    if known is None:
                         return
+                    line = known
                 elif isinstance(line, WorkerLine):
                     self._worker_said(line, message)
                 else:
                     self._client_said(line, message)
-        except (KeyError, TypeError, ValueError) as error:
-            log.warning("door: dropped a connection that sent a malformed message (%r)", error)
+        except Malformed as error:
+            log.warning("door: dropped a connection: %s", error)
+            self._closed(line)
+        except Exception:
+            # Whatever a peer's words lead to, it is that peer who goes, and never the pool.
+            log.exception("door: dropped a connection whose words could not be dealt with")
             self._closed(line)
 
-    def _hello(self, wire: Wire, message: dict[str, Any]) -> Line:
-        """The line of a newcomer that said who it is; the wire itself, closed, for any other."""
-        kind = message.get("type")
-        line: WorkerLine | ClientLine | None = None
+    def _newcomer_said(self, newcomer: Newcomer, message: dict[str, Any]) -> Line | None:
+        """The line of one that said who it is, or is still to say it; None for one that was sent away."""
+        line: Line | None = None
         try:
-            if wire.is_remote and self._gathering is not None:
-                line = self._gathering.greet(wire, message, self.roster.workers)
-            elif kind == "status":
-                wire.send(self.status())
-            elif kind == "stop":
-                wire.send({"type": "stopping"})
-                log.info("stopping: asked by process %d", wire.peer()[0])
-                self._stopping = True
-                self._stop()
-            elif kind == "client":
-                line = ClientLine(wire=wire, pid=wire.peer()[0])
-                wire.send({"type": "welcome", **self._about()})
-            elif kind == "worker":
-                line = self.roster.admit(wire, message)
-                if line is not None:
-                    self._welcome_worker(line, self._stores.for_ranks(self.roster.attempt))
+            if newcomer.challenge is not None:
+                return self._proven(newcomer, newcomer.challenge, message)
+            line = self._hello(newcomer, message)
         except ConnectionError:
             line = None
         if line is None:
-            self._connections.drop(wire)
-            return wire
-        self._connections.become(wire, line)
+            self._connections.drop(newcomer)
+        else:
+            self._connections.become(newcomer, line)
         return line
+
+    def _proven(self, newcomer: Newcomer, challenge: Challenge, message: dict[str, Any]) -> Newcomer:
+        try:
+            newcomer.wire.send(challenge.answer(message))
+        except Malformed as error:
+            newcomer.wire.send({"type": "refused", "reason": str(error)})
+            raise
+        newcomer.challenge = None
+        return newcomer
+
+    def _hello(self, newcomer: Newcomer, message: dict[str, Any]) -> WorkerLine | ClientLine | None:
+        wire, kind = newcomer.wire, text(message, "type")
+        if self._gathering is not None and wire.is_remote:
+            return self._gathering.greet(wire, message, self.roster.workers)
+        if kind == "status":
+            wire.send(self.status())
+        elif kind == "stop":
+            wire.send({"type": "stopping"})
+            log.info("stopping: asked by process %d", wire.peer()[0])
+            self._stopping = True
+            self._stop()
+        elif kind == "client":
+            wire.send({"type": "welcome", **self._about()})
+            return ClientLine(wire=wire, pid=wire.peer()[0])
+        elif kind == "worker":
+            worker = self.roster.admit(wire, message)
+            if worker is not None:
+                self._welcome_worker(worker, self._stores.for_ranks(self.roster.attempt))
+            return worker
+        return None
 
     def _begin_when_gathered(self) -> None:
         if self._gathering is None or self._stopping or self.roster.workers:
@@ -176,43 +203,40 @@ class Door:
                 del self.roster.workers[line.rank]
             else:
                 self._lose(f"{self.roster.label(line)} ended unexpectedly")
-        elif isinstance(line, ClientLine) and self.turns.forget(line):
-            # Its job is dropped and what it held is freed; the workers themselves stay as they are.
-            self.roster.broadcast({"type": "leave", "generation": self.turns.generation})
-            self._advance()
+        elif isinstance(line, ClientLine):
+            self.grants.left(line)
 
     # Workers
 
     def _worker_said(self, worker: WorkerLine, message: dict[str, Any]) -> None:
-        kind, generation = message.get("type"), message.get("generation")
+        kind = text(message, "type")
         worker.heard_at = time.monotonic()
         if self.roster.workers.get(worker.rank) is not worker:
             # It waits for the others.
             return
         if kind == "beat":
-            worker.status = message.get("status", {})
+            worker.status = table(message, "status")
         elif kind == "met":
             worker.has_met = True
         elif kind == "up":
             worker.is_up = True
             self._advance_when_ready()
         elif kind == "failed":
-            self.last_error = str(message.get("message"))
+            self.last_error = text(message, "message")
         elif kind == "residents":
-            self.residents = list(message.get("messages", []))
+            self.residents = texts(message, "messages")
         elif kind == "began":
-            worker.running = self._message = str(message.get("message"))
+            worker.running = self._message = text(message, "message")
         elif kind == "done":
+            failure = _failure(message, len(self.roster.devices))
             worker.running = None
-            worker.done = (int(message["generation"]), int(message["serial"]))
-            worker.failure, worker.done_at = message.get("failure"), time.monotonic()
+            worker.done = (integer(message, "generation"), integer(message, "serial"))
+            worker.failure, worker.done_at = failure, time.monotonic()
             self._judge()
-        elif kind == "prepared" and generation == self.turns.generation:
-            worker.prepared = generation
-            self._join_when_prepared()
-        elif kind in ("joined", "join_failed") and generation == self.turns.generation:
-            setattr(worker, str(kind), generation)
-            self._open_when_joined()
+        elif kind in ("prepared", "joined", "join_failed"):
+            setattr(worker, kind, integer(message, "generation"))
+            self.grants.join_when_prepared()
+            self.grants.open_when_joined()
 
     def _judge(self) -> None:
         failure = self.roster.broken(self._message)
@@ -224,7 +248,7 @@ class Door:
             log.info("all %d workers are up (attempt %d)", len(self.roster.devices), self.roster.attempt)
             self.failed_starts = 0
             self.last_error = ""
-            self._advance()
+            self.grants.advance()
 
     def _lose(self, reason: str, *, failure: dict[str, Any] | None = None) -> None:
         """End all workers, so that new ones are started, and tell the holder why."""
@@ -242,108 +266,37 @@ class Door:
             self._connections.drop(worker)
         self.roster.workers = {}
         self.roster.started_at = time.monotonic()
-        holder = self.turns.lose()
-        if holder is not None:
-            holder.send({"type": "lost", "reason": reason, "failure": failure})
+        self.grants.lose(reason, failure)
         self._refuse_when_hopeless()
 
     def _refuse_when_hopeless(self) -> None:
-        if self.failed_starts < MAX_FAILED_STARTS:
-            return
-        why = self.last_error or "they ended before they were up"
-        for client in self.turns.queue:
-            client.send(
-                {
-                    "type": "refused",
-                    "reason": f"the workers of pool {self.folder.name!r} failed to start "
-                    f"{self.failed_starts} times: {why}; see {self.folder.log}",
-                }
+        if self.failed_starts >= MAX_FAILED_STARTS:
+            why = self.last_error or "they ended before they were up"
+            self.grants.refuse_all(
+                f"the workers of pool {self.folder.name!r} failed to start {self.failed_starts} times: {why}; "
+                f"see {self.folder.log}"
             )
-        self.turns.queue.clear()
 
     @property
     def _missing(self) -> str:
         return "" if self._gathering is None or self.roster.workers else self._gathering.missing()
 
-    def _refuse_in_vain(self, now: float) -> None:
-        """Who waited long enough for machines that aren't there."""
-        for client in list(self.turns.queue):
-            if (missing := self._missing) and now - max(client.waiting_since, self.roster.started_at) > ABSENT_LIMIT_S:
-                self.turns.queue.remove(client)
-                client.send({"type": "refused", "reason": missing})
-
     # Clients
 
     def _client_said(self, client: ClientLine, message: dict[str, Any]) -> None:
-        turns, kind, generation = self.turns, message.get("type"), message.get("generation")
+        kind = text(message, "type")
+        if kind == "end":
+            self.grants.ended(client)
+            return
+        generation, turns = integer(message, "generation"), self.grants.turns
         if kind == "turn":
-            if turns.ask(client, generation):
-                client.send({"type": "grant", "generation": turns.generation})
-            else:
-                self._advance()
-        elif kind == "end":
-            self._end_turn(client)
-        elif kind == "joined" and generation == turns.generation:
-            client.joined = int(message["generation"])
-            self._open_when_joined()
-        elif kind == "restart" and client is turns.holder and generation == turns.generation:
-            self._lose(str(message.get("reason")))
-
-    def _end_turn(self, client: ClientLine) -> None:
-        turns = self.turns
-        if client in turns.queue:
-            turns.queue.remove(client)
-        if client is turns.holder and turns.phase == "open":
-            turns.in_turn = False
-            self._advance()
-        elif turns.forget(client):
-            # It lost interest while its group was being made.
-            self._advance()
-
-    def _advance(self) -> None:
-        """Let the next client in, if there is one and the workers are free for it."""
-        if self.turns.is_busy or not self.turns.queue or not self.roster.is_ready:
+            self.grants.asked(client, generation)
             self._refuse_when_hopeless()
-            return
-        self.turns.next()
-        self.folder.counter.write_text(str(self.turns.generation))
-        self.roster.broadcast({"type": "prepare", "generation": self.turns.generation})
-
-    def _join_when_prepared(self) -> None:
-        turns, workers = self.turns, self.roster.workers.values()
-        if turns.phase != "preparing" or any(w.prepared != turns.generation for w in workers):
-            return
-        if turns.holder is None:
-            turns.enter("none")
-            self._advance()
-            return
-        turns.enter("joining")
-        store = self._stores.for_rpc(turns.generation)
-        join = {"type": "join", "generation": turns.generation, "store": store}
-        self.roster.broadcast(join)
-        turns.holder.send({**join, "interface": self.network.interface if self.network else LOOPBACK})
-
-    def _open_when_joined(self) -> None:
-        turns, workers = self.turns, list(self.roster.workers.values())
-        generation = turns.generation
-        if turns.phase != "joining" or any(generation not in (w.joined, w.join_failed) for w in workers):
-            return
-        holder = turns.holder
-        if (
-            holder is not None
-            and holder.joined == generation
-            and all(w.joined == generation for w in workers)
-        ):
-            turns.open()
-            holder.send({"type": "grant", "generation": generation})
-            return
-        if holder is None or any(w.join_failed == generation for w in workers):
-            # The client went away, or stopped, while joining. The workers are sound and stay.
-            turns.enter("none")
-            if holder is not None:
-                turns.forget(holder)
-                self._connections.drop(holder)
-            self._advance()
+        elif kind == "joined" and generation == turns.generation:
+            client.joined = generation
+            self.grants.open_when_joined()
+        elif kind == "restart" and client is turns.holder and generation == turns.generation:
+            self._lose(text(message, "reason"))
 
     # Time
 
@@ -355,18 +308,16 @@ class Door:
             waiting = self._gathering.waiting.values() if self._gathering else ()
             for worker in (*self.roster.workers.values(), *waiting):
                 worker.heard_at += late
-        reason = self.roster.hung()
-        limit_s = {"preparing": PREPARE_LIMIT_S, "joining": JOIN_LIMIT_S}.get(self.turns.phase)
-        if reason is None and limit_s is not None and now - self.turns.phase_since > limit_s:
-            reason = f"the workers were not free for the next client in {limit_s:.0f} s"
+        reason = self.roster.hung() or self.grants.overdue()
         if reason is not None:
             self._lose(reason)
         else:
             self._judge()
         for line in self._gathering.silent() if self._gathering else ():
             self._closed(line)
+        self._connections.drop_slow()
         self._begin_when_gathered()
-        self._refuse_in_vain(now)
+        self.grants.refuse_in_vain()
 
     # Reports
 
@@ -383,7 +334,7 @@ class Door:
     def status(self) -> dict[str, Any]:
         """What `pool status --json` shows."""
         if self.roster.is_ready:
-            state = "busy" if self.turns.in_turn else "ready"
+            state = "busy" if self.grants.turns.in_turn else "ready"
         else:
             state = "failing" if self.failed_starts >= MAX_FAILED_STARTS else "starting"
         return {
@@ -395,6 +346,19 @@ class Door:
             "last_error": self.last_error,
             "missing": self._missing,
             "residents": self.residents,
-            **self.turns.describe(),
+            **self.grants.turns.describe(),
             "ranks": self.roster.describe(),
         }
+
+
+def _failure(message: dict[str, Any], num_ranks: int) -> dict[str, Any] | None:
+    """The fields of the `Failure` with which a worker says that it ended a message; None for a result."""
+    if message.get("failure") is None:
+        return None
+    found = table(message, "failure")
+    return {
+        "rank": integer(found, "rank", high=num_ranks - 1),
+        "kind": one_of(found, "kind", SAID_FIRST),
+        "message": text(found, "message"),
+        "trace": text(found, "trace"),
+    }

@@ -43,6 +43,11 @@ class PoolFolder:
         return self.path / "log"
 
     @property
+    def key(self) -> Path:
+        """What workers of other machines must hold; stays when the pool ends."""
+        return self.path / "key"
+
+    @property
     def counter(self) -> Path:
         """The last generation's number: a new supervisor goes on from it, so that no number returns."""
         return self.path / "generation"

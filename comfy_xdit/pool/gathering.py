@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from .fields import integer, table, text
 from .network import Network
 from .roster import HEARTBEAT_TIMEOUT_S, WorkerLine
 from .wire import Wire, spell, versions
@@ -18,6 +19,9 @@ from .wire import Wire, spell, versions
 log = logging.getLogger("comfy_xdit")
 
 MAX_NAME_CHARS = 64
+
+MOST_NAMED = 1 << 16
+"""Of machines and processes, in what a worker says of itself."""
 
 END = {"type": "end"}
 """To a worker: end, and have its torchrun end too."""
@@ -48,8 +52,7 @@ class Gathering:
     def greet(self, wire: Wire, hello: Mapping[str, Any], present: Mapping[int, WorkerLine]) -> WorkerLine | None:
         """The line of a newcomer, who waits from now on; None for one who was told why not.
 
-        present: the workers of the attempt that runs. Raises ConnectionError, and KeyError, TypeError or ValueError
-        for greetings of no sense.
+        present: the workers of the attempt that runs. Raises ConnectionError, and Malformed for greetings of no sense.
         """
         if hello.get("type") != "worker":
             return None
@@ -64,8 +67,10 @@ class Gathering:
             return None
 
     def _admit(self, wire: Wire, hello: Mapping[str, Any], present: Mapping[int, WorkerLine]) -> WorkerLine:
-        machine, local, pid = (int(hello[name]) for name in ("machine", "local_rank", "pid"))
-        name = "".join(filter(str.isprintable, str(hello["host"])))[:MAX_NAME_CHARS]
+        # Of any sign, so that a wrong one is told, not dropped.
+        machine, local = (integer(hello, name, low=-MOST_NAMED, high=MOST_NAMED) for name in ("machine", "local_rank"))
+        pid = integer(hello, "pid", low=1)
+        name = "".join(filter(str.isprintable, text(hello, "host")))[:MAX_NAME_CHARS]
         self._check(hello, machine, local, name)
         rank = machine * self._num_devices + local
         holder = present.get(rank) or self.waiting.get(rank)
@@ -82,7 +87,8 @@ class Gathering:
         return line
 
     def _check(self, hello: Mapping[str, Any], machine: int, local: int, name: str) -> None:
-        theirs, mine = hello["versions"], versions()
+        theirs, mine = table(hello, "versions"), versions()
+        num_local = integer(hello, "num_local", high=MOST_NAMED)
         if theirs != mine:
             raise Refused(
                 f"{name} has {spell(theirs)}, and the pool {spell(mine)}; install the same on every machine"
@@ -92,9 +98,9 @@ class Gathering:
                 f"--node-rank {machine} is none of this pool's {self._network.num_machines} machines; "
                 f"use 0 to {self._network.num_machines - 1}"
             )
-        if hello["num_local"] != self._num_devices or not 0 <= local < self._num_devices:
+        if num_local != self._num_devices or not 0 <= local < self._num_devices:
             raise Refused(
-                f"torchrun starts {hello['num_local']} processes on {name}, and the pool has {self._num_devices} "
+                f"torchrun starts {num_local} processes on {name}, and the pool has {self._num_devices} "
                 f"devices on each machine; use --nproc-per-node {self._num_devices}"
             )
 

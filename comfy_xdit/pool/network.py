@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import shlex
 import socket
 import struct
+from pathlib import Path
 from typing import Any
 
 from .errors import PoolError
@@ -42,15 +44,16 @@ class Network:
     def fields(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
-    def torchrun(self, num_devices: int, machine: int | str) -> str:
+    def torchrun(self, num_devices: int, machine: int | str, key: Path) -> str:
         """The command that makes a machine part of the pool.
 
         Each machine has a torchrun of its own: one of several nodes would want a second port that all can reach, and
-        end everywhere when the first machine's ends. It must not count restarts: the door does.
+        end everywhere when the first machine's ends. It must not count restarts: the door does. key: the file with the
+        pool's key, on that machine; never the key itself, since everybody can read a command line.
         """
         return (
             f"torchrun --nproc-per-node {num_devices} --max-restarts 1000000 -m comfy_xdit pool join {self.door} "
-            f"--node-rank {machine}"
+            f"--node-rank {machine} --key-file {shlex.quote(str(key))}"
         )
 
 

@@ -8,6 +8,7 @@ import signal
 import time
 from typing import Any
 
+from .fields import integer
 from .network import Network
 from .verdict import LOCAL, STUCK_AFTER_S, groups_survive, worst
 from .wire import Wire
@@ -64,7 +65,7 @@ class Roster:
 
     def __init__(self, devices: list[str], network: Network | None = None) -> None:
         self.devices = devices
-        self._network = network
+        self.network = network
         self.attempt = -1
         self.workers: dict[int, WorkerLine] = {}
         self.started_at = time.monotonic()
@@ -75,10 +76,9 @@ class Roster:
         return len(self.workers) == len(self.devices) and all(w.is_up for w in self.workers.values())
 
     def admit(self, wire: Wire, hello: dict[str, Any]) -> WorkerLine | None:
-        """The new worker's line; None when it belongs to an attempt that is over or to no rank."""
-        rank, attempt, (pid, _) = hello.get("rank"), hello.get("attempt"), wire.peer()
-        if not isinstance(rank, int) or not isinstance(attempt, int) or not 0 <= rank < len(self.devices):
-            return None
+        """The new worker's line; None when it belongs to an attempt that is over. Raises Malformed."""
+        rank, attempt = integer(hello, "rank", high=len(self.devices) - 1), integer(hello, "attempt")
+        pid, _ = wire.peer()
         if attempt < self.attempt or (attempt == self.attempt and rank in self.workers):
             return None
         if attempt > self.attempt:
@@ -107,8 +107,8 @@ class Roster:
             limit_s = HEARTBEAT_TIMEOUT_S if worker.is_up else STARTING_HEARTBEAT_TIMEOUT_S
             if now - worker.heard_at > limit_s:
                 return f"{self.label(worker)} gave no sign of life for {limit_s:.0f} s"
-        if self._network is not None:
-            return self._apart(self._network, now)
+        if self.network is not None:
+            return self._apart(self.network, now)
         if len(self.workers) < len(self.devices) and now - self.started_at > START_TIMEOUT_S:
             return f"{len(self.devices) - len(self.workers)} workers did not start in {START_TIMEOUT_S:.0f} s"
         return None

@@ -7,6 +7,7 @@ a TCPStore. torch's own URL for a TCPStore can't name a prefix, and would have t
 from __future__ import annotations
 
 import functools
+import secrets
 import socket
 from collections.abc import Iterator
 from datetime import timedelta
@@ -72,7 +73,9 @@ class SharedStores:
             for key in self._store.list_keys():
                 if key.startswith(f"{kind}-"):
                     self._store.delete_key(key)
-        return f"{self._where}/{kind}-{number}"
+        # A name that nobody can guess who was not told it by the door. It keeps off strangers that write blindly; one
+        # who speaks the store's protocol may have its keys listed.
+        return f"{self._where}/{kind}-{number}-{secrets.token_hex(16)}"
 
 
 def open_store(url: str, num_processes: int) -> Store:

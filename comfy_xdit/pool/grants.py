@@ -1,0 +1,144 @@
+"""Lets one client after the other in: a turn for its head of the queue, a group of it and the workers, a grant."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from .connections import Connections
+from .folder import PoolFolder
+from .network import LOOPBACK
+from .roster import Roster
+from .stores import FileStores, SharedStores
+from .turns import ClientLine, Turns
+
+JOIN_LIMIT_S = 15.0
+PREPARE_LIMIT_S = 120.0
+"""How long a message whose client is gone or lost interest may run on before the workers restart."""
+
+ABSENT_LIMIT_S = 60.0
+"""How long a client waits for machines that aren't there."""
+
+
+class Grants:
+    """The clients of a pool. Belongs to the door's thread.
+
+    missing: which workers of other machines aren't there, in a sentence; "" when all are.
+    """
+
+    def __init__(
+        self,
+        folder: PoolFolder,
+        roster: Roster,
+        connections: Connections,
+        stores: FileStores | SharedStores,
+        *,
+        missing: Callable[[], str],
+    ) -> None:
+        self._folder, self._roster = folder, roster
+        self._connections, self._stores = connections, stores
+        self._missing = missing
+        self.turns = Turns(generation=folder.last_generation())
+
+    # What clients and workers say
+
+    def asked(self, client: ClientLine, generation: object) -> None:
+        """A client wants a turn; `generation` is the group that it is in."""
+        if self.turns.ask(client, generation):
+            client.send({"type": "grant", "generation": self.turns.generation})
+        else:
+            self.advance()
+
+    def ended(self, client: ClientLine) -> None:
+        """A client's turn is over, or it waits for none any more."""
+        turns = self.turns
+        if client in turns.queue:
+            turns.queue.remove(client)
+        if client is turns.holder and turns.phase == "open":
+            turns.in_turn = False
+            self.advance()
+        elif turns.forget(client):
+            # It lost interest while its group was being made.
+            self.advance()
+
+    def left(self, client: ClientLine) -> None:
+        """A client is gone."""
+        if self.turns.forget(client):
+            # Its job is dropped and what it held is freed; the workers themselves stay as they are.
+            self._roster.broadcast({"type": "leave", "generation": self.turns.generation})
+            self.advance()
+
+    def advance(self) -> None:
+        """Let the next client in, if there is one and the workers are free for it."""
+        if self.turns.is_busy or not self.turns.queue or not self._roster.is_ready:
+            return
+        self.turns.next()
+        self._folder.counter.write_text(str(self.turns.generation))
+        self._roster.broadcast({"type": "prepare", "generation": self.turns.generation})
+
+    def join_when_prepared(self) -> None:
+        """Have the group made, once all workers are free for it."""
+        turns, workers = self.turns, self._roster.workers.values()
+        if turns.phase != "preparing" or any(w.prepared != turns.generation for w in workers):
+            return
+        if turns.holder is None:
+            turns.enter("none")
+            self.advance()
+            return
+        turns.enter("joining")
+        store = self._stores.for_rpc(turns.generation)
+        join = {"type": "join", "generation": turns.generation, "store": store}
+        self._roster.broadcast(join)
+        network = self._roster.network
+        turns.holder.send({**join, "interface": network.interface if network else LOOPBACK})
+
+    def open_when_joined(self) -> None:
+        """Grant the turn, once the group is made."""
+        turns, workers = self.turns, list(self._roster.workers.values())
+        generation = turns.generation
+        if turns.phase != "joining" or any(generation not in (w.joined, w.join_failed) for w in workers):
+            return
+        holder = turns.holder
+        if holder is not None and holder.joined == generation and all(w.joined == generation for w in workers):
+            turns.open()
+            holder.send({"type": "grant", "generation": generation})
+            return
+        if holder is None or any(w.join_failed == generation for w in workers):
+            # The client went away, or stopped, while joining. The workers are sound and stay.
+            turns.enter("none")
+            if holder is not None:
+                turns.forget(holder)
+                self._connections.drop(holder)
+            self.advance()
+
+    # Who is told that it won't be let in
+
+    def lose(self, reason: str, failure: dict[str, Any] | None) -> None:
+        """The workers are gone: tell the holder why."""
+        holder = self.turns.lose()
+        if holder is not None:
+            holder.send({"type": "lost", "reason": reason, "failure": failure})
+
+    def refuse_all(self, reason: str) -> None:
+        """Send all who wait away."""
+        for client in self.turns.queue:
+            client.send({"type": "refused", "reason": reason})
+        self.turns.queue.clear()
+
+    def refuse_in_vain(self) -> None:
+        """Send those away who waited long enough for machines that aren't there."""
+        now = time.monotonic()
+        for client in list(self.turns.queue):
+            since = max(client.waiting_since, self._roster.started_at)
+            if (missing := self._missing()) and now - since > ABSENT_LIMIT_S:
+                self.turns.queue.remove(client)
+                client.send({"type": "refused", "reason": missing})
+
+    def overdue(self) -> str | None:
+        """A sentence when the group for the next client takes too long."""
+        turns = self.turns
+        limit_s = {"preparing": PREPARE_LIMIT_S, "joining": JOIN_LIMIT_S}.get(turns.phase)
+        if limit_s is None or time.monotonic() - turns.phase_since <= limit_s:
+            return None
+        return f"the workers were not free for the next client in {limit_s:.0f} s"

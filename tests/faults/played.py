@@ -1,0 +1,90 @@
+"""A door that is played with, and workers that say what they are told to."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from harness import wait_until
+
+from comfy_xdit.pool.door import Door
+from comfy_xdit.pool.folder import pool_folder
+from comfy_xdit.pool.handshake import prove, read_key
+from comfy_xdit.pool.network import Network
+from comfy_xdit.pool.wire import Wire, versions
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+class Over(Exception):
+    """Ends a door that is played with."""
+
+
+@contextlib.contextmanager
+def played_door(num_machines: int, num_devices: int = 2) -> Iterator[Door]:
+    """A door of the pool "test" on its own thread: for machines on loopback, or for one machine alone.
+
+    Its pools' folder is the one of this moment's $COMFY_XDIT_HOME.
+    """
+    network = None
+    if num_machines > 1:
+        network = Network(num_machines=num_machines, interface="lo", address="127.0.0.1", port=free_port())
+    folder = pool_folder("test")
+    door = Door(folder, ["cpu"] * num_devices, stop=lambda: None, kill_starting=lambda: None, network=network)
+    is_over, tick = threading.Event(), door._tick
+
+    def tick_until_over() -> None:
+        if is_over.is_set():
+            raise Over
+        tick()
+
+    def run() -> None:
+        with contextlib.suppress(Over):
+            door.run()
+
+    door._tick = tick_until_over  # type: ignore[method-assign]
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield door
+        assert thread.is_alive(), "the door ended"
+    finally:
+        is_over.set()
+        thread.join()
+
+
+class Played:
+    """A worker of machine `number` that says what it is told to. proves: first, that it holds the pool's key."""
+
+    def __init__(self, door: Door, number: int, *, proves: bool = True, **changes: Any) -> None:
+        assert door.network is not None
+        self.wire = Wire.connect((door.network.address, door.network.port))
+        if proves:
+            prove(self.wire, read_key(door.folder.key))
+        hello = {"type": "worker", "machine": number, "local_rank": 0, "num_local": 1, "versions": versions()}
+        self.wire.send(hello | {"host": f"host-{number}", "pid": 1000 + number} | changes)
+
+    def say(self, kind: str, **fields: Any) -> None:
+        self.wire.send({"type": kind, **fields})
+
+    def hears(self) -> dict[str, Any] | None:
+        """The next message; None when the door closes the connection."""
+        return hears(self.wire)
+
+    def hears_nothing(self) -> bool:
+        return self.wire.wait(0.6) == []
+
+
+def hears(wire: Wire) -> dict[str, Any] | None:
+    """The next message on a wire; None when the other end closes the connection."""
+    with contextlib.suppress(ConnectionError):
+        message: dict[str, Any] = wait_until(lambda: wire.wait(0.1), "a word of the door")[0]
+        return message
+    return None

@@ -1,0 +1,307 @@
+"""Nothing that a peer says, or leaves unsaid, ends the door or stays in it for ever."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "faults"))
+
+from harness import wait_until
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from played import Played, hears, played_door
+
+from comfy_xdit.pool import connections, roster
+from comfy_xdit.pool.fields import Malformed, integer, one_of, table, text, texts
+from comfy_xdit.pool.handshake import prove, read_key
+from comfy_xdit.pool.wire import Wire, versions
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("COMFY_XDIT_HOME", str(tmp_path / "h"))
+    # A played worker is this process.
+    monkeypatch.setattr(roster.os, "kill", lambda pid, number: None)
+
+
+@pytest.fixture
+def door(home):
+    """Of a pool on this machine."""
+    with played_door(1) as door:
+        yield door
+
+
+@pytest.fixture
+def network_door(home):
+    with played_door(2) as door:
+        yield door
+
+
+def local(door):
+    return Wire.connect(door.folder.door)
+
+
+def remote(door):
+    """A connection over the network that has proved itself."""
+    wire = Wire.connect((door.network.address, door.network.port))
+    prove(wire, read_key(door.folder.key))
+    return wire
+
+
+def answers(door):
+    wire = local(door)
+    wire.send({"type": "status"})
+    found = hears(wire)
+    wire.close()
+    return found["type"] == "status"
+
+
+# What peers say
+
+
+GREETING = {"type": "worker", "machine": 1, "local_rank": 0, "num_local": 1, "host": "h", "pid": 1}
+NO_NUMBERS = ["1e999", "-1e999", "NaN", "true", "1.0", '"1"', "null", "[]", "9" * 400]
+
+
+@pytest.mark.parametrize("field", ["machine", "local_rank", "num_local", "pid"])
+@pytest.mark.parametrize("number", NO_NUMBERS)
+def test_what_is_no_number_drops_the_peer_and_nobody_else(network_door, field, number):
+    wire = remote(network_door)
+    greeting = json.dumps(GREETING | {"versions": versions(), field: "HERE"}).replace('"HERE"', number)
+    wire.sock.sendall(greeting.encode() + b"\n")
+    assert hears(wire) is None
+    assert answers(network_door) and not network_door.has_workers
+
+
+def test_an_error_that_nobody_thought_of_drops_the_peer(network_door, monkeypatch):
+    def fails(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(network_door._gathering, "greet", fails)
+    wire = remote(network_door)
+    wire.send(GREETING)
+    assert hears(wire) is None
+    assert answers(network_door)
+
+
+@pytest.mark.parametrize(
+    "failure", [{}, [], {"rank": 0, "kind": "novel", "message": "", "trace": ""}, {"rank": 2, "kind": "fault"}]
+)
+def test_a_failure_of_no_sense_costs_the_worker_and_nobody_else(door, failure):
+    """Told in time, since the door judges by it in every tick."""
+    worker = local(door)
+    worker.send({"type": "worker", "rank": 0, "attempt": 0})
+    assert hears(worker)["type"] == "welcome"
+    worker.send({"type": "done", "generation": 1, "serial": 1, "failure": failure})
+    assert hears(worker) is None
+    assert answers(door) and door.num_restarts == 1
+
+
+KINDS = st.sampled_from(
+    (
+        "client",
+        "worker",
+        "status",
+        "turn",
+        "end",
+        "joined",
+        "restart",
+        "beat",
+        "met",
+        "up",
+        "failed",
+        "residents",
+        "began",
+        "done",
+        "prepared",
+        "join_failed",
+        "proof",
+        "challenge",
+        "welcome",
+        "tried",
+    )
+)
+NAMES = st.sampled_from(
+    (
+        "generation",
+        "serial",
+        "failure",
+        "status",
+        "message",
+        "messages",
+        "reason",
+        "rank",
+        "attempt",
+        "machine",
+        "local_rank",
+        "num_local",
+        "pid",
+        "host",
+        "versions",
+        "number",
+        "proof",
+        "kind",
+        "trace",
+        "step",
+        "peers",
+        "environment",
+    )
+)
+LEAVES = (
+    st.none()
+    | st.booleans()
+    | st.integers(-2, 3)
+    | st.integers(-(10**30), 10**30)
+    | st.floats()
+    | st.text(max_size=5)
+    | st.just("\ud800")
+)
+VALUES = st.recursive(
+    LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES | st.text(max_size=3), inner, max_size=4)
+)
+MESSAGES = st.builds(
+    lambda kind, fields: {**fields, "type": kind}, KINDS | VALUES, st.dictionaries(NAMES, VALUES, max_size=6)
+)
+
+
+@pytest.fixture(scope="module")
+def fuzzed(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COMFY_XDIT_HOME", str(tmp_path_factory.mktemp("h")))
+        patch.setattr(roster.os, "kill", lambda pid, number: None)
+        with played_door(1) as one, pytest.MonkeyPatch.context() as inner:
+            inner.setenv("COMFY_XDIT_HOME", str(tmp_path_factory.mktemp("h")))
+            with played_door(2) as several:
+                yield {"local": (one, local), "remote": (several, remote)}
+
+
+START = {
+    "nobody": [],
+    "a client": [{"type": "client"}],
+    "a worker": [{"type": "worker", "rank": 0, "attempt": 0}],
+    "a client that waits": [{"type": "client"}, {"type": "turn", "generation": 0}],
+    "a worker of another machine": [GREETING | {"versions": versions()}],
+}
+
+
+@pytest.mark.parametrize("way", ["local", "remote"])
+@pytest.mark.parametrize("start", START)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(said=st.lists(MESSAGES, min_size=1, max_size=4))
+def test_no_message_ends_the_door(fuzzed, way, start, said):
+    door, connect = fuzzed[way]
+    wire = connect(door)
+    with contextlib.suppress(ConnectionError):
+        for message in START[start] + said:
+            wire.send(message)
+    wire.close()
+    assert answers(door)
+
+
+@pytest.mark.parametrize("way", ["local", "remote"])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.binary(max_size=200))
+def test_no_bytes_end_the_door(fuzzed, way, data):
+    door, connect = fuzzed[way]
+    wire = connect(door)
+    with contextlib.suppress(OSError):
+        wire.sock.sendall(data + b"\n")
+    wire.close()
+    assert answers(door)
+
+
+@given(value=VALUES)
+def test_a_checked_field_is_what_it_says(value):
+    message = {"x": value}
+    for check, kind in ((integer, int), (text, str), (texts, list), (table, dict)):
+        try:
+            found = check(message, "x")
+        except Malformed:
+            continue
+        assert type(found) is kind and found == value
+    with pytest.raises(Malformed):
+        integer(message, "lacking")
+
+
+def test_fields_have_bounds():
+    assert integer({"x": 3}, "x", low=3, high=3) == 3
+    for value in (2, 4, True, 3.0, float("inf")):
+        with pytest.raises(Malformed, match="'x' is no whole number from 3 to 3"):
+            integer({"x": value}, "x", low=3, high=3)
+    with pytest.raises(Malformed, match="'x' is no string of at most 2 characters"):
+        text({"x": "abc"}, "x", max_chars=2)
+    with pytest.raises(Malformed, match="'x' is no list of at most 1 strings"):
+        texts({"x": ["a", "b"]}, "x", max_items=1)
+    with pytest.raises(Malformed, match="'x' is no string"):
+        texts({"x": [1]}, "x")
+    assert one_of({"x": "a"}, "x", ("a", "b")) == "a"
+    with pytest.raises(Malformed, match="'x' is none of a, b"):
+        one_of({"x": ["a"]}, "x", ("a", "b"))
+
+
+# What they leave unsaid
+
+
+def silent(door):
+    return local(door)
+
+
+def silent_before_its_proof(door):
+    wire = Wire.connect((door.network.address, door.network.port))
+    assert hears(wire)["type"] == "challenge"
+    return wire
+
+
+def slow(door):
+    wire = local(door)
+    wire.sock.sendall(b'{"type": "sta')
+    return wire
+
+
+@pytest.mark.parametrize("peer", [silent, silent_before_its_proof, remote, slow], ids=lambda peer: peer.__name__)
+def test_who_does_not_say_who_it_is_is_dropped(network_door, monkeypatch, peer):
+    monkeypatch.setattr(connections, "NEWCOMER_LIMIT_S", 0.5)
+    client = local(network_door)
+    client.send({"type": "client"})
+    assert hears(client)["type"] == "welcome"
+    wire = peer(network_door)
+    assert hears(wire) is None
+    assert not network_door._connections._newcomers
+    # Who said it may be silent as long as it likes.
+    assert client.wait(1.0) == []
+    client.close()
+
+
+@pytest.mark.parametrize("peer", [silent, silent_before_its_proof])
+def test_newcomers_are_bounded_and_a_flood_at_one_door_leaves_the_other(network_door, monkeypatch, peer):
+    monkeypatch.setattr(connections, "MAX_NEWCOMERS", 5)
+    crowd = [peer(network_door) for _ in range(20)]
+    wait_until(lambda: hears_end(crowd[14]), "the oldest to be dropped")
+    assert answers(network_door)
+    worker = Played(network_door, 1)
+    wait_until(lambda: network_door.has_workers, "a worker that says who it is")
+    assert len(network_door._connections._newcomers) <= 5
+    for wire in (*crowd, worker.wire):
+        wire.close()
+
+
+def hears_end(wire):
+    try:
+        return wire.wait(0.1) and False
+    except ConnectionError:
+        return True
+
+
+def test_a_connection_that_is_reset_at_once_is_forgotten(network_door):
+    for _ in range(20):
+        with socket.create_connection((network_door.network.address, network_door.network.port)) as sock:
+            # Closed with a reset.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    assert answers(network_door)
+    wait_until(lambda: not network_door._connections._newcomers, "their end")
