@@ -23,8 +23,7 @@ from harness import NAME, OPTIONS, private_home, wait_until, wait_until_gone, wo
 from played import Played, free_port, hears, played_door
 
 from comfy_xdit import cli
-from comfy_xdit.pool import door as door_module
-from comfy_xdit.pool import gathering, grants, network, roster, rpc
+from comfy_xdit.pool import gathering, grants, network, pace, roster, rpc
 from comfy_xdit.pool.client import Pool, PoolError
 from comfy_xdit.pool.folder import pool_folder
 from comfy_xdit.pool.handshake import Challenge, kept_key, prove, read_key
@@ -167,11 +166,15 @@ def test_a_silent_one_makes_room(door, monkeypatch):
 
 
 def test_after_failing_starts_there_is_a_pause(door, monkeypatch):
-    door.failed_starts = 2
-    assert door.pause_s == 2.0
-    monkeypatch.setattr(door_module, "LONGEST_PAUSE_S", 1.0)
+    for _ in range(2):
+        door.pace.began()
+    assert door.pace.pause_s == 2.0
+    monkeypatch.setattr(pace, "LONGEST_PAUSE_S", 1.0)
     workers = [Played(door, 0), Played(door, 1)]
     assert all(worker.hears()["type"] == "welcome" for worker in workers)
+    assert door.pace.pause_s == 1.0, "that they are up shows nothing yet"
+    workers[0].say("done", generation=1, serial=1, failure=None)
+    wait_until(lambda: door.pace.pause_s == 0.0, "a message that was ended")
 
 
 def test_at_the_end_all_are_told_to_end_also_those_that_come_late(door):

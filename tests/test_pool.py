@@ -22,6 +22,7 @@ from harness import (
     private_home,
     private_pool,
     says,
+    stop_process,
     wait_until,
     wait_until_gone,
     worker_pids,
@@ -249,7 +250,7 @@ def test_a_supervisor_that_hangs_can_be_stopped(capsys):
     with private_pool() as pool:
         pool.call(Echo(value=1))
         pids = [pool.status()["pid"], *worker_pids(pool)]
-        os.kill(pids[0], signal.SIGSTOP)
+        stop_process(pids[0])
         assert cli.main(["pool", "stop", "--name", NAME]) == 0
         wait_until_gone(pids)
         assert capsys.readouterr().out == f"pool {NAME!r} and its workers ended\n"

@@ -34,7 +34,10 @@ def measure(pool: Pool) -> tuple[Links, Device]:
         value = pool.call(Probe(), timeout_s=LIMIT_S).value
         # Now all machines are there.
         found = {"pool": _key(pool), "measured": value}
-        _file(pool.name).write_text(json.dumps(found, indent=2))
+        try:
+            _file(pool.name).write_text(json.dumps(found, indent=2))
+        except OSError as error:
+            log.warning("what pool %r measured can't be kept (%s); it will measure again", pool.name, error)
     return _as_link(pool.name, found)
 
 

@@ -1,7 +1,7 @@
 """torch.distributed.elastic's agent, set up for one machine and without a port.
 
 The agent starts the workers as a group and starts all of them again when one ends. Its own rendezvous
-back ends open a TCPStore on all interfaces, so it gets a handler on a file.
+back ends open a TCPStore on all interfaces, so it gets a handler that keeps what it needs in its own memory.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -24,15 +23,15 @@ from .folder import PoolFolder
 NO_LIMIT = 1 << 30
 
 
-class FileRendezvous(RendezvousHandler):
-    """A rendezvous of this machine alone, on a FileStore per attempt."""
+class LoneRendezvous(RendezvousHandler):
+    """A rendezvous of this machine alone."""
 
-    def __init__(self, folder: PoolFolder, pause_s: Callable[[], float]) -> None:
-        self._folder, self._pause_s = folder, pause_s
+    def __init__(self, folder: PoolFolder, wait: Callable[[], None]) -> None:
+        self._folder, self._wait = folder, wait
         self._attempt = -1
 
     def get_backend(self) -> str:
-        return "file"
+        return "lone"
 
     @property
     def use_agent_store(self) -> bool:
@@ -41,14 +40,11 @@ class FileRendezvous(RendezvousHandler):
 
     def next_rendezvous(self) -> RendezvousInfo:
         """Called before every start of the group: the place for a pause between failing starts."""
-        time.sleep(self._pause_s())
+        self._wait()
         self._attempt += 1
         self._folder.ranks_store(self._attempt - 1).unlink(missing_ok=True)
-        path = self._folder.path / f"agent-{self._attempt}"
-        (self._folder.path / f"agent-{self._attempt - 1}").unlink(missing_ok=True)
-        store = dist.FileStore(str(path), 1)
         nowhere = RendezvousStoreInfo(master_addr="127.0.0.1", master_port=0)
-        return RendezvousInfo(store, 0, 1, nowhere)
+        return RendezvousInfo(dist.HashStore(), 0, 1, nowhere)
 
     def is_closed(self) -> bool:
         return False
@@ -81,11 +77,12 @@ def make_agent(
     folder: PoolFolder,
     num_workers: int,
     arguments: list[str],
-    pause_s: Callable[[], float],
+    wait: Callable[[], None],
     monitor_interval_s: float,
 ) -> LocalElasticAgent:
     """An agent whose `run()` keeps `num_workers` processes `python *arguments` alive, without limit.
 
+    wait: returns when the next attempt may begin.
     Must run on the main thread: workers end with the thread that started them (PDEATHSIG).
     """
     spec = WorkerSpec(
@@ -93,7 +90,7 @@ def make_agent(
         local_world_size=num_workers,
         entrypoint=sys.executable,
         args=tuple(arguments),
-        rdzv_handler=FileRendezvous(folder, pause_s),
+        rdzv_handler=LoneRendezvous(folder, wait),
         max_restarts=NO_LIMIT,
         monitor_interval=monitor_interval_s,
     )

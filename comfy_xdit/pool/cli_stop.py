@@ -8,14 +8,15 @@ import os
 import signal
 import sys
 import time
+from typing import Any
 
-from .client import status
 from .errors import PoolError
-from .folder import pool_folder
+from .folder import PoolFolder, pool_folder
+from .locks import holders
 from .start import say
-from .wire import Wire
 
 STOP_TIMEOUT_S = 15.0
+RETURN_LIMIT_S = 3.0
 POLL_S = 0.05
 
 
@@ -39,25 +40,22 @@ def run(args: argparse.Namespace) -> int:
 def stop(name: str = "default") -> int:
     """End the pool `name` and wait for all of its processes; how many workers it had.
 
-    Works with a pool of any version. Raises ConnectionError when none runs, PoolError when it does not end.
+    Works with a pool of any version, and with one whose folder or socket somebody deleted.
+    Raises ConnectionError when none runs, PoolError when it does not end.
     """
     folder = pool_folder(name)
-    if not folder.door.exists():
-        raise ConnectionError(f"no pool {name!r} runs")
     pids: list[int] = []
     num_workers = 0
-    supervisor = _listener(name)
-    try:
-        found = status(name)
-        workers = [rank["pid"] for rank in found["ranks"] if rank["pid"]]
-    except (PoolError, KeyError):
-        # It hangs, speaks otherwise, or has gone meanwhile. Its workers end with it (PDEATHSIG).
-        if supervisor:
-            pids = [supervisor]
-            _kill(supervisor)
+    found = _status(folder)
+    if found is None:
+        # It hangs, speaks otherwise, or is gone. Its workers end with it (PDEATHSIG).
+        pids = _supervisors(folder)
+        for pid in pids:
+            _kill(pid)
     else:
+        workers = [rank["pid"] for rank in found["ranks"] if rank["pid"]]
         supervisor = int(found["pid"])
-        _ask_to_stop(name, supervisor)
+        _ask_to_stop(folder, supervisor)
         # The supervisor waits for workers on other machines itself, and pids there say nothing here.
         pids = [*([] if found.get("network") else workers), supervisor]
         num_workers = len(workers)
@@ -73,9 +71,31 @@ def stop(name: str = "default") -> int:
     raise PoolError(f"pool {name!r} did not end in {STOP_TIMEOUT_S:.0f} s; see {folder.log}")
 
 
-def _ask_to_stop(name: str, supervisor: int) -> None:
+def _status(folder: PoolFolder) -> dict[str, Any] | None:
+    """What the pool says of itself; None when it doesn't, in no way that we know."""
+    deadline = time.monotonic() + RETURN_LIMIT_S
+    while True:
+        try:
+            wire, found = say(folder, {"type": "status"})
+        except ConnectionError:
+            # One whose folder was deleted is soon back at its place.
+            if time.monotonic() > deadline or not _supervisors(folder):
+                return None
+            time.sleep(POLL_S)
+        except PoolError:
+            return None
+        else:
+            wire.close()
+            return found if {"pid", "ranks"} <= found.keys() else None
+
+
+def _supervisors(folder: PoolFolder) -> list[int]:
+    return holders(folder.lock("alive").path)
+
+
+def _ask_to_stop(folder: PoolFolder, supervisor: int) -> None:
     try:
-        wire, _ = say(pool_folder(name), {"type": "stop"})
+        wire, _ = say(folder, {"type": "stop"})
         wire.close()
     except (ConnectionError, PoolError):
         # It is ending already, or hangs.
@@ -85,18 +105,6 @@ def _ask_to_stop(name: str, supervisor: int) -> None:
 def _kill(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-
-
-def _listener(name: str) -> int:
-    """The process that listens at the pool's door; 0 when none does."""
-    try:
-        wire = Wire.connect(pool_folder(name).door)
-    except OSError:
-        return 0
-    # unix(7): of who called listen(2), whether it answers or not.
-    pid, _ = wire.peer()
-    wire.close()
-    return pid
 
 
 def is_running(pid: int) -> bool:

@@ -57,6 +57,11 @@ class Connections:
         """Let in who comes to `listener`."""
         self._selector.register(listener, selectors.EVENT_READ, listener)
 
+    def unlisten(self, listener: socket.socket) -> None:
+        """Let nobody in there any more; who is in stays."""
+        self._selector.unregister(listener)
+        listener.close()
+
     def wait(self, timeout_s: float) -> Iterator[Line]:
         """The lines on which something came within `timeout_s`."""
         ready = [key.data for key, _ in self._selector.select(timeout_s)]

@@ -12,13 +12,17 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from .connections import Connections, Line, Newcomer, listener_at, listener_on
+from .connections import Connections, Line, Newcomer, listener_on
+from .doorstep import Doorstep
+from .errors import PoolError
 from .fields import Malformed, integer, one_of, table, text, texts
-from .folder import PoolFolder
+from .folder import PoolFolder, unwritable
 from .gathering import Gathering
 from .grants import Grants
 from .handshake import Challenge, kept_key
+from .locks import Lock
 from .network import Network
+from .pace import Pace
 from .roster import Roster, WorkerLine
 from .stores import FileStores, SharedStores
 from .turns import ClientLine
@@ -30,7 +34,6 @@ log = logging.getLogger("comfy_xdit")
 TICK_S = 0.25
 
 MAX_FAILED_STARTS = 3
-LONGEST_PAUSE_S = 30.0
 
 
 class Door:
@@ -41,17 +44,20 @@ class Door:
         folder: PoolFolder,
         devices: list[str],
         *,
+        lock: Lock,
         stop: Callable[[], None],
         kill_starting: Callable[[], None],
         network: Network | None = None,
     ) -> None:
-        """kill_starting: ends worker processes that have not come to the door. network: between the machines of
-        the pool, where workers come from then; None for one machine. Raises PoolError when its port is taken.
+        """lock: the folder's "alive", taken. kill_starting: ends worker processes that have not come to the door.
+        network: between the machines of the pool, where workers come from then; None for one machine.
+        Raises PoolError when its port is taken or the folder can't be written.
         """
         self.folder = folder
         self.network = network
         self.roster = Roster(devices, network)
         self.residents: list[str] = []
+        self.pace = Pace()
         self.failed_starts = 0
         self.last_error = ""
         self.num_restarts = 0
@@ -67,7 +73,11 @@ class Door:
         )
         if network is not None:
             self._connections.listen(listener_on(network))
-        self._connections.listen(listener_at(folder.door))
+        self._doorstep = Doorstep(folder, lock, self._connections)
+        try:
+            self._doorstep.open()
+        except OSError as error:
+            raise unwritable(folder, error) from None
 
     def _challenge(self, network: Network | None) -> Callable[[], Challenge] | None:
         if network is None:
@@ -81,11 +91,6 @@ class Door:
             for line in self._connections.wait(TICK_S):
                 self._read(line)
             self._tick()
-
-    @property
-    def pause_s(self) -> float:
-        """Seconds to wait before the next attempt: none after a working one, then more and more."""
-        return 0.0 if self.failed_starts < 2 else min(LONGEST_PAUSE_S, 0.5 * 2.0**self.failed_starts)
 
     @property
     def has_workers(self) -> bool:
@@ -163,18 +168,27 @@ class Door:
             wire.send({"type": "welcome", **self._about()})
             return ClientLine(wire=wire, pid=wire.peer()[0])
         elif kind == "worker":
-            worker = self.roster.admit(wire, message)
-            if worker is not None:
-                self._welcome_worker(worker, self._stores.for_ranks(self.roster.attempt))
-            return worker
+            return self._admit(newcomer, message)
         return None
+
+    def _admit(self, newcomer: Newcomer, message: dict[str, Any]) -> WorkerLine | None:
+        worker = self.roster.admit(newcomer.wire, message)
+        if worker is None:
+            return None
+        try:
+            self._welcome_worker(worker, self._stores.for_ranks(self.roster.attempt))
+        except PoolError as error:
+            self._lose(str(error))
+            return None
+        return worker
 
     def _begin_when_gathered(self) -> None:
         if self._gathering is None or self._stopping or self.roster.workers:
             return
-        is_pause = time.monotonic() < self.roster.started_at + self.pause_s
+        is_pause = time.monotonic() < self.roster.started_at + self.pace.pause_s
         if is_pause or not (workers := self._gathering.take()):
             return
+        self.pace.began()
         self.roster.begin(workers)
         store = self._stores.for_ranks(self.roster.attempt)
         for worker in workers.values():
@@ -232,6 +246,8 @@ class Door:
             worker.running = None
             worker.done = (integer(message, "generation"), integer(message, "serial"))
             worker.failure, worker.done_at = failure, time.monotonic()
+            if failure is None:
+                self.pace.worked()
             self._judge()
         elif kind in ("prepared", "joined", "join_failed"):
             setattr(worker, kind, integer(message, "generation"))
@@ -316,8 +332,22 @@ class Door:
         for line in self._gathering.silent() if self._gathering else ():
             self._closed(line)
         self._connections.drop_slow()
+        self._stay()
         self._begin_when_gathered()
         self.grants.refuse_in_vain()
+
+    def _stay(self) -> None:
+        """Be where clients look, or end; and have the workers find each other."""
+        try:
+            self._doorstep.keep(self.grants.turns.generation)
+        except PoolError as error:
+            log.error("%s", error)
+            self._stopping = True
+            self._stop()
+            return
+        if self.roster.is_ready and not self._stores.is_whole(self.roster.attempt):
+            # The next group that they make would wait for it for ever.
+            self._lose("the file through which the workers find each other was deleted")
 
     # Reports
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import os
 import re
 import stat
@@ -12,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .errors import PoolError
+from .locks import Lock
 
 MAX_SOCKET_PATH_BYTES = 107
 """sun_path holds 108 bytes with its terminating zero (unix(7))."""
@@ -58,6 +58,15 @@ class PoolFolder:
     def rpc_store(self, generation: int) -> Path:
         return self.path / f"rpc-g{generation}"
 
+    def note_generation(self, number: int) -> None:
+        """Keep it in `counter`. Raises OSError when that can't be written."""
+        handle = os.open(self.counter, os.O_WRONLY | os.O_CREAT, 0o600)
+        try:
+            # In place and always as long: on a full disk the old number is kept, or the new one, never none.
+            os.pwrite(handle, b"%20d\n" % number, 0)
+        finally:
+            os.close(handle)
+
     def last_generation(self) -> int:
         """What `counter` says; 0 when there was none."""
         try:
@@ -67,7 +76,7 @@ class PoolFolder:
 
     def clear(self) -> None:
         """Remove what an earlier supervisor left; only for the holder of the `alive` lock."""
-        for pattern in ("door", "ranks-*", "rpc-g*", "agent-*"):
+        for pattern in ("door", "ranks-*", "rpc-g*"):
             for path in self.path.glob(pattern):
                 path.unlink(missing_ok=True)
 
@@ -77,16 +86,20 @@ class PoolFolder:
 
         It is held until the block ends. A lock of a dead process is free: the kernel lets go of it.
         """
-        handle = os.open(self.path / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        lock = self.lock(name)
         try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-                return
-            yield True
+            yield lock.take()
         finally:
-            os.close(handle)
+            lock.release()
+
+    def lock(self, name: str) -> Lock:
+        """The lock `name`, not taken yet."""
+        return Lock(self.path / f"{name}.lock")
+
+    def make(self) -> None:
+        """Make the folder, and the one that it is in, where they are missing. Raises PoolError."""
+        for path in (self.path.parent, self.path):
+            _make_private(path)
 
 
 def pool_folder(name: str) -> PoolFolder:
@@ -103,9 +116,16 @@ def pool_folder(name: str) -> PoolFolder:
             f"the pool's socket {folder.door} has {length} bytes, and a socket's path may have "
             f"{MAX_SOCKET_PATH_BYTES}; set COMFY_XDIT_HOME to a shorter folder"
         )
-    for path in (folder.path.parent, folder.path):
-        _make_private(path)
+    folder.make()
     return folder
+
+
+def unwritable(folder: PoolFolder, error: OSError) -> PoolError:
+    """What to tell when the folder can't be written."""
+    return PoolError(
+        f"cannot write to {folder.path}, where the pool keeps its files ({error.strerror or error}); make room there, "
+        "or set COMFY_XDIT_HOME to another folder"
+    )
 
 
 def _make_private(path: Path) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from .connections import Connections
-from .folder import PoolFolder
+from .errors import PoolError
+from .folder import PoolFolder, unwritable
 from .network import LOOPBACK
 from .roster import Roster
 from .stores import FileStores, SharedStores
@@ -73,8 +74,13 @@ class Grants:
         """Let the next client in, if there is one and the workers are free for it."""
         if self.turns.is_busy or not self.turns.queue or not self._roster.is_ready:
             return
+        try:
+            # First: a number that was used and not kept might return.
+            self._folder.note_generation(self.turns.generation + 1)
+        except OSError as error:
+            self.refuse_all(str(unwritable(self._folder, error)))
+            return
         self.turns.next()
-        self._folder.counter.write_text(str(self.turns.generation))
         self._roster.broadcast({"type": "prepare", "generation": self.turns.generation})
 
     def join_when_prepared(self) -> None:
@@ -86,8 +92,15 @@ class Grants:
             turns.enter("none")
             self.advance()
             return
+        try:
+            store = self._stores.for_rpc(turns.generation)
+        except PoolError as error:
+            turns.holder.send({"type": "refused", "reason": str(error)})
+            turns.forget(turns.holder)
+            turns.enter("none")
+            self.advance()
+            return
         turns.enter("joining")
-        store = self._stores.for_rpc(turns.generation)
         join = {"type": "join", "generation": turns.generation, "store": store}
         self._roster.broadcast(join)
         network = self._roster.network

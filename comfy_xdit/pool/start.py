@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import logging
 import os
@@ -15,7 +17,8 @@ from typing import Any
 
 from .devices import describe, parse_devices
 from .errors import PoolError
-from .folder import PoolFolder, pool_folder
+from .folder import PoolFolder, pool_folder, unwritable
+from .locks import holders
 from .network import Network
 from .wire import Wire, spell, versions
 
@@ -26,6 +29,10 @@ Poll = Callable[[], object] | None
 SERVICE = "comfy_xdit_worker.service:Service"
 HELLO_TIMEOUT_S = 10.0
 START_TIMEOUT_S = 60.0
+
+EARLIER_LIMIT_S = 10.0
+"""How long a new pool waits for an earlier one of its name that nobody can reach."""
+
 POLL_S = 0.05
 
 
@@ -44,20 +51,24 @@ def say(
 
     Raises ConnectionError when no pool is behind the door, PoolError when it does not answer.
     """
-    try:
-        wire = Wire.connect(folder.door)
-    except OSError as error:
-        raise ConnectionError(str(error)) from None
-    try:
-        wire.send(message)
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            for answer in wire.wait(POLL_S * 10):
-                return wire, answer
-    except (ConnectionError, ValueError) as error:
+    deadline = time.monotonic() + timeout_s
+    with contextlib.suppress(TimeoutError):
+        try:
+            wire = Wire.connect(folder.door, timeout_s=timeout_s)
+        except TimeoutError:
+            # Somebody listens, and lets nobody in: that is no pool that is gone.
+            raise
+        except OSError as error:
+            raise ConnectionError(str(error)) from None
+        try:
+            wire.send(message)
+            while time.monotonic() < deadline:
+                for answer in wire.wait(POLL_S * 10):
+                    return wire, answer
+        except (ConnectionError, ValueError) as error:
+            wire.close()
+            raise ConnectionError(str(error)) from None
         wire.close()
-        raise ConnectionError(str(error)) from None
-    wire.close()
     raise PoolError(
         f"pool {folder.name!r} does not answer at {folder.door}; "
         f"end it with `comfy-xdit pool stop --name {folder.name}` and run again"
@@ -117,8 +128,8 @@ def _check(name: str, about: dict[str, Any], wanted: list[str] | None, network: 
 def _start(
     folder: PoolFolder, devices: list[str], poll: Poll, options: dict[str, Any]
 ) -> tuple[Wire, dict[str, Any]]:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline:
+    began = time.monotonic()
+    while time.monotonic() < began + START_TIMEOUT_S:
         if poll is not None:
             poll()
         with folder.try_lock("start") as free:
@@ -127,7 +138,14 @@ def _start(
                 return say(folder, {"type": "client"})
             except ConnectionError:
                 pass
-            if free:
+            earlier = holders(folder.lock("alive").path) if free else []
+            if earlier and time.monotonic() > began + EARLIER_LIMIT_S:
+                raise PoolError(
+                    f"an earlier pool {folder.name!r} (process {earlier[0]}) still runs, but can't be reached at "
+                    f"{folder.door}; end it with `comfy-xdit pool stop --name {folder.name}` and run again"
+                )
+            # One whose folder was deleted makes it anew, and one that ends is soon gone.
+            if free and not earlier:
                 log.info("starting pool %r on %s", folder.name, describe(devices, options.get("network")))
                 spawn(folder, devices, **options)
                 return say(folder, {"type": "client"})
@@ -149,7 +167,7 @@ def spawn(
 
     devices: one for each rank. service: "module:Class" that the workers run; path: folders for their sys.path.
     network: to the machines whose own torchruns start the workers; None starts them here.
-    Raises PoolError with the end of the log when it ends instead.
+    Raises PoolError with what it says when it ends instead.
     """
     read_end, write_end = os.pipe()
     boot = Path(__file__).resolve().parent.parent / "boot.py"
@@ -160,7 +178,8 @@ def spawn(
     for entry in path:
         command += ["--path", entry]
     try:
-        with open(folder.log, "wb") as output:
+        # Appended to: it may be that of a pool that runs. The one that is started empties it, once it has the place.
+        with open(folder.log, "ab") as output:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -173,15 +192,22 @@ def spawn(
         os.close(write_end)
         write_end = -1
         process.wait(START_TIMEOUT_S)
-        answer = os.read(read_end, 64) if select.select([read_end], [], [], START_TIMEOUT_S)[0] else b""
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise PoolError(f"cannot start pool {folder.name!r}: {error}") from None
+        answer = os.read(read_end, 4096) if select.select([read_end], [], [], START_TIMEOUT_S)[0] else b""
+    except OSError as error:
+        raise unwritable(folder, error) if error.errno == errno.ENOSPC else _cannot_start(folder, error) from None
+    except subprocess.TimeoutExpired as error:
+        raise _cannot_start(folder, error) from None
     finally:
         os.close(read_end)
         if write_end >= 0:
             os.close(write_end)
     if answer != b"ready\n":
-        raise PoolError(f"pool {folder.name!r} ended while it started: {log_end(folder)}; see {folder.log}")
+        why = answer.decode(errors="replace").strip() or log_end(folder)
+        raise PoolError(f"pool {folder.name!r} ended while it started: {why}; see {folder.log}")
+
+
+def _cannot_start(folder: PoolFolder, error: Exception) -> PoolError:
+    return PoolError(f"cannot start pool {folder.name!r}: {error}")
 
 
 def log_end(folder: PoolFolder) -> str:

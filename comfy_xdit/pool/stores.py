@@ -6,6 +6,7 @@ a TCPStore. torch's own URL for a TCPStore can't name a prefix, and would have t
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import secrets
 import socket
@@ -14,7 +15,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
 
-from .folder import PoolFolder
+from .folder import PoolFolder, unwritable
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 SCHEME = "comfy-xdit"
 
 CONNECT_TIMEOUT_S = 30.0
+
+ROOM_BYTES = 64 * 2**10
+"""More than the ranks of a machine write into a file store."""
 
 
 class FileStores:
@@ -31,14 +35,33 @@ class FileStores:
         self._folder = folder
 
     def for_ranks(self, attempt: int) -> str:
-        """Of the ranks of an attempt, among themselves. The elastic agent removes the last one's."""
+        """Of the ranks of an attempt, among themselves. The elastic agent removes the last one's.
+
+        Raises PoolError when there is no room for it: torch tells each rank something else then.
+        """
+        self._require_room()
         return f"file://{self._folder.ranks_store(attempt)}"
 
     def for_rpc(self, generation: int) -> str:
-        """Of a client and the workers, for one generation."""
+        """Of a client and the workers, for one generation. Raises as `for_ranks`."""
         path = self._folder.rpc_store(generation)
         path.unlink(missing_ok=True)
+        self._require_room()
         return f"file://{path}"
+
+    def is_whole(self, attempt: int) -> bool:
+        """Whether the ranks of an attempt still find each other through theirs."""
+        return self._folder.ranks_store(attempt).exists()
+
+    def _require_room(self) -> None:
+        trial = self._folder.path / "room"
+        try:
+            trial.write_bytes(bytes(ROOM_BYTES))
+        except OSError as error:
+            raise unwritable(self._folder, error) from None
+        finally:
+            with contextlib.suppress(OSError):
+                trial.unlink(missing_ok=True)
 
 
 class SharedStores:
@@ -66,6 +89,10 @@ class SharedStores:
     def for_rpc(self, generation: int) -> str:
         """As `FileStores.for_rpc`; the keys of earlier generations are removed."""
         return self._fresh("rpc", generation)
+
+    def is_whole(self, attempt: int) -> bool:
+        """It is in this process' memory."""
+        return True
 
     def _fresh(self, kind: str, number: int) -> str:
         # Before torch 2.10 a store doesn't tell its keys. They stay, a few kB a group, and do no harm.

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import json
 import logging
+import logging.handlers
 import os
 import signal
 import sys
@@ -22,6 +23,7 @@ from typing import Any
 from .door import Door
 from .errors import PoolError
 from .folder import PoolFolder, pool_folder
+from .locks import Lock
 from .network import Network
 
 log = logging.getLogger("comfy_xdit")
@@ -45,30 +47,45 @@ def main() -> None:
     if os.fork():
         os._exit(0)
     with open(args.ready_fd, "w") as ready:
-        folder = pool_folder(args.name)
-        with folder.try_lock("alive") as free:
-            if free:
-                network = Network(**json.loads(args.network)) if args.network else None
-                _Supervisor(folder, json.loads(args.devices), network, args.service, args.path).run(ready)
+        try:
+            folder = pool_folder(args.name)
+            lock = folder.lock("alive")
+            if not lock.take():
+                raise PoolError(f"another pool {args.name!r} runs, or is just ending; run again")
+            network = Network(**json.loads(args.network)) if args.network else None
+            supervisor = _Supervisor(folder, lock, json.loads(args.devices), network, args.service, args.path)
+        except (PoolError, OSError) as error:
+            # Not by the log: it may be another pool's, or on a full disk.
+            ready.write(f"{error}\n")
+            sys.exit(1)
+        supervisor.run(ready)
 
 
 class _Supervisor:
     def __init__(
-        self, folder: PoolFolder, devices: list[str], network: Network | None, service: str, path: list[str]
+        self,
+        folder: PoolFolder,
+        lock: Lock,
+        devices: list[str],
+        network: Network | None,
+        service: str,
+        path: list[str],
     ) -> None:
+        """lock: the folder's "alive", taken. Raises PoolError when the door can't be opened."""
+        # Nobody else writes there now, so what an earlier pool said can go.
+        os.truncate(folder.log, 0)
+        # Followed to where the folder is made anew, should somebody delete it.
+        handler = logging.handlers.WatchedFileHandler(folder.log)
         logging.basicConfig(
-            stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s: %(message)s"
+            handlers=[handler], level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s: %(message)s"
         )
         self.folder, self.devices, self.service, self.path = folder, devices, service, path
+        self._lock = lock
         self.agent: Any = None
         folder.clear()
-        try:
-            self.door = Door(folder, devices, network=network, stop=self.stop, kill_starting=self.kill_workers)
-        except PoolError as error:
-            # The last line of the log is what the starter tells. It reads it when `ready` is closed, by our end.
-            sys.stderr.write(f"{error}\n")
-            sys.stderr.flush()
-            os._exit(1)
+        self.door = Door(
+            folder, devices, lock=lock, network=network, stop=self.stop, kill_starting=self.kill_workers
+        )
 
     def run(self, ready: Any) -> None:
         """Serve until `stop`, or a SIGTERM from elsewhere; ends this process."""
@@ -89,7 +106,8 @@ class _Supervisor:
         self.kill_workers()
         if self.door.network is not None:
             self._part()
-        self.folder.clear()
+        if self._lock.is_in_place:
+            self.folder.clear()
         os._exit(0)
 
     def _part(self) -> None:
@@ -134,10 +152,14 @@ class _Supervisor:
             folder=self.folder,
             num_workers=len(self.devices),
             arguments=self._worker_arguments(),
-            pause_s=lambda: self.door.pause_s,
+            wait=self._wait_for_attempt,
             monitor_interval_s=MONITOR_INTERVAL_S,
         )
         self.agent.run()
+
+    def _wait_for_attempt(self) -> None:
+        time.sleep(self.door.pace.pause_s)
+        self.door.pace.began()
 
     def _worker_arguments(self) -> list[str]:
         boot = Path(__file__).resolve().parent.parent / "boot.py"

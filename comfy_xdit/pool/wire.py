@@ -7,6 +7,7 @@ import select
 import socket
 import struct
 import threading
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from .. import __version__
 
 MAX_LINE_BYTES = 1 << 20
 SEND_TIMEOUT_S = 2.0
+CONNECT_TIMEOUT_S, RETRY_S = 10.0, 0.02
 
 SILENCE_LIMIT_S = 15.0
 """After so long without an answer from the other machine's kernel, a connection over the network is broken."""
@@ -50,12 +52,23 @@ class Wire:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(SILENCE_LIMIT_S * 1000))
 
     @classmethod
-    def connect(cls, place: Path | tuple[str, int]) -> Wire:
-        """To the door at a path of this machine, or at a host and port. Raises OSError when nobody listens there."""
+    def connect(cls, place: Path | tuple[str, int], *, timeout_s: float = CONNECT_TIMEOUT_S) -> Wire:
+        """To the door at a path of this machine, or at a host and port. Raises OSError when nobody listens there,
+        TimeoutError when somebody does and lets nobody in for `timeout_s`.
+        """
         sock = socket.socket(socket.AF_INET if isinstance(place, tuple) else socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            sock.settimeout(SEND_TIMEOUT_S)
-            sock.connect(place if isinstance(place, tuple) else str(place))
+            sock.settimeout(timeout_s)
+            deadline = time.monotonic() + timeout_s
+            while True:
+                try:
+                    sock.connect(place if isinstance(place, tuple) else str(place))
+                    break
+                except BlockingIOError:
+                    # unix(7): the queue of those who wait to be let in is full.
+                    if time.monotonic() > deadline:
+                        raise TimeoutError(f"{place} lets nobody in") from None
+                    time.sleep(RETRY_S)
         except OSError:
             sock.close()
             raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -86,6 +87,19 @@ def wait_until(condition: Callable[[], Any], what: str) -> Any:
 
 def worker_pids(pool: Pool) -> list[int]:
     return [rank["pid"] for rank in pool.status()["ranks"]]
+
+
+def thread_states(pid: int) -> list[str]:
+    """The state of each thread of a process, as proc_pid_stat(5) has it."""
+    threads = Path(f"/proc/{pid}/task").iterdir()
+    return [(thread / "stat").read_text().rpartition(")")[2].split()[0] for thread in threads]
+
+
+def stop_process(pid: int) -> None:
+    """Have it stand still, and return when it does."""
+    os.kill(pid, signal.SIGSTOP)
+    # Its threads stop one after the other.
+    wait_until(lambda: set(thread_states(pid)) == {"T"}, f"process {pid} to stand still")
 
 
 def wait_until_gone(pids: list[int]) -> None:

@@ -37,7 +37,16 @@ def played_door(num_machines: int, num_devices: int = 2) -> Iterator[Door]:
     if num_machines > 1:
         network = Network(num_machines=num_machines, interface="lo", address="127.0.0.1", port=free_port())
     folder = pool_folder("test")
-    door = Door(folder, ["cpu"] * num_devices, stop=lambda: None, kill_starting=lambda: None, network=network)
+    lock = folder.lock("alive")
+    assert lock.take()
+    door = Door(
+        folder,
+        ["cpu"] * num_devices,
+        lock=lock,
+        stop=lambda: None,
+        kill_starting=lambda: None,
+        network=network,
+    )
     is_over, tick = threading.Event(), door._tick
 
     def tick_until_over() -> None:
@@ -58,6 +67,7 @@ def played_door(num_machines: int, num_devices: int = 2) -> Iterator[Door]:
     finally:
         is_over.set()
         thread.join()
+        lock.release()
 
 
 class Played:
