@@ -31,8 +31,12 @@ class NotAProgram(Exception):
     """This run can't be a program; the text says why, to end up in the log."""
 
 
+SAMPLE = 256
+"""So many of the latent's numbers are computed with, to check the record: every operation is elementwise."""
+
+
 class Tape:
-    """The record of one run. like: what the latent's shape, dtype and device are, where numbers matter."""
+    """The record of one run. like: what the latent's shape, dtype and device are."""
 
     def __init__(self, like: Tensor | None = None) -> None:
         self.like = torch.zeros(1, 1, 1, 1) if like is None else like
@@ -40,10 +44,26 @@ class Tape:
         self.previews: list[SamplerPreview] = []
         self._operations: list[Operation] = []
         self._num_results = 0
+        self._constants: dict[Constant, Tensor] = {}
+        numel = self.like.numel()
+        num_places = min(numel, SAMPLE)
+        self._places = torch.arange(num_places) * (numel - 1) // max(num_places - 1, 1)
+        self._in_order = True
 
-    def value(self, name: str, numbers: Tensor | None = None) -> Traced:
+    def sample(self, whole: Tensor) -> Tensor:
+        """Numbers of a tensor of the latent's shape, at the same places of each, on the CPU.
+
+        They have as many dims as the latent, since those count in type promotion.
+        """
+        taken = torch.take(whole, self._places.to(whole.device)).cpu()
+        return taken.reshape(*(1,) * (whole.dim() - 1), -1)
+
+    def value(self, name: str, whole: Tensor | None = None) -> Traced:
         """The value `name` that the run is given; zeros where numbers don't matter."""
-        return Traced(self, name, torch.zeros_like(self.like) if numbers is None else numbers)
+        if whole is None:
+            return self._made(name, self.sample(torch.zeros_like(self.like)))
+        self._in_order &= whole.is_contiguous()
+        return Traced(self, Cell(name, self.sample(whole)), whole)
 
     def call(
         self,
@@ -54,7 +74,7 @@ class Tape:
         conds: Sequence[int],
         network: Callable[[Tensor, int], Tensor] = lambda x, k: torch.zeros_like(x),
     ) -> list[Traced]:
-        """Evaluate the network; its outputs. network(x, k): the numbers of output k.
+        """Evaluate the network; its outputs. network(x, k): output k for a sample of x's numbers.
 
         conds: indices into the names that `program` will be given.
         """
@@ -65,7 +85,7 @@ class Tape:
             SamplerCall(before=self._cut(), x=x.cell.name, sigma=sigma, timestep=timestep, conds=list(conds))
         )
         numbers = x.cell.numbers
-        return [self.value(f"o{number}.{k}", network(numbers, k).to(numbers)) for k, _ in enumerate(conds)]
+        return [self._made(f"o{number}.{k}", network(numbers, k).to(numbers)) for k, _ in enumerate(conds)]
 
     def preview(self, step: int, total: int, denoised: Tensor) -> None:
         """The sampler reports a step."""
@@ -93,17 +113,54 @@ class Tape:
             conds=list(conds), calls=calls, previews=self.previews, after=kept[-1], output=output.cell.name
         )
 
-    def note(self, function: str, operands: Sequence[Any], numbers: Tensor) -> Traced:
-        """Record an operation that made `numbers`."""
-        if numbers.shape != self.like.shape:
-            made, whole = _sizes(numbers), _sizes(self.like)
-            raise NotAProgram(f"the sampler makes a tensor of {made}, not of the latent's {whole}")
+    def note(self, function: str, operands: Sequence[Any]) -> Traced:
+        """Record an operation, and do it with the samples."""
+        named = [self._operand(operand) for operand in operands]
+        numbers = FUNCTIONS[function](
+            *[self._numbers(operand, name) for operand, name in zip(operands, named, strict=True)]
+        )
         result = f"v{self._num_results}"
         self._num_results += 1
-        self._operations.append(
-            Operation(function=function, operands=[_operand(operand) for operand in operands], result=result)
-        )
-        return Traced(self, result, numbers)
+        self._operations.append(Operation(function=function, operands=named, result=result))
+        if self._in_order:
+            return self._made(result, numbers)
+        # How the result lies in memory decides in which order random numbers fill a tensor like it.
+        return Traced(self, Cell(result, numbers), FUNCTIONS[function](*_shapes(operands)))
+
+    def _made(self, name: str, numbers: Tensor) -> Traced:
+        return Traced(self, Cell(name, numbers), self.like, dtype=numbers.dtype)
+
+    def _operand(self, value: Any) -> Any:
+        """As a program has it."""
+        if not isinstance(value, Tensor):
+            number = value if value is None else float(value)
+            if number is not None and not math.isfinite(number):
+                raise NotAProgram(f"the sampler computes with {number}")
+            return number
+        self._require_fitting(value.shape)
+        if not isinstance(value, Traced):
+            return _constant(value)
+        if value.tape is not self:
+            raise NotAProgram("the sampler computes with a tensor that it kept of an earlier run")
+        return value.cell.name
+
+    def _require_fitting(self, shape: torch.Size) -> None:
+        """Raises NotAProgram unless an operation with such a tensor and the latent gives one of the latent's shape."""
+        own = self.like.shape
+        if shape == own:
+            return
+        made = torch.broadcast_shapes(shape, own)
+        if made != own:
+            raise NotAProgram(f"the sampler makes a tensor of {_sizes(made)}, not of the latent's {_sizes(own)}")
+
+    def _numbers(self, operand: Any, name: Any) -> Any:
+        if isinstance(operand, Traced):
+            return operand.cell.numbers
+        if not isinstance(name, Constant):
+            return name
+        if name not in self._constants:
+            self._constants[name] = name.tensor("cpu")
+        return self._constants[name]
 
     def _cut(self) -> list[Operation]:
         operations, self._operations = self._operations, []
@@ -112,27 +169,38 @@ class Tape:
 
 @dataclasses.dataclass
 class Cell:
-    """What a traced tensor and its views share: what is in it now, by name and in numbers."""
+    """What a traced tensor and its views share: what is in it now, by name and in numbers (`Tape.sample`)."""
 
     name: str
     numbers: Tensor
 
 
 class Traced(Tensor):
-    """A tensor on a tape; operations on it make others."""
+    """A tensor on a tape; operations on it make others. like: what it looks like from outside."""
 
     cell: Cell
     tape: Tape
 
     @staticmethod
-    def __new__(cls, tape: Tape, name: str, numbers: Tensor, cell: Cell | None = None) -> Traced:
+    def __new__(
+        cls,
+        tape: Tape,
+        cell: Cell,
+        like: Tensor,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> Traced:
         return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined,no-any-return]
-            cls, numbers.shape, strides=numbers.stride(), dtype=numbers.dtype, device=numbers.device
+            cls,
+            like.shape,
+            strides=like.stride(),
+            dtype=dtype or like.dtype,
+            device=device or tape.like.device,
         )
 
-    def __init__(self, tape: Tape, name: str, numbers: Tensor, cell: Cell | None = None) -> None:
+    def __init__(self, tape: Tape, cell: Cell, *like: Any, **rest: Any) -> None:
         self.tape = tape
-        self.cell = Cell(name, numbers) if cell is None else cell
+        self.cell = cell
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Traced({self.cell.name}, {self.cell.numbers})"
@@ -148,7 +216,7 @@ class Traced(Tensor):
         kwargs = kwargs or {}
         name = func._schema.name.removeprefix("aten::")
         if name in FACTORIES:
-            return func(*_plain(args), **_plain(kwargs))
+            return func(*_blank(args), **_blank(kwargs))
         if name in VIEWS:
             return _view(func, args, kwargs)
         in_place = name.endswith("_")
@@ -165,21 +233,28 @@ class Traced(Tensor):
         return _replace(args[0], made) if in_place else made
 
 
-def _plain(value: Any) -> Any:
-    """Without tapes."""
-    if isinstance(value, Traced):
-        return value.cell.numbers
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return type(value)(map(_plain, value)) if isinstance(value, (list, tuple)) else value
+def _blank(args: Any, device: str | None = None) -> Any:
+    """The arguments with tensors that are nothing but shape in place of traced ones; on "meta" they cost nothing."""
+
+    def blank(value: Any) -> Any:
+        if not isinstance(value, Tensor) or (device is None and not isinstance(value, Traced)):
+            return value
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device or value.device)
+
+    if isinstance(args, dict):
+        return {name: blank(value) for name, value in args.items()}
+    return [blank(value) for value in args]
+
+
+def _shapes(args: Any) -> Any:
+    return _blank(args, "meta")
 
 
 def _view(func: Any, args: Any, kwargs: Any) -> Traced:
-    seen = func(*_plain(args), **_plain(kwargs))
-    whole = args[0]
+    seen, whole = func(*_shapes(args), **_shapes(kwargs)), args[0]
     if seen.shape != whole.shape:
-        raise NotAProgram(f"the sampler looks at a part of the latent, of {_sizes(seen)}")
-    return Traced(whole.tape, whole.cell.name, seen, whole.cell)
+        raise NotAProgram(f"the sampler looks at a part of the latent, of {_sizes(seen.shape)}")
+    return Traced(whole.tape, whole.cell, seen, device=whole.device)
 
 
 def _replace(target: Any, made: Traced) -> Traced:
@@ -198,33 +273,30 @@ def _refusal(name: str) -> str:
     return f"the sampler uses {name} on the latent, which is not among a program's operations"
 
 
-def _sizes(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "one number"
+def _sizes(shape: torch.Size) -> str:
+    return "x".join(map(str, shape)) or "one number"
 
 
-def _operand(value: Any) -> Any:
-    """As a program has it."""
-    if isinstance(value, Traced):
-        return value.cell.name
-    if not isinstance(value, Tensor):
-        number = value if value is None else float(value)
-        if number is not None and not math.isfinite(number):
-            raise NotAProgram(f"the sampler computes with {number}")
-        return number
-    first = value.reshape(-1)[0]
-    if not bool((value == first).all()) or not bool(torch.isfinite(first)):
+def _constant(value: Tensor) -> Any:
+    """A tensor of the sampler's own, as a program has it."""
+    for dim, stride in enumerate(value.stride()):
+        value = value.narrow(dim, 0, 1) if stride == 0 and value.shape[dim] else value
+    first = value[(0,) * value.dim()] if value.dim() else value
+    number = float(first)
+    same = value.numel() == 1 or bool((value == first).all())
+    if not same or not math.isfinite(number):
         raise NotAProgram("the sampler computes with a tensor of its own that is not the same number everywhere")
     dtype = str(value.dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         # Whole numbers take the latent's dtype, as a Python number does.
-        return float(first)
-    return Constant(value=float(first), dtype=dtype, num_dims=value.dim())
+        return number
+    return Constant(value=number, dtype=dtype, num_dims=value.dim())
 
 
 def _elementwise(function: str) -> Callable[..., Traced]:
     def rule(*operands: Any) -> Traced:
         tape: Tape = next(operand.tape for operand in operands if isinstance(operand, Traced))
-        return tape.note(function, operands, FUNCTIONS[function](*_plain(operands)))
+        return tape.note(function, operands)
 
     return rule
 
@@ -233,15 +305,19 @@ def _scaled(value: Any, factor: Any) -> Any:
     return value if factor == 1 else value * factor
 
 
-def _to(x: Traced, *, dtype: torch.dtype | None = None, **rest: Any) -> Traced:
+def _to(
+    x: Traced, *, dtype: torch.dtype | None = None, device: torch.device | None = None, **rest: Any
+) -> Traced:
     """To another dtype; where a tensor lies is not the program's business."""
-    numbers = torch.ops.aten._to_copy(x.cell.numbers, dtype=dtype, **rest)
-    if numbers.dtype == x.dtype:
-        return Traced(x.tape, x.cell.name, numbers)
-    name = str(numbers.dtype).removeprefix("torch.")
+    seen = torch.ops.aten._to_copy(*_shapes([x]), dtype=dtype, **{**rest, "pin_memory": None})
+    device = x.device if device is None else device
+    if seen.dtype == x.dtype:
+        return Traced(x.tape, Cell(x.cell.name, x.cell.numbers), seen, device=device)
+    name = str(seen.dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise NotAProgram(f"the sampler makes the latent {name}")
-    return x.tape.note(f"to_{name}", [x], numbers)
+    made = x.tape.note(f"to_{name}", [x])
+    return Traced(x.tape, made.cell, seen, device=device)
 
 
 def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Traced:
@@ -271,7 +347,7 @@ RULES: dict[str, Callable[..., Any]] = {
     "addcmul": lambda a, b, c, *, value=1: a + _scaled(b * c, value),
     "addcdiv": lambda a, b, c, *, value=1: a + _scaled(b / c, value),
     "_to_copy": _to,
-    "clone": lambda x, **rest: Traced(x.tape, x.cell.name, x.cell.numbers),
+    "clone": lambda x, **rest: _to(x, **rest),
     "copy": _copy,
 }
 """Operation → what is recorded for it; with a "_" behind it, it is done in place."""

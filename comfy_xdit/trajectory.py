@@ -29,6 +29,7 @@ operation, so a slice replays bit for bit as the whole does.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -65,6 +66,10 @@ class Constant(Message):
     value: float
     dtype: str
     num_dims: int
+
+    def tensor(self, device: torch.device | str) -> Tensor:
+        """One number, with so many dims of length 1."""
+        return torch.full((1,) * self.num_dims, self.value, dtype=getattr(torch, self.dtype), device=device)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,6 +125,7 @@ class SamplerProgram(Message):
 
     def __post_init__(self) -> None:
         known = set[str]()
+        read = self.read_at()
         for time, operations in enumerate(self.segments()):
             if time:
                 known |= {f"o{time - 1}.{k}" for k in range(len(self.calls[time - 1].conds))}
@@ -128,7 +134,7 @@ class SamplerProgram(Message):
                     raise ValueError(f"the sampler program uses {operation.function!r}, which is no known operation")
                 self._require(known, time, *_names(operation))
                 known.add(operation.result)
-            self._require(known, time, *self.read_at(time))
+            self._require(known, time, *read[time])
 
     def _require(self, known: set[str], time: int, *names: str) -> None:
         for name in names:
@@ -140,18 +146,28 @@ class SamplerProgram(Message):
         yield from (call.before for call in self.calls)
         yield self.after
 
-    def read_at(self, time: int) -> list[str]:
-        """What is read when the operations of segment `time` are done: by previews, the network, or the host."""
-        shown = [preview.denoised for preview in self.previews if preview.after == time - 1]
-        return [*shown, self.calls[time].x if time < len(self.calls) else self.output]
+    def read_at(self) -> list[list[str]]:
+        """What is read when the operations of each segment are done: by previews, then by the network or the host.
+
+        Raises ValueError for a preview of a call that there is not.
+        """
+        read: list[list[str]] = [[] for _ in range(len(self.calls) + 1)]
+        for preview in self.previews:
+            if not 0 <= preview.after < len(self.calls):
+                raise ValueError(
+                    f"the sampler program reports a step after call {preview.after} of {len(self.calls)}"
+                )
+            read[preview.after + 1].append(preview.denoised)
+        for names, last in zip(read, [*(call.x for call in self.calls), self.output], strict=True):
+            names.append(last)
+        return read
 
     def reads(self) -> Counter[str]:
         """Value → how often it is read."""
-        count: Counter[str] = Counter()
-        for time, operations in enumerate(self.segments()):
+        count = Counter(itertools.chain.from_iterable(self.read_at()))
+        for operations in self.segments():
             for operation in operations:
                 count.update(_names(operation))
-            count.update(self.read_at(time))
         return count
 
     def noises(self) -> list[int]:
@@ -164,11 +180,12 @@ class SamplerProgram(Message):
         "noise", "latent", "mask" and "n…" don't count: they came with the job.
         """
         born, last = dict[str, int](), dict[str, int]()
+        read = self.read_at()
         for time, operations in enumerate(self.segments()):
             for operation in operations:
                 born[operation.result] = time
                 last.update(dict.fromkeys(_names(operation), time))
-            last.update(dict.fromkeys(self.read_at(time), time))
+            last.update(dict.fromkeys(read[time], time))
             if time < len(self.calls):
                 born |= {f"o{time}.{k}": time + 1 for k in range(len(self.calls[time].conds))}
         peak = 0
@@ -228,6 +245,9 @@ class Replay:
         self._held: dict[str, Tensor] = {}
         self._constants: dict[Constant, Tensor] = {}
         self._segments = list(program.segments())
+        self._due: list[list[SamplerPreview]] = [[] for _ in self._segments]
+        for preview in program.previews:
+            self._due[preview.after + 1].append(preview)
         self._answered = 0
         self._shown: list[Progress] = []
         self._now = self._run()
@@ -269,9 +289,11 @@ class Replay:
         for operation in self._segments[time]:
             made = FUNCTIONS[operation.function](*[self._read(operand) for operand in operation.operands])
             self._held[operation.result] = made
-        due = [preview for preview in self.program.previews if preview.after == time - 1]
-        self._shown = [Progress(step=p.step, total=p.total, denoised=self._read(p.denoised)) for p in due]
-        return self._read(self.program.read_at(time)[-1])
+        self._shown = [
+            Progress(step=p.step, total=p.total, denoised=self._read(p.denoised)) for p in self._due[time]
+        ]
+        calls = self.program.calls
+        return self._read(calls[time].x if time < len(calls) else self.program.output)
 
     def _read(self, operand: Any) -> Any:
         """An operand, of which nothing is kept that is not read again."""
@@ -297,6 +319,5 @@ class Replay:
 
     def _constant(self, constant: Constant) -> Tensor:
         if constant not in self._constants:
-            device, dtype = self._received("noise").device, getattr(torch, constant.dtype)
-            self._constants[constant] = torch.full((1,) * constant.num_dims, constant.value, dtype=dtype, device=device)
+            self._constants[constant] = constant.tensor(self._received("noise").device)
         return self._constants[constant]

@@ -25,15 +25,28 @@ _trees = threading.Lock()
 
 
 class Tap(TorchFunctionMode):
-    """Hands every draw of a tensor of `shape` to `answer`, and returns what that makes of it."""
+    """Hands every draw of a tensor of `shape` to `answer`, and returns what that makes of it.
 
-    def __init__(self, shape: torch.Size, answer: Callable[[Tensor], Tensor]) -> None:
+    drawing: called with each generator that is named in a draw, before the draw.
+    """
+
+    def __init__(
+        self,
+        shape: torch.Size,
+        answer: Callable[[Tensor], Tensor],
+        drawing: Callable[[torch.Generator], None] = lambda generator: None,
+    ) -> None:
         super().__init__()
         self._shape = shape
         self._answer = answer
+        self._drawing = drawing
         self._quiet = 0
+        self._seeded = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        generator = kwargs.get("generator") if kwargs else None
+        if generator is not None and not self._seeded:
+            self._drawing(generator)
         made = func(*args, **(kwargs or {}))
         taps = func in DRAWS and not self._quiet and made.shape == self._shape
         return self._answer(made) if taps else made
@@ -46,6 +59,16 @@ class Tap(TorchFunctionMode):
             yield
         finally:
             self._quiet -= 1
+
+    @contextlib.contextmanager
+    def seeded(self) -> Iterator[None]:
+        """As `quiet`, for a source that seeds a generator of its own for each draw: none is told of them."""
+        self._seeded += 1
+        try:
+            with self.quiet():
+                yield
+        finally:
+            self._seeded -= 1
 
     def noise_sampler(self, real: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Stands in for a noise sampler that came as one of the sampler's options."""
@@ -70,13 +93,15 @@ class Tap(TorchFunctionMode):
             owner = threading.get_ident()
 
             def tapped_grow(this: Any, *args: Any, **kwargs: Any) -> None:
-                with self.quiet() if threading.get_ident() == owner else contextlib.nullcontext():
+                with self.seeded() if threading.get_ident() == owner else contextlib.nullcontext():
                     grow(this, *args, **kwargs)
 
             def tapped_query(this: Any, t0: Tensor, t1: Tensor) -> Tensor:
                 if threading.get_ident() != owner:
                     return query(this, t0, t1)
-                return self.whole(lambda: query(this, t0, t1))
+                with self.seeded():
+                    drawn = query(this, t0, t1)
+                return self._answer(drawn)
 
             tree.__init__, tree.__call__ = tapped_grow, tapped_query
             try:

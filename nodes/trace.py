@@ -7,14 +7,14 @@ answers at once, with numbers that only serve to check the record. Whatever a pr
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import comfy.model_patcher
 import torch
 from comfy.model_management import InterruptProcessingException
+from comfy.model_management import throw_exception_if_processing_interrupted as poll
 from comfy.patcher_extension import WrappersMP
 from comfy_xdit_nodes.noise_sources import Tap
 from torch import Tensor
@@ -22,7 +22,7 @@ from torch import Tensor
 from comfy_xdit.tape import NotAProgram, Tape, Traced
 from comfy_xdit.trajectory import Replay, SamplerProgram
 
-__all__ = ["NotAProgram", "as_it_was", "trace"]
+__all__ = ["NotAProgram", "trace"]
 
 
 def trace(
@@ -34,37 +34,24 @@ def trace(
     noise: Tensor,
     latent: Tensor,
     mask: Tensor | None = None,
+    drawing: Callable[[torch.Generator], None] = lambda generator: None,
 ) -> tuple[SamplerProgram, list[Tensor | None]]:
     """The program of `sampler.sample` as the host is about to call it, and its noises by index.
 
     guider: as inside its `inner_sample` (with `inner_model` and `conds`). extra_args: with "model_options"
     and "seed". noise, latent: [batch, channels, …]; mask: with their shape, 1 where the latent is made anew.
-    A noise that the program never reads is None.
+    A noise that the program never reads is None. drawing: called with each generator before it is drawn from.
     Leaves the random generators where the host's own run would; the model is not evaluated.
-    Raises NotAProgram, with the reason, when the run has to stay in the host's loop.
+    Raises NotAProgram, with the reason, when the run has to stay in the host's loop; the host's interruption.
     """
     try:
         with torch.no_grad():
-            return _Run(guider, noise).record(sampler, sigmas, extra_args, noise, latent, mask)
+            return _Run(guider, noise, drawing).record(sampler, sigmas, extra_args, noise, latent, mask)
     except (NotAProgram, InterruptProcessingException):
         raise
     except Exception as error:
         # A sampler of any author, given tensors it never saw: whatever it raises, step mode takes it.
         raise NotAProgram(f"the sampler fails in a trace: {type(error).__name__}: {error}") from error
-
-
-@contextlib.contextmanager
-def as_it_was(device: torch.device) -> Iterator[None]:
-    """After an error torch's random generators are where they were before, so that another run makes the same image."""
-    state = torch.get_rng_state()
-    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    try:
-        yield
-    except BaseException:
-        torch.set_rng_state(state)
-        if on_device is not None:
-            torch.cuda.set_rng_state(on_device, device)
-        raise
 
 
 class _Model:
@@ -82,7 +69,8 @@ class _Model:
 class _Run:
     """A run of the host's sampler on a tape, with a model that costs nothing."""
 
-    def __init__(self, guider: Any, noise: Tensor) -> None:
+    def __init__(self, guider: Any, noise: Tensor, drawing: Callable[[torch.Generator], None]) -> None:
+        self._drawing = drawing
         self._guider = copy.copy(guider)
         self._guider.inner_model = _Model(guider.inner_model)
         self._tape = Tape(noise)
@@ -99,7 +87,7 @@ class _Run:
         latent: Tensor,
         mask: Tensor | None,
     ) -> tuple[SamplerProgram, list[Tensor | None]]:
-        tap = Tap(noise.shape, self._noise)
+        tap = Tap(noise.shape, self._noise, self._drawing)
         sampler = copy.copy(sampler)
         options = getattr(sampler, "extra_options", {})
         if callable(options.get("noise_sampler")):
@@ -114,11 +102,12 @@ class _Run:
         with tap.open():
             output = sampler.sample(self._guider, sigmas.clone(), args, self._show, *traced, True)
         program = self._tape.program(self._conds, output)
-        self._check(program, Replay(program, **given, noises=self._drawn, dtype=noise.dtype), output)
+        self._check(program, given, output)
         used = set(program.noises())
         return program, [drawn if j in used else None for j, drawn in enumerate(self._drawn)]
 
     def _noise(self, drawn: Tensor) -> Tensor:
+        poll()
         self._drawn.append(drawn)
         return self._tape.value(f"n{len(self._drawn) - 1}", drawn)
 
@@ -131,6 +120,7 @@ class _Run:
         self, _: Any, model: Any, conds: list[Any], x: Tensor, sigma: Tensor, *rest: Any
     ) -> list[Tensor]:
         """The host's calc_cond_batch: one denoised latent for each conditioning, zeros for None."""
+        poll()
         if model is not self._guider.inner_model:
             raise NotAProgram("the guider evaluates more than one model")
         sampling = model.model_sampling
@@ -144,7 +134,7 @@ class _Run:
         answers = []
         for cond in conds:
             if cond is None:
-                answers.append(torch.zeros_like(x))
+                answers.append(x.new_zeros((1,) * x.dim()).expand(x.shape))
                 continue
             denoised = sampling.calculate_denoised(sigma, next(outputs), x)
             answers.append(_weighed(denoised, float(cond[0].get("strength", 1.0))))
@@ -158,10 +148,14 @@ class _Run:
             self._conds.append(name)
         return self._conds.index(name)
 
-    def _check(self, program: SamplerProgram, replay: Replay, output: Tensor) -> None:
+    def _check(self, program: SamplerProgram, given: dict[str, Tensor | None], output: Tensor) -> None:
         """Raises NotAProgram when a replay comes to something else than the host's sampler came to."""
-        shown = []
+        sample = self._tape.sample
+        begin = {name: whole if whole is None else sample(whole) for name, whole in given.items()}
+        noises = [sample(drawn) for drawn in self._drawn]
+        replay, shown = Replay(program, **begin, noises=noises, dtype=self._tape.like.dtype), []
         for number, call in enumerate(program.calls):
+            poll()
             x = replay.model_input(number)
             replay.answer(number, [_network(x, k) for k, _ in enumerate(call.conds)])
             shown += [progress.denoised for progress in replay.previews(number)]
@@ -188,5 +182,5 @@ def _weighed(denoised: Tensor, strength: float) -> Tensor:
     """As the host adds up conditioning, even where there is one part: its weight cancels, but for rounding."""
     if strength == 1.0:
         return denoised
-    weight = torch.ones_like(denoised) * strength
+    weight = denoised.new_ones((1,) * denoised.dim()) * strength
     return denoised * weight / (weight + 1e-37)

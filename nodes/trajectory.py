@@ -2,13 +2,13 @@
 
 To be used by a SAMPLER_SAMPLE wrapper, where the guider is prepared and nothing is sampled yet:
 
-    reason = why_step_mode(guider, sampler, sigmas, noise, latent_image, denoise_mask)
+    reason = why_step_mode(guider, sampler, sigmas, noise, latent_image, denoise_mask, callback)
     if reason is None:
         job = plan(sampler, guider, sigmas, extra_args, noise, latent_image, denoise_mask)   # or NotAProgram
 
 `job` has the fields of the `Sample` message. Previews come back as (step, total, denoised); ComfyUI's
-callback is then callback(step, denoised, denoised, total): nothing of the host's looks at its third
-argument, and the sampler's state stays on the workers. What the wrapper returns is the run's output.
+callback is then callback(step, denoised, denoised, total): ComfyUI's own looks at the denoised latent only, and
+the sampler's state stays on the workers. What the wrapper returns is the run's output.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ from typing import Any
 
 import comfy.model_base
 import comfy.samplers
+import latent_preview
 import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from comfy_xdit_nodes.constant_call import constant_calls
-from comfy_xdit_nodes.trace import NotAProgram, as_it_was, trace
+from comfy_xdit_nodes.put_back import as_it_was
+from comfy_xdit_nodes.refuse import name_of
+from comfy_xdit_nodes.trace import NotAProgram, trace
 from torch import Tensor
 
 from comfy_xdit.trajectory import SamplerProgram
@@ -89,19 +92,33 @@ def plan(
 
     Call it inside the pool's turn. constants: finds the network's constant arguments.
     Afterwards torch's random generators are where the host's own run would have left them.
-    Raises NotAProgram (and leaves the generators alone) when the run has to stay in the host's loop.
+    Raises NotAProgram when the run has to stay in the host's loop, or the host's interruption; all generators,
+    the sampler's own too, and the sampler's state are then as they were.
     """
     latent = torch.zeros_like(noise) if latent_image is None else latent_image
     mask = None if denoise_mask is None else denoise_mask.to(noise).expand(noise.shape)
-    with as_it_was(noise.device):
+    with as_it_was(noise.device, sampler, *_own(guider)) as moved:
         program, drawn = trace(
-            sampler, guider, sigmas, extra_args=extra_args, noise=noise, latent=latent, mask=mask
+            sampler,
+            guider,
+            sigmas,
+            extra_args=extra_args,
+            noise=noise,
+            latent=latent,
+            mask=mask,
+            drawing=moved.meet,
         )
         reason = next(_ranges(guider.conds, [call.sigma for call in program.calls]), None)
         if reason is not None:
             raise NotAProgram(reason)
         conds = constants(guider, program, noise, extra_args.get("model_options", {}))
     return Job(program=program, noise=noise, latent=latent, mask=mask, noises=drawn, conds=conds)
+
+
+def _own(guider: Any) -> list[Any]:
+    """What a guider may remember from step to step, beside the model and its conditioning."""
+    given = ("model_patcher", "model_options", "inner_model", "conds", "original_conds", "loaded_models")
+    return [value for name, value in vars(guider).items() if name not in given]
 
 
 def why_step_mode(
@@ -111,12 +128,25 @@ def why_step_mode(
     noise: Tensor,
     latent_image: Tensor | None,
     denoise_mask: Tensor | None,
+    callback: Callable[..., None] | None = None,
 ) -> str | None:
     """One sentence on what keeps this job in ComfyUI's own loop; None when nothing is known that does.
 
     guider: as inside its `inner_sample`. What only shows in the sampler's arithmetic is for `trace` to find.
     """
+    if not _only_shows(callback):
+        return (
+            f"{name_of(callback)} is called after every step with the sampler's own latent, which it may look at or "
+            "change"
+        )
     return next(_hindrances(guider, sampler, sigmas, noise, denoise_mask), None)
+
+
+def _only_shows(callback: Callable[..., None] | None) -> bool:
+    """Whether it is ComfyUI's own, which shows the denoised latent. Told by where its code looks up names: a
+    wrapper may bear the name of what it wraps.
+    """
+    return callback is None or getattr(callback, "__globals__", None) is vars(latent_preview)
 
 
 def _hindrances(guider: Any, sampler: Any, sigmas: Tensor, noise: Tensor, denoise_mask: Tensor | None) -> Iterator[str]:

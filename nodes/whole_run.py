@@ -52,7 +52,7 @@ def sample_whole(
 ) -> Tensor:
     """ComfyUI's SAMPLER_SAMPLE wrapper: the whole loop on the workers if it can be, else ComfyUI's."""
     sampler, given = executor.class_obj, (noise, latent_image, denoise_mask)
-    reason = _why_not(guider, sampler, sigmas, *given)
+    reason = _why_not(guider, sampler, sigmas, *given, callback)
     if reason is None:
         try:
             job = plan(sampler, guider, sigmas, extra_args, *given)
@@ -67,7 +67,7 @@ def sample_whole(
     return executor(guider, sigmas, extra_args, callback, *given, disable_pbar, *args, **kwargs)
 
 
-def _why_not(guider: Any, sampler: Any, sigmas: Tensor, *given: Tensor | None) -> str | None:
+def _why_not(guider: Any, sampler: Any, sigmas: Tensor, *given: Any) -> str | None:
     if guider.model_patcher.setting.sampling == "step":
         return "the pool's `sampling` is set to 'step'"
     if len(sigmas) - 1 > MAX_STEPS:
@@ -125,7 +125,7 @@ def _run(guider: Any, job: Job, callback: Callable[..., None] | None, disable_pb
             bar.update(step + 1 - bar.n)
             if callback is not None:
                 denoised = denoised.to(job.noise.device)
-                # The sampler's state stays on the workers; nothing of ComfyUI's looks at it.
+                # The sampler's state stays on the workers; ComfyUI's own callback does not look at it.
                 callback(step, denoised, denoised, total)
 
         follower = Follower(run.pool, key, show)

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from comfy_xdit import messages
-from comfy_xdit.tape import NotAProgram, Tape
+from comfy_xdit.tape import SAMPLE, NotAProgram, Tape
 from comfy_xdit.trajectory import Constant, Operation, Replay, SamplerProgram
 
 FEW = settings(max_examples=25, deadline=None)
@@ -330,3 +331,66 @@ def test_calls_out_of_order_are_caught():
         run.model_input(1)
     with pytest.raises(AssertionError, match="only 0 calls"):
         run.output()
+
+
+def opcodes(work):
+    """How many of Python's instructions `work` takes: what it costs, on a busy machine too."""
+    count = 0
+
+    def step(frame, event, arg):
+        nonlocal count
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        count += event == "opcode"
+        return step
+
+    before = sys.gettrace()
+    sys.settrace(step)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def test_recording_and_replaying_take_time_in_proportion_to_the_steps():
+    def work(steps):
+        sampler = Multistep(0, steps=steps, order=3, states=2, pure=True, noisy=True)
+
+        def record_and_replay():
+            program = messages.decode(*messages.encode(sampler.program()))
+            replay(program, *tensors(program, (1, 4, 2, 2)))
+
+        return opcodes(record_and_replay)
+
+    work(2)
+    few, many = work(40), work(160)
+    assert many <= 4.2 * few, (few, many)
+
+
+def test_a_record_computes_with_a_few_numbers_however_large_the_latent():
+    tape = Tape(torch.zeros(1, 16, 128, 96))
+    x = tape.value("noise", torch.arange(16 * 128 * 96.0).reshape(1, 16, 128, 96))
+    first = x.cell.numbers
+    assert (first.shape[-1], first.min(), first.max()) == (SAMPLE, 0.0, 16 * 128 * 96 - 1.0)
+    denoised = tape.call(x, sigma=1.0, timestep=1.0, conds=[0], network=lambda x, k: x / 2)[0]
+    made = (x - denoised) * 3.0
+    assert made.shape == x.shape and torch.equal(made.cell.numbers, first / 2 * 3.0)
+
+
+def test_a_tensor_of_an_earlier_run_is_refused():
+    old = Tape().value("noise")
+    with pytest.raises(NotAProgram, match="of an earlier run"):
+        Tape().value("noise") + old
+
+
+def test_memory_order_is_that_of_the_real_operations():
+    """A tensor drawn like another one fills in the order in which that one lies in memory."""
+    latent = torch.zeros(2, 4, 6, 5).to(memory_format=torch.channels_last)
+    noise = torch.zeros(2, 4, 6, 5)
+    tape = Tape(noise)
+    traced = {"noise": tape.value("noise", noise), "latent": tape.value("latent", latent)}
+    for name, other in (("latent", "noise"), ("noise", "latent")):
+        real = {"noise": noise, "latent": latent}
+        made = traced[name] * 0.5 + traced[other]
+        assert made.stride() == (real[name] * 0.5 + real[other]).stride()
+        assert torch.zeros_like(made).stride() == torch.zeros_like(real[name] * 0.5 + real[other]).stride()

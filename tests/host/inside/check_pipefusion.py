@@ -1,6 +1,7 @@
 """PipeFusion through the stock KSampler: near to stock's result, and equal to it where it has to be; interrupted and
 killed while each of its stages is at work."""
 
+import itertools
 import os
 import signal
 import threading
@@ -96,9 +97,14 @@ def test_every_sampler(paths, pools, said):
 
 def acting(monkeypatch, act):
     """Have `act` called in the middle of the next run of a KSampler, by its previewer."""
-    monkeypatch.setattr(
-        latent_preview, "prepare_callback", lambda *args, **kwargs: lambda step, *rest: act() if step == 2 else None
-    )
+    steps = itertools.count()
+
+    class Previewer:
+        def decode_latent_to_preview_image(self, preview_format, denoised):
+            if next(steps) == 2:
+                act()
+
+    monkeypatch.setattr(latent_preview, "get_previewer", lambda *args: Previewer())
 
 
 def pids(pool):

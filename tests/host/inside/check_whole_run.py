@@ -6,7 +6,9 @@ import signal
 import comfy.model_management
 import comfy.sample
 import comfy.samplers
+import comfy.utils
 import comfy_extras.nodes_easycache as easycache
+import latent_preview
 import pytest
 import torch
 from check_loop import apply
@@ -166,21 +168,63 @@ def test_a_lora(loaded, pools, log):
 
 
 def shown(model, sampler, steps=4, stop=lambda step: None):
-    """What the callback of a run was given."""
+    """What ComfyUI's own callback showed of a run: (step, total, denoised latent)."""
     seen = []
 
-    def callback(step, denoised, x, total):
-        assert x.shape == denoised.shape and denoised.device == x.device
-        seen.append((step, total, denoised.clone()))
-        stop(step)
+    class Previewer:
+        def decode_latent_to_preview_image(self, preview_format, denoised):
+            return denoised.clone()
 
+    class Bar:
+        def __init__(self, total):
+            assert total == steps
+
+        def update_absolute(self, value, total, preview):
+            seen.append((value - 1, total, preview))
+            stop(value - 1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latent_preview, "get_previewer", lambda *args: Previewer())
+        patch.setattr(comfy.utils, "ProgressBar", Bar)
+        sampled(model, sampler, latent_preview.prepare_callback(model, steps), steps)
+    return seen
+
+
+def sampled(model, sampler, callback, steps=4):
     guider = Guiders().cfg(model)
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps)
     noise = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(2))
-    guider.sample(
-        noise, torch.zeros_like(noise), comfy.samplers.sampler_object(sampler), sigmas, callback=callback, seed=5
-    )
-    return seen
+    given = (noise, torch.zeros_like(noise), comfy.samplers.sampler_object(sampler), sigmas)
+    return guider.sample(*given, callback=callback, seed=5)
+
+
+def shrink_x(step, denoised, x, total):
+    x.mul_(0.9)
+
+
+def shrink_denoised(step, denoised, x, total):
+    denoised.mul_(0.9)
+
+
+def wrapped(step, denoised, x, total):
+    """With the names of ComfyUI's own, as `functools.wraps` gives them."""
+    x.mul_(0.9)
+
+
+wrapped.__module__, wrapped.__qualname__ = "latent_preview", "prepare_callback.<locals>.callback"
+
+
+@pytest.mark.parametrize("callback", [shrink_x, shrink_denoised, wrapped])
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m"])
+def test_a_callback_that_writes_has_its_effect(sampler, callback, loaded, pools, log):
+    stock, ours = loaded("sd3")
+    host, step = sampled(stock, sampler, callback), sampled(parallelize(ours, pools(2)), sampler, callback)
+    (line,) = log()
+    assert "step by step in ComfyUI, since " in line and "is called after every step" in line
+    assert distance(step, host) <= STOCK
+    changed = distance(sampled(stock, sampler, None), host)
+    # Euler has read the denoised latent by then.
+    assert changed > 0.01 or (sampler, callback) == ("euler", shrink_denoised)
 
 
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m_sde", "dpm_fast", "uni_pc", "sa_solver_pece"])
