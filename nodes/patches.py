@@ -8,7 +8,7 @@ import comfy.lora
 import comfy.utils
 import torch
 from comfy.weight_adapter.base import WeightAdapterBase
-from comfy_xdit_nodes.refuse import name_of
+from comfy_xdit_nodes.named import name_of
 
 from comfy_xdit.messages import Patch
 

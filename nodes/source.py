@@ -9,8 +9,8 @@ import comfy.model_base
 import torch
 from comfy_xdit_nodes.checkpoint import Checkpoint, open_checkpoint
 from comfy_xdit_nodes.export import export
+from comfy_xdit_nodes.named import name_of
 from comfy_xdit_nodes.patches import MODEL, file_key
-from comfy_xdit_nodes.refuse import name_of
 from torch import Tensor
 
 from comfy_xdit.weights.mapped import MappedFile

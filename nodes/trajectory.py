@@ -23,8 +23,8 @@ import latent_preview
 import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from comfy_xdit_nodes.constant_call import constant_calls
+from comfy_xdit_nodes.named import name_of
 from comfy_xdit_nodes.put_back import as_it_was
-from comfy_xdit_nodes.refuse import name_of
 from comfy_xdit_nodes.trace import NotAProgram, trace
 from torch import Tensor
 
@@ -155,7 +155,7 @@ def _hindrances(guider: Any, sampler: Any, sigmas: Tensor, noise: Tensor, denois
     options = guider.model_options
     for name, title in LOOP_OPTIONS.items():
         if options.get(name):
-            yield f"the model has {title} ({_name(options[name])}), which runs between the steps"
+            yield f"the model has {title} ({_first(options[name])}), which runs between the steps"
     yield from _wrapped(guider, options)
     yield from _conditioning(guider.conds)
     yield from _ranges(guider.conds, [float(sigma) for sigma in sigmas if sigma > 0])
@@ -174,13 +174,13 @@ def _wrapped(guider: Any, options: dict[str, Any]) -> Iterator[str]:
     for kind in LOOP_WRAPPERS:
         for key, functions in inside.get("wrappers", {}).get(kind, {}).items():
             if functions and not str(key).startswith(OURS):
-                yield f"a {kind} wrapper ({_name(functions)}) runs between the steps"
+                yield f"a {kind} wrapper ({_first(functions)}) runs between the steps"
     patcher = guider.model_patcher
     callbacks = list(inside.get("callbacks", {}).get(CallbacksMP.ON_PREPARE_STATE, {}).items())
     callbacks += list(getattr(patcher, "callbacks", {}).get(CallbacksMP.ON_PREPARE_STATE, {}).items())
     for key, functions in callbacks:
         if functions and not str(key).startswith(OURS):
-            yield f"a callback ({_name(functions)}) runs before every step"
+            yield f"a callback ({_first(functions)}) runs before every step"
 
 
 def _conditioning(conds: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
@@ -202,8 +202,6 @@ def _ranges(conds: dict[str, list[dict[str, Any]]], sigmas: list[float]) -> Iter
                 yield f"the {name} conditioning is on in a part of the steps only"
 
 
-def _name(value: Any) -> str:
-    """A function's name for the log; of several, the first."""
-    first = value[0] if isinstance(value, (list, tuple)) else value
-    module = getattr(first, "__module__", None) or type(first).__module__
-    return f"{module}.{getattr(first, '__qualname__', None) or type(first).__qualname__}"
+def _first(value: Any) -> str:
+    """The name of a function; of several, the first one's."""
+    return name_of(value[0] if isinstance(value, (list, tuple)) else value)

@@ -1,6 +1,7 @@
 """What would run inside the transformer is refused by name, before anything is sent."""
 
 import pytest
+import torch
 from comfy_xdit_nodes.checkpoint import open_checkpoint
 from comfy_xdit_nodes.parity import models as tiny
 from comfy_xdit_nodes.patcher import from_checkpoint, parallelize
@@ -18,22 +19,37 @@ def my_patch(*args, **kwargs):
 
 CHANGES = {
     "block patch 'attn1_patch' (HERE.my_patch)": lambda m: m.set_model_attn1_patch(my_patch),
-    "replaced dit of block ('double_block', 0)": lambda m: m.set_model_patch_replace(
+    "replaced dit of block double_block 0 (HERE.my_patch)": lambda m: m.set_model_patch_replace(
         my_patch, "dit", "double_block", 0
     ),
     "replaced attention (HERE.my_patch)": lambda m: m.model_options["transformer_options"].update(
         optimized_attention_override=my_patch
     ),
-    "transformer option 'rope_options'": lambda m: m.model_options["transformer_options"].update(
+    "transformer option 'rope_options' (node \"ScaleROPE\")": lambda m: m.model_options["transformer_options"].update(
         rope_options={"scale_x": 2.0}
     ),
-    "object patch 'diffusion_model.final_layer'": lambda m: m.add_object_patch(
+    "transformer option 'kept' (HERE.Kept)": lambda m: m.model_options["transformer_options"].update(kept=Kept()),
+    "transformer option 'gate'": lambda m: m.model_options["transformer_options"].update(gate=torch.ones(3)),
+    "transformer option 'easycache' (HERE.Kept)": lambda m: m.model_options["transformer_options"].update(
+        easycache=Kept()
+    ),
+    "transformer option 'blocks'": lambda m: m.model_options["transformer_options"].update(blocks=[1, 2]),
+    "object patch 'diffusion_model.final_layer' (HERE.my_patch)": lambda m: m.add_object_patch(
         "diffusion_model.final_layer", my_patch
     ),
-    "weight wrapper on 'diffusion_model.x'": lambda m: m.add_weight_wrapper("diffusion_model.x", my_patch),
-    "injection 'theirs'": lambda m: m.set_injections("theirs", [Injection()]),
-    "load callback HERE.my_patch": lambda m: m.add_callback("on_load_after", my_patch),
+    "weight wrapper on 'diffusion_model.x' (HERE.my_patch)": lambda m: m.add_weight_wrapper(
+        "diffusion_model.x", my_patch
+    ),
+    "injection 'theirs' (HERE.Injection)": lambda m: m.set_injections("theirs", [Injection()]),
+    "load callback (HERE.my_patch)": lambda m: m.add_callback("on_load_after", my_patch),
 }
+
+
+class Kept:
+    """As EasyCache's own state is: it can be cloned, and a transformer could read it."""
+
+    def clone(self):
+        return self
 
 
 class Injection:
@@ -70,13 +86,16 @@ def test_conditioning(model, fake):
 
     control = comfy.controlnet.ControlBase()
     cases = {
-        "a ControlNet (comfy.controlnet.ControlBase)": {"control": control, "control_apply_to_uncond": True},
+        "a ControlNet (node \"Apply ControlNet\")": {"control": control, "control_apply_to_uncond": True},
     }
     group = comfy.hooks.HookGroup()
     group.add(comfy.hooks.WeightHook(strength_model=1.0, strength_clip=1.0))
     group.hooks[0].weights = {}
     group.hooks[0].need_weight_init = False
-    cases["a weight hook (comfy.hooks.WeightHook)"] = {"hooks": group}
+    cases["a weight hook (node \"Create Hook LoRA\")"] = {"hooks": group}
+    options = comfy.hooks.HookGroup()
+    options.add(comfy.hooks.TransformerOptionsHook(transformers_dict={"patches": {"attn1_patch": [my_patch]}}))
+    cases[f"the block patch 'attn1_patch' ({__name__}.my_patch)"] = {"hooks": options}
     for sentence, extra in cases.items():
         with pytest.raises(ValueError) as refused:
             tiny.sample(model, positive=tiny.conditioning(**extra))
