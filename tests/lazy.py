@@ -13,8 +13,8 @@ import modes
 import torch
 import torch.distributed as dist
 
-from comfy_xdit.parallel import context as context_module
-from comfy_xdit.parallel.context import GroupCache
+from comfy_xdit.parallel import groups as groups_module
+from comfy_xdit.parallel.groups import GroupCache
 from comfy_xdit.parallel.spec import ParallelSpec
 
 
@@ -53,5 +53,5 @@ def run_mode(spec: ParallelSpec, job: modes.Job, introduced: bool, wait_s: float
         met = stack.enter_context(lazy_connections(wait_s))
         stack.enter_context(mock.patch.object(modes, "groups", lambda: cache))
         if not introduced:
-            stack.enter_context(mock.patch.object(context_module, "_introduce", lambda line: None))
+            stack.enter_context(mock.patch.object(groups_module, "_introduce", lambda link, line: None))
         return modes.run_mode(spec, job), met

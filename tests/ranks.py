@@ -214,7 +214,7 @@ def run_probe(num_local: int | None = None, cards: list[tuple[str, int]] | None 
     cards: name and bytes of each rank's device, in place of what is there.
     """
     from comfy_xdit.cost import probe
-    from comfy_xdit.parallel.context import GroupCache
+    from comfy_xdit.parallel.groups import GroupCache
 
     cache = GroupCache(torch.distributed.get_world_size(), num_local)
     card = probe._device if cards is None else lambda device: cards[torch.distributed.get_rank()]
@@ -230,7 +230,8 @@ def run_exchange(sizes: list[list[int]], num_local: int) -> tuple[torch.Tensor, 
 
     sizes: rank → for each rank, how many numbers go to it.
     """
-    from comfy_xdit.parallel.context import GroupCache, ParallelContext
+    from comfy_xdit.parallel.context import ParallelContext
+    from comfy_xdit.parallel.groups import GroupCache
     from comfy_xdit.parallel.sequence import exchange
     from comfy_xdit.parallel.spec import ParallelSpec
 
@@ -353,7 +354,7 @@ def run_of(module: str, function: str, arguments: dict[str, Any]) -> Any:
 
 def groups() -> Any:
     """This process's group cache, made once; of one rank where torch.distributed isn't initialised."""
-    from comfy_xdit.parallel.context import GroupCache
+    from comfy_xdit.parallel.groups import GroupCache
 
     if not hasattr(groups, "cache"):
         initialised = torch.distributed.is_initialized()

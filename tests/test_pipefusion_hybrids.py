@@ -111,20 +111,26 @@ def test_too_few_tokens_for_the_sequence_axis(ranks) -> None:
     assert all("a text of 1 tokens cannot be cut over 2 ranks beside a pipeline" in error for error in errors)
 
 
+@pytest.mark.parametrize("introduced", [True, False])
 @pytest.mark.parametrize("degrees", [{"pipe": 4}, {"pipe": 2, "ulysses": 2}, {"pipe": 2, "cfg": 2}], ids=str)
-def test_stages_that_connect_at_their_first_message(ranks, degrees) -> None:
-    """As with NCCL: a stage's first act is to receive what its neighbour sends last."""
+def test_stages_that_connect_at_their_first_message(ranks, degrees, introduced) -> None:
+    """As with NCCL. Nobody waits for a rank that waits for it, also where groups were made without a greeting."""
     spec = ParallelSpec(**degrees)
     arguments = {"spec": spec, "job": Job.of("flux", spec)}
     at_once, *_ = ranks.run("run_of", module="modes", function="run_mode", arguments=arguments)
-    lazily = {**arguments, "introduced": True, "wait_s": 30.0}
+    lazily = {**arguments, "introduced": introduced, "wait_s": 30.0}
     (found, met), *_ = ranks.run("run_of", module="lazy", function="run_mode", arguments=lazily)
     assert met and found.keys() == at_once.keys()
     assert all(torch.equal(found[name], at_once[name]) for name in found)
 
 
-def test_stages_that_were_not_introduced_wait_for_each_other(ranks) -> None:
+def test_a_greeting_connects_the_pairs_that_a_pipeline_uses_and_no_others(ranks) -> None:
     spec = ParallelSpec(pipe=4)
-    arguments = {"spec": spec, "job": Job.of("flux", spec), "introduced": False, "wait_s": 3.0}
-    with pytest.raises(AssertionError, match="RuntimeError"):
-        ranks.run("run_of", module="lazy", function="run_mode", arguments=arguments)
+    arguments = {"spec": spec, "job": Job.of("flux", spec), "wait_s": 30.0}
+    used, greeted = (
+        ranks.run("run_of", module="lazy", function="run_mode", arguments={**arguments, "introduced": introduced})
+        for introduced in (False, True)
+    )
+    for rank, ((_, without), (_, with_greeting)) in enumerate(zip(used, greeted, strict=True)):
+        # Groups have names of their own each time.
+        assert len(without) == len(with_greeting) == 2, f"rank {rank}: {without} and {with_greeting}"

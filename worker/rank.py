@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     import torch
 
 PR_SET_PDEATHSIG = 1
-GROUP_TIMEOUT_S = 1800
-"""torch's own last resort for a collective; the door ends silent workers, and a client slow ones, before that."""
 
 
 def prepare(path: list[str]) -> None:
@@ -103,6 +101,7 @@ def _join_ranks(device: torch.device, store: str, rank: int, world_size: int) ->
 
     import torch.distributed as dist
 
+    from comfy_xdit.parallel.groups import GROUP_TIMEOUT_S
     from comfy_xdit.pool.stores import open_store
 
     dist.init_process_group(

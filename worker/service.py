@@ -16,8 +16,9 @@ import torch
 
 from comfy_xdit import messages as m
 from comfy_xdit.mailbox import Mailbox
-from comfy_xdit.parallel.context import GroupCache, ParallelContext
+from comfy_xdit.parallel.context import ParallelContext
 from comfy_xdit.parallel.denoise import denoise
+from comfy_xdit.parallel.groups import GroupCache
 from comfy_xdit.parallel.sample import sample
 
 if TYPE_CHECKING:
@@ -64,8 +65,21 @@ class Service:
         handler = self._handlers.get(type(message))
         if handler is None:
             raise ValueError(f"a worker does not take {type(message).__name__}; send a request, not an answer")
-        with torch.inference_mode():
-            return handler(message)
+        self._groups.begin_job()
+        try:
+            with torch.inference_mode():
+                return handler(message)
+        except BaseException:
+            self._groups.fail()
+            raise
+
+    @property
+    def has_communicated(self) -> bool:
+        """Whether this rank took part in a message of the last job, so that after an error only a restart helps.
+
+        See `GroupCache`.
+        """
+        return self._groups.has_communicated
 
     def aside(self, message: m.Message) -> m.Result:
         """Answers `Peek` and `Cancel` while another message runs; any thread may call."""

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from comfy_xdit.parallel.context import Axis, GroupCache, ParallelContext
+from comfy_xdit.parallel.context import Axis, ParallelContext
+from comfy_xdit.parallel.groups import GroupCache
 from comfy_xdit.parallel.sequence import exchange
 from comfy_xdit.parallel.spec import ParallelSpec
 

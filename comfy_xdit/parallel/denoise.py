@@ -52,25 +52,35 @@ def denoise(
     report: as `ParallelContext.report`, and rows, how many this rank ran.
     Collective over all ranks. Raises ValueError, on every rank alike, for calls that don't fit the spec.
     """
+    for call, count in zip(calls, chunks, strict=True):
+        _check_chunks(call, count)
+    check_calls(model, calls, context)
     with applied(model.module, model.family.plan, context):
-        outputs = evaluate(model, calls, chunks, context)
+        outputs = evaluate(model, calls, context)
     mine = deal([call["x"].shape[0] for call in calls], cfg=context.spec.cfg, dp=context.spec.dp)[context.lane]
     report = {**context.report(), "rows": sum(piece.stop - piece.start for piece in mine)}
     return (outputs if context.rank == 0 else None), report
 
 
-def evaluate(model: Model, calls: list[Call], chunks: list[int], context: ParallelContext) -> list[Tensor]:
-    """ComfyUI's output for each call, on every rank; `model` has its plan applied.
+def check_calls(model: Model, calls: list[Call], context: ParallelContext) -> None:
+    """Raises ValueError, on every rank alike, for calls that the model does not take or that don't fit the spec.
 
-    Collective over all ranks. Raises ValueError, on every rank alike, for calls that don't fit the spec.
+    Before the first message of a job: after it, ranks could not stop where they stand. So it looks at the calls of all
+    lanes: a fault that only some ranks see would leave the others waiting for them.
     """
     faults = check(context.spec, num_ranks=context.world_size, shape=model.shape)
     if faults:
         raise ValueError("; ".join(faults))
-    batches = [_batch(call, count) for call, count in zip(calls, chunks, strict=True)]
     for number, call in enumerate(calls):
-        # Also the calls of other lanes: a fault that only some ranks see leaves the others waiting for them.
         arguments_of(model, rows_of(call, Piece(call=number, start=0, stop=1)))
+
+
+def evaluate(model: Model, calls: list[Call], context: ParallelContext) -> list[Tensor]:
+    """ComfyUI's output for each call, on every rank; `model` has its plan applied, the calls are checked.
+
+    Collective over all ranks.
+    """
+    batches = [call["x"].shape[0] for call in calls]
     lanes = deal(batches, cfg=context.spec.cfg, dp=context.spec.dp)
     mine = [rows_of(calls[piece.call], piece) for piece in lanes[context.lane]]
     if context.spec.pipe > 1:
@@ -129,11 +139,11 @@ def _pieces(batches: list[int], start: int, size: int) -> list[Piece]:
     return pieces
 
 
-def _batch(call: Call, chunks: int) -> int:
+def _check_chunks(call: Call, chunks: int) -> None:
+    """Raises ValueError for a call that is not made of so many equal chunks."""
     batch = call["x"].shape[0]
     if chunks < 1 or batch % chunks:
         raise ValueError(f"a batch of {batch} is not made of {chunks} equal chunks; send whole chunks")
-    return batch
 
 
 def _run(model: Model, call: Call) -> Tensor:

@@ -103,9 +103,9 @@ class DistriKeys:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None or issubclass(kind, ValueError):
+        if kind is None:
             self.close()
-        # After any other error ranks don't stand at the same place: one may wait for ever for another.
+        # After an error ranks don't stand at the same place: one may wait for ever for another.
         self._gathers.clear()
 
 

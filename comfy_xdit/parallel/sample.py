@@ -16,7 +16,7 @@ from .agreement import Agreement
 from .apply import applied
 from .attention import SequenceAttention
 from .context import ParallelContext
-from .denoise import Model, evaluate
+from .denoise import Model, check_calls, evaluate
 from .distri import DistriKeys
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def sample(
         warmup_steps=message.warmup_steps,
         stale=message.stale,
     )
+    check_calls(model, [calls_argument(message.noise, 0.0, cond, model) for cond in conds], context)
     agreement = Agreement(wish_to_stop, context.world)
     stopped = False
     with keys, applied(model.module, model.family.plan, context, SequenceAttention(context, keys)):
@@ -89,9 +90,9 @@ def _outputs(model: Model, call: SamplerCall, x: Tensor, conds: list[Call], cont
     calls = [calls_argument(x, call.timestep, conds[index], model) for index in call.conds]
     together = batched(calls)
     if together is None:
-        outputs = evaluate(model, calls, [1] * len(calls), context)
+        outputs = evaluate(model, calls, context)
     else:
-        outputs = list(evaluate(model, [together], [len(calls)], context)[0].chunk(len(calls)))
+        outputs = list(evaluate(model, [together], context)[0].chunk(len(calls)))
     return [output.to(loop_dtype(model)) for output in outputs]
 
 

@@ -19,7 +19,8 @@ import torch  # noqa: E402
 from comfy_xdit.bench.checkpoint import FluxSize, random_call  # noqa: E402
 from comfy_xdit.bench.program import whole_run  # noqa: E402
 from comfy_xdit.messages import LoadModel, Peek, Sample  # noqa: E402
-from comfy_xdit.parallel.context import GroupCache, ParallelContext  # noqa: E402
+from comfy_xdit.parallel.context import ParallelContext  # noqa: E402
+from comfy_xdit.parallel.groups import GroupCache  # noqa: E402
 from comfy_xdit.parallel.sample import sample  # noqa: E402
 from comfy_xdit.parallel.spec import AXES, ParallelSpec  # noqa: E402
 from comfy_xdit.pool.client import Pool, PoolError  # noqa: E402
