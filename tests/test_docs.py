@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from comfy_xdit.cli import COMMANDS
-from comfy_xdit.pool import client, devices, door, folder, roster, verdict
+from comfy_xdit.pool import client, connections, devices, door, folder, pace, roster, verdict
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md")) + [page for page in [ROOT / "README.md"] if page.is_file()]
@@ -77,7 +77,9 @@ def test_limits_are_the_codes():
     assert f"{roster.HEARTBEAT_TIMEOUT_S:.0f} s without a sign of life" in pool
     assert f"{verdict.STUCK_AFTER_S:.0f} s when its peers have failed" in pool
     assert f"its limit ({client.CALL_TIMEOUT_S:.0f} s)" in pool
-    assert door.MAX_FAILED_STARTS == 3 and "after three times" in pool
+    assert door.MAX_FAILED_STARTS == 3 and "after three failed starts" in pool
+    assert f"up to {pace.LONGEST_PAUSE_S:.0f} s" in pool
+    assert f"who is silent for {connections.NEWCOMER_LIMIT_S:.0f} s is dropped" in pool
     assert devices.MAX_AUTO_CPU_RANKS == 4
     assert "per core, at most 4" in pool and "per core, at most 4" in nodes
     assert f"at most {folder.MAX_SOCKET_PATH_BYTES} bytes" in trouble

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import socket
 import sys
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
+from comfy_xdit.pool.environment import hidden, settle
 from comfy_xdit.pool.errors import PoolError
 from comfy_xdit.pool.handshake import KEY_VARIABLE, given_key, prove
 from comfy_xdit.pool.network import addresses, interface_of, listed, place_of
@@ -17,6 +19,8 @@ from comfy_xdit.pool.start import SERVICE
 from comfy_xdit.pool.wire import Wire, versions
 
 from .rank import become, prepare
+
+log = logging.getLogger("comfy_xdit")
 
 DOOR_WAIT_S = 60.0
 """How long a worker looks for a door: one that was killed may be opened again. Counted anew when it waited at one."""
@@ -61,10 +65,9 @@ def run(args: argparse.Namespace) -> int:
         wire, interface, welcome = _come_in(place, key, greeting, args.interface)
     except PoolError as error:
         _give_up(str(error))
-    # Whatever this process and its libraries open between machines, they open there.
-    os.environ.update(
-        GLOO_SOCKET_IFNAME=interface, TP_SOCKET_IFNAME=interface, NCCL_SOCKET_IFNAME=f"={interface}"
-    )
+    changes = settle(os.environ, interface=interface, nccl_interface=f"={interface}")
+    for said in filter(None, (str(changes), hidden(os.environ))):
+        log.warning("%s", said)
     become(wire, welcome, service=args.service, interface=interface, num_local=num_local)
     return 1
 

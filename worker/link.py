@@ -20,7 +20,7 @@ class Link:
     def __init__(self, wire: Wire) -> None:
         self._wire = wire
         self.measure: Callable[[], dict[str, Any]] = dict
-        """What a beat reports; called on the beating thread."""
+        """What a beat reports; called on the beating thread, so it must not wait for a device."""
         self.on_order: Callable[[dict[str, Any]], None] | None = None
         """Takes an order, on the reading thread. None before "up": a worker is in no generation then, and the
         only order that can come is to leave one."""
@@ -61,19 +61,25 @@ class Link:
             time.sleep(BEAT_S)
 
 
-def memory(device: str) -> dict[str, Any]:
-    """Bytes that this process holds: of RAM (private and shared apart), and of its device."""
+def host_memory() -> dict[str, Any]:
+    """Bytes of RAM that this process holds, private and shared apart."""
     with open("/proc/self/statm") as statm:
         _, resident, shared, *_ = (int(pages) * os.sysconf("SC_PAGE_SIZE") for pages in statm.read().split())
-    found = {"ram_bytes": resident, "ram_private_bytes": resident - shared}
-    if device.startswith("cuda"):
-        import torch
+    return {"ram_bytes": resident, "ram_private_bytes": resident - shared}
 
-        if torch.cuda.is_initialized():
-            free, total = torch.cuda.mem_get_info(device)
-            found.update(
-                device_bytes=torch.cuda.memory_reserved(device),
-                device_free_bytes=free,
-                device_total_bytes=total,
-            )
-    return found
+
+def device_memory(device: str) -> dict[str, Any]:
+    """Bytes of its device that this process holds, and the device's; {} for a CPU.
+
+    For the main thread: the driver may let this call wait as long as a copy of another thread takes.
+    """
+    import torch
+
+    if not device.startswith("cuda") or not torch.cuda.is_initialized():
+        return {}
+    free, total = torch.cuda.mem_get_info(device)
+    return {
+        "device_bytes": torch.cuda.memory_reserved(device),
+        "device_free_bytes": free,
+        "device_total_bytes": total,
+    }

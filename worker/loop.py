@@ -60,12 +60,20 @@ class Loop:
     """Runs a service's messages and the door's orders."""
 
     def __init__(
-        self, *, pool: str, rank: int, world_size: int, service: Service, link: Link, interface: str = LOOPBACK
+        self,
+        *,
+        pool: str,
+        rank: int,
+        world_size: int,
+        service: Service,
+        link: Link,
+        interface: str = LOOPBACK,
+        device_memory: Callable[[], dict[str, Any]] = dict,
     ) -> None:
-        """interface: where this process listens for its client."""
+        """interface: where this process listens for its client. device_memory: what the status tells of the device."""
         self._pool, self._rank, self._world_size = pool, rank, world_size
         self._interface = interface
-        self._service, self._link = service, link
+        self._service, self._link, self._device_memory = service, link, device_memory
         self._inbox: queue.SimpleQueue[Job | Order] = queue.SimpleQueue()
         self._early: dict[int, Job] = {}
         self._group: Group | None = None
@@ -248,10 +256,11 @@ class Loop:
                 self._link.say("residents", messages=residents)
 
     def _look(self, after_s: float = 0.0) -> None:
-        """Take the service's status, here because its state belongs to the main thread."""
+        """Take the device's and the service's status, here because both belong to the main thread."""
         now = time.monotonic()
         if now - self._snapshot_at >= after_s:
-            self._snapshot, self._snapshot_at = self._service.status(), now
+            self._snapshot = {**self._device_memory(), **self._service.status()}
+            self._snapshot_at = now
 
 
 def guard(start: Callable[[], None], link: Link) -> None:

@@ -11,9 +11,10 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from comfy_xdit.pool.devices import num_cores
+from comfy_xdit.pool.environment import told
 from comfy_xdit.pool.wire import Wire
 
-from .link import Link, memory
+from .link import Link, device_memory, host_memory
 
 if TYPE_CHECKING:
     import torch
@@ -70,18 +71,24 @@ def _serve(link: Link, welcome: dict[str, Any], service: str, interface: str, nu
     name = welcome["devices"][rank]
     device = torch.device(name)
     _claim(device, num_local)
-    link.measure = lambda: memory(name)
+    link.measure = host_memory
     _join_ranks(device, welcome["store"], rank, world_size)
     link.say("met")
     module, _, cls = service.partition(":")
     made = getattr(importlib.import_module(module), cls)(rank=rank, world_size=world_size, device=device)
     loop = Loop(
-        pool=welcome["pool"], rank=rank, world_size=world_size, service=made, link=link, interface=interface
+        pool=welcome["pool"],
+        rank=rank,
+        world_size=world_size,
+        service=made,
+        link=link,
+        interface=interface,
+        device_memory=lambda: device_memory(name),
     )
     loop.reload(welcome["residents"])
     link.on_order = loop.order
-    link.measure = lambda: {**memory(name), **loop.snapshot}
-    link.say("up")
+    link.measure = lambda: {**host_memory(), **loop.snapshot}
+    link.say("up", environment=told(os.environ))
     loop.run()
 
 

@@ -42,8 +42,23 @@ def render(found: dict[str, Any]) -> str:
         lines.append(f"last error: {found['last_error']}")
     if found["missing"]:
         lines.append(found["missing"])
+    lines += _environment(found)
     lines += [_rank_line(rank) for rank in found["ranks"]]
     return "\n".join(lines) + "\n"
+
+
+def _environment(found: dict[str, Any]) -> list[str]:
+    """What the workers run with, a line for all of them or, where they differ, for each; and what they run without."""
+    known = {rank["rank"]: rank["environment"] for rank in found["ranks"] if rank.get("environment")}
+    values = [", ".join(f"{name}={value}" for name, value in sorted(own.items())) for own in known.values()]
+    if len(set(values)) == 1:
+        lines = [f"environment: {values[0]}"]
+    else:
+        lines = [f"environment of rank {rank}: {value}" for rank, value in zip(known, values, strict=True)]
+    changes = found["environment"]
+    if without := [f"{name}={value}" for part in ("replaced", "dropped") for name, value in changes[part].items()]:
+        lines.append(f"left out of it: {', '.join(without)}")
+    return lines + [found["hidden"]] * bool(found["hidden"])
 
 
 def _rank_line(rank: dict[str, Any]) -> str:

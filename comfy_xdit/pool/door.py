@@ -6,6 +6,7 @@ One thread owns all of the state. It moves no tensors: those go from the client 
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import time
@@ -14,8 +15,9 @@ from typing import Any
 
 from .connections import Connections, Line, Newcomer, listener_on
 from .doorstep import Doorstep
+from .environment import Changes, hidden
 from .errors import PoolError
-from .fields import Malformed, integer, one_of, table, text, texts
+from .fields import Malformed, integer, named_texts, table, text, texts
 from .folder import PoolFolder, unwritable
 from .gathering import Gathering
 from .grants import Grants
@@ -23,10 +25,9 @@ from .handshake import Challenge, kept_key
 from .locks import Lock
 from .network import Network
 from .pace import Pace
-from .roster import Roster, WorkerLine
+from .roster import Roster, WorkerLine, failure_of
 from .stores import FileStores, SharedStores
 from .turns import ClientLine
-from .verdict import SAID_FIRST
 from .wire import versions
 
 log = logging.getLogger("comfy_xdit")
@@ -57,6 +58,8 @@ class Door:
         self.network = network
         self.roster = Roster(devices, network)
         self.residents: list[str] = []
+        self.changes = Changes(replaced={}, dropped={})
+        """What the workers' environment has not of this process'."""
         self.pace = Pace()
         self.failed_starts = 0
         self.last_error = ""
@@ -234,6 +237,7 @@ class Door:
             worker.has_met = True
         elif kind == "up":
             worker.is_up = True
+            worker.environment = named_texts(message, "environment")
             self._advance_when_ready()
         elif kind == "failed":
             self.last_error = text(message, "message")
@@ -242,7 +246,7 @@ class Door:
         elif kind == "began":
             worker.running = self._message = text(message, "message")
         elif kind == "done":
-            failure = _failure(message, len(self.roster.devices))
+            failure = failure_of(message, len(self.roster.devices))
             worker.running = None
             worker.done = (integer(message, "generation"), integer(message, "serial"))
             worker.failure, worker.done_at = failure, time.monotonic()
@@ -376,19 +380,8 @@ class Door:
             "last_error": self.last_error,
             "missing": self._missing,
             "residents": self.residents,
+            "environment": dataclasses.asdict(self.changes),
+            "hidden": hidden(os.environ),
             **self.grants.turns.describe(),
             "ranks": self.roster.describe(),
         }
-
-
-def _failure(message: dict[str, Any], num_ranks: int) -> dict[str, Any] | None:
-    """The fields of the `Failure` with which a worker says that it ended a message; None for a result."""
-    if message.get("failure") is None:
-        return None
-    found = table(message, "failure")
-    return {
-        "rank": integer(found, "rank", high=num_ranks - 1),
-        "kind": one_of(found, "kind", SAID_FIRST),
-        "message": text(found, "message"),
-        "trace": text(found, "trace"),
-    }

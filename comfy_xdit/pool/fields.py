@@ -44,6 +44,12 @@ def table(message: Mapping[str, Any], name: str) -> dict[str, Any]:
     return value
 
 
+def named_texts(message: Mapping[str, Any], name: str) -> dict[str, str]:
+    """The JSON object `name`, whose values are strings."""
+    found = table(message, name)
+    return {key: text(found, key) for key in found}
+
+
 def one_of(message: Mapping[str, Any], name: str, choices: tuple[str, ...]) -> str:
     """The string `name`, which is one of `choices`."""
     value = message.get(name)

@@ -8,9 +8,9 @@ import signal
 import time
 from typing import Any
 
-from .fields import integer
+from .fields import integer, one_of, table, text
 from .network import Network
-from .verdict import LOCAL, STUCK_AFTER_S, groups_survive, worst
+from .verdict import LOCAL, SAID_FIRST, STUCK_AFTER_S, groups_survive, worst
 from .wire import Wire
 
 HEARTBEAT_TIMEOUT_S = 10.0
@@ -39,6 +39,7 @@ class WorkerLine:
     has_met: bool = False
     is_up: bool = False
     status: dict[str, Any] = dataclasses.field(default_factory=dict)
+    environment: dict[str, str] = dataclasses.field(default_factory=dict)
     prepared: int = 0
     joined: int = 0
     join_failed: int = 0
@@ -160,7 +161,20 @@ class Roster:
             if worker is not None:
                 state = "starting" if not worker.is_up else ("busy" if worker.running else "idle")
                 entry |= {**worker.status, "pid": worker.pid, "state": state, "running": worker.running}
+                entry["environment"] = worker.environment
                 if worker.machine:
                     entry["machine"] = worker.machine
             ranks.append(entry)
         return ranks
+
+def failure_of(message: dict[str, Any], num_ranks: int) -> dict[str, Any] | None:
+    """The fields of the `Failure` with which a worker says that it ended a message; None for a result."""
+    if message.get("failure") is None:
+        return None
+    found = table(message, "failure")
+    return {
+        "rank": integer(found, "rank", high=num_ranks - 1),
+        "kind": one_of(found, "kind", SAID_FIRST),
+        "message": text(found, "message"),
+        "trace": text(found, "trace"),
+    }

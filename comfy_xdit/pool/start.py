@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .devices import describe, parse_devices
+from .environment import hidden
 from .errors import PoolError
 from .folder import PoolFolder, pool_folder, unwritable
 from .locks import holders
@@ -146,6 +147,8 @@ def _start(
                 )
             # One whose folder was deleted makes it anew, and one that ends is soon gone.
             if free and not earlier:
+                if said := hidden(os.environ):
+                    log.warning("%s", said)
                 log.info("starting pool %r on %s", folder.name, describe(devices, options.get("network")))
                 spawn(folder, devices, **options)
                 return say(folder, {"type": "client"})

@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from .door import Door
+from .environment import hidden, settle
 from .errors import PoolError
 from .folder import PoolFolder, pool_folder
 from .locks import Lock
-from .network import Network
+from .network import LOOPBACK, Network
 
 log = logging.getLogger("comfy_xdit")
 
@@ -79,6 +80,10 @@ class _Supervisor:
         logging.basicConfig(
             handlers=[handler], level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s: %(message)s"
         )
+        # The workers inherit it.
+        changes = settle(os.environ, interface=LOOPBACK, nccl_interface=LOOPBACK)
+        for said in filter(None, (str(changes), hidden(os.environ))):
+            log.warning("%s", said)
         self.folder, self.devices, self.service, self.path = folder, devices, service, path
         self._lock = lock
         self.agent: Any = None
@@ -86,6 +91,7 @@ class _Supervisor:
         self.door = Door(
             folder, devices, lock=lock, network=network, stop=self.stop, kill_starting=self.kill_workers
         )
+        self.door.changes = changes
 
     def run(self, ready: Any) -> None:
         """Serve until `stop`, or a SIGTERM from elsewhere; ends this process."""
@@ -140,10 +146,6 @@ class _Supervisor:
             self.stop()
 
     def _run_agent(self) -> None:
-        # What listens at all listens on loopback; the workers inherit this.
-        os.environ.update(
-            dict.fromkeys(("GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo")
-        )
         # A client that leaves is no news: TensorPipe warns of every connection that ends.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         from .agent import make_agent

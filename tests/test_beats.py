@@ -1,0 +1,86 @@
+"""A worker gives signs of life whatever its main thread and its device are busy with."""
+
+from __future__ import annotations
+
+import socket
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "faults"))
+
+from comfy_xdit_worker import link as link_module
+from comfy_xdit_worker import loop, rank
+from comfy_xdit_worker.link import Link
+from harness import wait_until
+
+from comfy_xdit.pool.wire import Wire
+
+GIB = 2**30
+
+
+@pytest.fixture
+def ends(monkeypatch):
+    """The worker's end of a connection to the door, and the door's."""
+    # A worker without a door ends; here its threads alone.
+    monkeypatch.setattr(link_module.os, "_exit", sys.exit)
+    before = set(threading.enumerate())
+    one, other = socket.socketpair()
+    wires = Wire(one), Wire(other)
+    yield wires
+    wires[1].close()
+    for thread in set(threading.enumerate()) - before:
+        thread.join()
+
+
+class Device:
+    """A CUDA device whose driver does one thing at a time."""
+
+    def __init__(self, monkeypatch):
+        self.context = threading.Lock()
+        self.asked_by = set()
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * GIB)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", self.mem_get_info)
+
+    def mem_get_info(self, device):
+        self.asked_by.add(threading.current_thread())
+        with self.context:
+            return 5 * GIB, 24 * GIB
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_beats_come_while_the_driver_is_busy_and_tell_the_last_that_was_known(ends, monkeypatch):
+    device, heard = Device(monkeypatch), []
+    monkeypatch.setattr(link_module, "BEAT_S", 0.01)
+    monkeypatch.setattr(rank, "_claim", lambda *_: None)
+    monkeypatch.setattr(rank, "_join_ranks", lambda *_: None)
+
+    def busy(self):
+        """As in a long copy: nobody else gets an answer of the driver."""
+        with device.context:
+            wait_until(lambda: heard.append(beat_after(ends[1])) or len(heard) > 3, "beats")
+
+    monkeypatch.setattr(loop.Loop, "run", busy)
+    link = Link(ends[0])
+    link.start()
+    welcome = {"pool": "p", "rank": 0, "devices": ["cuda:0"], "store": "", "residents": []}
+    rank._serve(link, welcome, "fault_service:FaultService", "lo", 1)
+    for status in heard:
+        assert status["device_free_bytes"] == 5 * GIB and status["device_bytes"] == 3 * GIB
+        assert status["device_total_bytes"] == 24 * GIB
+        assert status["ram_private_bytes"] > 0 and status["models"] == []
+    assert device.asked_by == {threading.main_thread()}
+
+
+def beat_after(wire):
+    """The status in the next beat that knows of the device."""
+
+    def found():
+        said = wire.wait(1.0)
+        return [m["status"] for m in said if m["type"] == "beat" and "device_bytes" in m["status"]]
+
+    return wait_until(found, "a beat")[-1]
