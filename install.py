@@ -147,9 +147,9 @@ def look_at_torch() -> list[str]:
 
     found = [f"torch {torch.__version__} is here and is left as it is."]
     distributed = torch.distributed
-    if not distributed.is_available() or not has_rpc():
+    if sys.platform != "linux" or not distributed.is_available():
         found.append(
-            "This torch has no RPC, so a pool of workers cannot start here; on Windows use WSL2, else Linux. "
+            "A pool of workers cannot start here: it needs Linux and torch.distributed; on Windows use WSL2. "
             "The nodes are listed all the same."
         )
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
@@ -160,12 +160,6 @@ def look_at_torch() -> list[str]:
     else:
         found.append(f"{len(names)} CUDA device{'s' * (len(names) > 1)}, with NCCL: {', '.join(names)}.")
     return found
-
-
-def has_rpc() -> bool:
-    import torch.distributed.rpc
-
-    return bool(torch.distributed.rpc.is_available())
 
 
 def look_at_requirements() -> list[str]:

@@ -1,6 +1,6 @@
 """How a long job tells of its progress while it runs, and is told to stop.
 
-The job runs on the worker's main thread; an RPC thread reads from here and writes here.
+The job runs on the worker's main thread; a thread of the transport reads from here and writes here.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What the ComfyUI process and the workers say to each other.
 
 A message is a frozen dataclass. On the wire it is a JSON text plus a list of tensors: no pickled
-object of ours ever travels, so the receiving unpickler needs to let through tensors and strings only.
+object of ours ever travels.
 A worker answers with a `Result` or, for any error, a `Failure`: errors travel as data.
 """
 
@@ -232,6 +232,11 @@ class Status(Message):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Probe(Message):
     """Measure the links between ranks and their devices: Result(value=dict) as `cost.probe` gives it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TurnEnded(Message):
+    """The client's turn is over: forget what it asked to hold."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

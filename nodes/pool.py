@@ -8,7 +8,7 @@ import platform
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed.rpc
+import torch.distributed
 
 from comfy_xdit.parallel.spec import BALANCES
 
@@ -81,10 +81,10 @@ def connect(setting: PoolSetting) -> Pool:
 
 @functools.cache
 def _connect(name: str, devices: str) -> Pool:
-    """One client per pool: a process takes part in one RPC group, and a second client would evict the first."""
-    if not (torch.distributed.is_available() and torch.distributed.rpc.is_available()):
+    """One client per pool: models that it loaded and values that it held are known to it alone."""
+    if platform.system() != "Linux" or not torch.distributed.is_available():
         raise ValueError(
-            f"a worker pool needs torch with RPC, which torch {torch.__version__} on {platform.system()} "
+            f"a worker pool needs Linux and torch.distributed, which torch {torch.__version__} on {platform.system()} "
             "does not have; run ComfyUI on Linux, or in WSL2 on Windows"
         )
     # Here, not at import: it takes modules that only Linux has, and the nodes must be listed everywhere.

@@ -263,12 +263,34 @@ def test_a_pool_on_several_machines_is_not_replaced_by_one_here():
     assert not home.exists()
 
 
-def test_a_process_in_an_rpc_group_of_its_own_is_told_so(pool, monkeypatch):
+def test_a_process_in_an_rpc_group_of_its_own_is_told_so_where_rpc_is_used(pool, monkeypatch):
     monkeypatch.setattr(rpc_module, "_current_name", lambda: "trainer0")
-    with pytest.raises(PoolError, match="already takes part in torch RPC as 'trainer0'"):
-        pool.call(Echo(value=1))
-    monkeypatch.undo()
     assert pool.call(Echo(value=2)).value == 2
+    with pytest.raises(PoolError, match="already takes part in torch RPC as 'trainer0'"):
+        rpc_module.RpcJoiner().check("lo")
+
+
+def test_a_pool_with_another_transport_is_refused(pool, capsys):
+    with pytest.raises(PoolError, match=r"runs with --transport sockets, not rpc; stop it with `comfy-xdit pool stop"):
+        Pool.connect(NAME, "auto", transport="rpc")
+    words = ["--name", NAME, "--nodes", "2", "--interface", "lo", "--transport", "sockets"]
+    assert cli.main(["pool", "start", *words]) == 1
+    assert "--transport sockets is for one machine, and --nodes 2 are several" in capsys.readouterr().err
+
+
+def test_rpc_on_one_machine_is_started_with_its_risk_in_a_sentence(capsys):
+    with private_home():
+        words = ["--name", NAME, "--transport", "rpc", "--devices", "cpu:2"]
+        assert cli.main(["pool", "start", *words, "--service", OPTIONS["service"], "--path", OPTIONS["path"][0]]) == 0
+        said = capsys.readouterr().out
+        assert "listens on 127.0.0.1 and knows no passwords, so every user of this machine can end ComfyUI" in said
+        pool = Pool.connect(NAME)
+        try:
+            assert pool.call(Reduce(value=1.0)).value == 2.0
+            with pool.turn():
+                assert pool.call(Echo(value=1)).value == 1
+        finally:
+            pool.close()
 
 
 def test_workers_that_cannot_start_are_told_with_the_reason():

@@ -99,11 +99,14 @@ def test_a_path_too_long_for_a_socket_is_told(monkeypatch, tmp_path):
         pool_folder("test")
 
 
-def test_a_torch_without_rpc_is_told(home, monkeypatch):
+def test_a_torch_without_what_a_pool_needs_is_told(home, monkeypatch):
     import torch.distributed.rpc
 
     monkeypatch.setattr(torch.distributed.rpc, "is_available", lambda: False)
-    with pytest.raises(PoolError, match=r"needs a torch with distributed RPC.*use Linux, or WSL2"):
+    with pytest.raises(PoolError, match=r"needs a torch with distributed RPC.*use one on this machine"):
+        Pool.connect("test", "cpu:2", transport="rpc")
+    monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
+    with pytest.raises(PoolError, match=r"needs Linux and a torch with torch.distributed.*use Linux, or WSL2"):
         Pool.connect("test", "cpu:2")
     assert not home.exists()
 

@@ -7,7 +7,6 @@ import gc
 import logging
 import os
 import queue
-import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -15,11 +14,10 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
-from comfy_xdit.messages import Failure, Message, Result, decode, encode
+from comfy_xdit.messages import Failure, Message, Result, TurnEnded, decode, encode
 from comfy_xdit.pool.network import LOOPBACK
-from comfy_xdit.pool.rpc import ASIDE, Group, Place, TurnEnded
+from comfy_xdit.pool.transport import ASIDE, RPC, Group, Request, Serve
 
 from .failures import classify
 from .link import Link
@@ -43,17 +41,16 @@ class Service(Protocol):
     def status(self) -> dict[str, Any]: ...
 
 
+@dataclasses.dataclass(frozen=True)
 class Job:
-    """A message of a client, on its way from an RPC thread to the main thread and back."""
+    """A message of a client, on its way to the main thread."""
 
-    def __init__(self, generation: int, serial: int, text: str, tensors: list[Tensor]) -> None:
-        self.generation, self.serial, self.text, self.tensors = generation, serial, text, tensors
-        self.answer: tuple[str, list[Tensor]] | None = None
-        self.done = threading.Event()
+    generation: int
+    request: Request
 
-    def resolve(self, answer: Message) -> None:
-        self.answer = encode(answer)
-        self.done.set()
+    def answer(self, message: Message) -> None:
+        """Pack and send. Raises what packing raises."""
+        self.request.pack(*encode(message))()
 
 
 class Loop:
@@ -75,11 +72,9 @@ class Loop:
         self._interface = interface
         self._service, self._link, self._device_memory = service, link, device_memory
         self._inbox: queue.SimpleQueue[Job | Order] = queue.SimpleQueue()
-        self._early: dict[int, Job] = {}
         self._group: Group | None = None
         # Written by the link's thread, read by the others: generations up to this one are over.
         self._closed = 0
-        self._serial = 0
         self._residents: list[str] = []
         self._snapshot: dict[str, Any] = {}
         self._snapshot_at = 0.0
@@ -115,123 +110,116 @@ class Loop:
     def run(self) -> None:
         """Never returns; the process ends with the link."""
         while True:
-            try:
-                item = self._inbox.get(timeout=STATUS_EVERY_S)
-            except queue.Empty:
-                self._look()
-                continue
-            if not isinstance(item, Job):
-                self._obey(item)
-            elif item.generation <= self._closed:
-                # Not kept: a new client's message of the same number would find its place taken.
-                item.resolve(self._dropped())
-            else:
-                self._early[item.serial] = item
-                self._run_in_order()
+            self._take()
+
+    def _take(self) -> None:
+        # A function of its own: what a message brought must not stay until the next one comes.
+        try:
+            item = self._inbox.get(timeout=STATUS_EVERY_S)
+        except queue.Empty:
+            self._look()
+            return
+        if not isinstance(item, Job):
+            self._obey(item)
+        elif item.generation <= self._closed:
+            item.answer(self._dropped())
+        else:
+            self._run(item)
 
     # Orders
 
     def _obey(self, order: Order) -> None:
         kind, generation = order["type"], int(order["generation"])
         if kind == "join":
-            self._join(generation, order["store"])
+            self._join(generation, order)
             return
         self._leave()
         if kind == "prepare":
             self._link.say("prepared", generation=generation)
 
     def _leave(self) -> None:
-        # Every waiting RPC thread first: leaving the group joins them.
-        for job in self._early.values():
-            job.resolve(self._dropped())
-        self._early.clear()
         if self._group is not None:
             self._group.leave()
             self._group = None
         self._service.forget_client()
 
-    def _join(self, generation: int, store: str) -> None:
-        place = Place(
-            pool=self._pool,
-            generation=generation,
-            store=store,
-            interface=self._interface,
-            rank=self._rank + 1,
-            num_processes=self._world_size + 1,
-        )
-        self._serial = 0
+    def _join(self, generation: int, order: Order) -> None:
         try:
-            self._group = Group.join(place, partial(self._accept, generation))
+            self._group = self._make_group(generation, order, partial(self._accept, generation))
         except Exception as error:
             log.warning("rank %d could not join generation %d: %s", self._rank, generation, error)
             self._link.say("join_failed", generation=generation)
             return
         self._link.say("joined", generation=generation)
 
+    def _make_group(self, generation: int, order: Order, handler: Serve) -> Group:
+        if order["transport"] != RPC:
+            from comfy_xdit.pool.sockets import SocketWorker
+
+            return SocketWorker(generation, order["fds"][0], handler)
+        from comfy_xdit.pool.rpc import Place, RpcWorker
+
+        place = Place(
+            pool=self._pool,
+            generation=generation,
+            store=order["store"],
+            interface=self._interface,
+            rank=self._rank + 1,
+            num_processes=self._world_size + 1,
+        )
+        return RpcWorker(place, handler)
+
     def _dropped(self) -> Failure:
         return Failure(rank=self._rank, kind="lost", message="the client's turn is over")
 
     # Messages
 
-    def _accept(
-        self, generation: int, serial: int, text: str, tensors: list[Tensor]
-    ) -> tuple[str, list[Tensor]]:
-        """Runs on an RPC thread: what the peer sent is not yet trusted."""
-        sound = type(serial) is int and isinstance(text, str) and isinstance(tensors, list)
-        if not sound:
-            refusal = "malformed message: wrong argument types"
-            return encode(Failure(rank=self._rank, kind="input", message=refusal))
+    def _accept(self, generation: int, request: Request) -> None:
+        """Runs on a thread of the transport."""
+        job = Job(generation, request)
         if generation <= self._closed:
-            return encode(self._dropped())
-        if serial == ASIDE:
-            return encode(self._aside(text, tensors))
-        job = Job(generation, serial, text, tensors)
-        self._inbox.put(job)
-        if generation <= self._closed:
-            # The turn ended meanwhile, and the main thread may wait for this one to return.
-            job.resolve(self._dropped())
-        job.done.wait()
-        assert job.answer is not None
-        return job.answer
+            job.answer(self._dropped())
+        elif request.serial == ASIDE:
+            job.answer(self._aside(request))
+        else:
+            self._inbox.put(job)
 
-    def _aside(self, text: str, tensors: list[Tensor]) -> Message:
-        """Beside the job that runs, on an RPC thread: the service must not touch what the main thread uses."""
+    def _aside(self, request: Request) -> Message:
+        """Beside the job that runs: the service must not touch what the main thread uses."""
         try:
-            return self._service.aside(decode(text, tensors))
+            return self._service.aside(decode(request.text, request.tensors))
         except Exception as error:
             kind, sentence = classify(error, self._rank)
             return Failure(rank=self._rank, kind=kind, message=sentence)
 
-    def _run_in_order(self) -> None:
-        # RPC threads may hand over two messages the wrong way round, on one rank and not on another;
-        # their collectives would then meet each other's.
-        while (job := self._early.pop(self._serial + 1, None)) is not None:
-            self._serial += 1
-            if job.generation <= self._closed:
-                job.resolve(self._dropped())
-            else:
-                self._run(job)
-
     def _run(self, job: Job) -> None:
-        kind, answer = "unreadable", None
+        """Run a message, report its end to the door, and answer.
+
+        The answer is packed, with its copy from the device, before its end is reported: what fails there is a
+        failure of the message like any other.
+        """
+        failure = None
         try:
-            message = decode(job.text, job.tensors)
-            kind = type(message).__name__
-            self._link.say("began", message=kind)
-            if isinstance(message, TurnEnded):
-                self._service.forget_client()
-                answer = Result()
-            else:
-                answer = self._service.handle(message)
+            send = self._handle(job.request)
         except Exception as error:
-            answer = self._failure(error)
+            failure = self._failure(error)
+            send = job.request.pack(*encode(failure))
         self._report_residents()
         # Before the answer: who acts on the answer must find that the door knows of it. And in full: the
         # door may end this process before the answer has left it.
-        failure = dataclasses.asdict(answer) if isinstance(answer, Failure) else None
-        self._link.say("done", generation=job.generation, serial=job.serial, failure=failure)
-        job.resolve(answer)
+        told = None if failure is None else dataclasses.asdict(failure)
+        self._link.say("done", generation=job.generation, serial=job.request.serial, failure=told)
+        send()
         self._look(after_s=STATUS_EVERY_S)
+
+    def _handle(self, request: Request) -> Callable[[], None]:
+        """What sends the result. A function of its own, so that a failure can let go of all that it holds."""
+        message = decode(request.text, request.tensors)
+        self._link.say("began", message=type(message).__name__)
+        if isinstance(message, TurnEnded):
+            self._service.forget_client()
+            return request.pack(*encode(Result()))
+        return request.pack(*encode(self._service.handle(message)))
 
     def _failure(self, error: Exception) -> Failure:
         trace = "".join(traceback.format_exception(error))[-MAX_TRACE_CHARS:]

@@ -14,8 +14,14 @@ from .errors import PoolError
 from .folder import pool_folder
 from .handshake import KEY_VARIABLE
 from .network import DOOR_PORT, Network, network_on
+from .transport import RPC, SOCKETS
 
 POLL_S = 0.1
+
+RPC_RISK = (
+    "--transport rpc: torch's RPC listens on 127.0.0.1 and knows no passwords, so every user of this machine can end "
+    "ComfyUI and the workers, and read and write files with your rights, as long as this pool runs\n"
+)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +34,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--port", type=int, help=f"with --nodes: that workers come to (default: {DOOR_PORT})"
     )
     parser.add_argument(
+        "--transport",
+        choices=(SOCKETS, RPC),
+        help="between ComfyUI and the workers (default: sockets on one machine, rpc on several)",
+    )
+    parser.add_argument(
         "--service", help="module:Class that the workers run instead of their own (for tests)"
     )
     parser.add_argument("--path", action="append", default=[], help="folder for the workers' sys.path")
@@ -38,7 +49,8 @@ def run(args: argparse.Namespace) -> int:
 
     A pool on several machines is left waiting for them, with what is to be run on each.
     """
-    options: dict[str, Any] = {"path": tuple(args.path), "network": network_of(args)}
+    network = network_of(args)
+    options: dict[str, Any] = {"path": tuple(args.path), "network": network, "transport": transport_of(args, network)}
     if args.service:
         options["service"] = args.service
     pool = Pool.connect(args.name, args.devices, start=True, **options)
@@ -74,6 +86,19 @@ def network_of(args: argparse.Namespace) -> Network | None:
         return None
     port = DOOR_PORT if args.port is None else args.port
     return network_on(args.interface or "", num_machines=args.nodes, port=port)
+
+
+def transport_of(args: argparse.Namespace, network: Network | None) -> str | None:
+    """What --transport says, its risk told. Raises PoolError for one that the network does not go with."""
+    if args.transport == SOCKETS and network is not None:
+        raise PoolError(
+            f"--transport {SOCKETS} is for one machine, and --nodes {args.nodes} are several; leave it out",
+            kind="input",
+        )
+    if args.transport == RPC and network is None:
+        sys.stdout.write(RPC_RISK)
+    chosen: str | None = args.transport
+    return chosen
 
 
 def missing_on(network: Network, num_ranks: int, missing: str, key: Path) -> str:

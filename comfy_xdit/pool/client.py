@@ -8,14 +8,15 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from typing import Any
 
-from ..messages import Failure, Message, Result, decode, encode
+from ..messages import Failure, Message, Result, TurnEnded, decode, encode
 from .errors import PoolError
 from .folder import pool_folder
 from .network import LOOPBACK, Network
-from .rpc import ASIDE, Group, Place, TurnEnded, require_available, require_free, require_interface
-from .start import POLL_S, Poll, reach, say
+from .start import POLL_S, reach, say
+from .transport import ASIDE, RPC, Answer, ClientGroup, Joiner, Poll, joiner, require_available
 from .verdict import groups_survive, worst
 from .wire import Wire
 
@@ -27,7 +28,8 @@ CALL_TIMEOUT_S = 600.0
 REASON_TIMEOUT_S = 2.0
 """How long a client whose connection to a worker broke waits for the door to say why."""
 
-# torch lets a process be in one RPC group; a turn of any pool in this process excludes the others'.
+# A turn of any pool in this process excludes the others': two threads that each held one pool and waited for the
+# other's would wait for ever, and torch lets a process be in one RPC group.
 _process_turn = threading.RLock()
 
 
@@ -39,12 +41,13 @@ class Pool:
     def __init__(self, name: str, devices: str, start: bool, options: dict[str, Any]) -> None:
         self.name = name
         self.generation = 0
-        """Changes when the workers or the RPC group are new: what was sent before must be sent again."""
+        """Changes when the workers or the group are new: what was sent before must be sent again."""
         self._asked = (devices, start, options)
         self._wire: Wire | None = None
+        self._unread: list[dict[str, Any]] = []
         self._about: dict[str, Any] = {}
-        self._group: Group | None = None
-        self._joining: threading.Thread | None = None
+        self._group: ClientGroup | None = None
+        self._joiner: Joiner | None = None
         self._depth = 0
         self._serial = 0
 
@@ -55,10 +58,10 @@ class Pool:
         """The pool `name`, started on `devices` when none runs and `start`.
 
         devices: "auto" (a running pool as it is; else all CUDA devices; else one process per core, at most
-        4), "cuda:0,1", "cpu:2". options: `service`, `path` and `network` of `start.spawn`.
+        4), "cuda:0,1", "cpu:2". options: `service`, `path`, `network` and `transport` of `start.spawn`.
         Raises PoolError.
         """
-        require_available()
+        require_available(RPC if options.get("network") else options.get("transport"))
         pool = cls(name, devices, start, options)
         pool._open(None)
         return pool
@@ -84,9 +87,7 @@ class Pool:
 
     def close(self) -> None:
         """Leave the pool; it runs on. The object can be used again."""
-        if self._group is not None:
-            self._group.leave()
-            self._group = None
+        self._drop_group()
         if self._wire is not None:
             self._wire.close()
             self._wire = None
@@ -146,69 +147,55 @@ class Pool:
         devices, start, options = self._asked
         was = self.network if self._about else None
         self._wire, self._about = reach(self.name, devices, start=start, poll=poll, was=was, **options)
-        self._group = None
+        self._group, self._unread = None, []
+        self._joiner = joiner(self._about["transport"])
 
     def _wait_for_grant(self, poll: Poll) -> None:
-        wire = self._wire
-        assert wire is not None
-        require_interface(self.network.interface if self.network else LOOPBACK)
-        require_free()
-        self._settle_join(poll)
+        wire, joiner = self._wire, self._joiner
+        assert wire is not None and joiner is not None
+        joiner.check(self.network.interface if self.network else LOOPBACK)
+        joiner.settle(poll)
         if self._group is not None and not self._group.is_current:
-            self._group = None
-        held = 0 if self._group is None else self._group.place.generation
+            self._drop_group()
+        held = 0 if self._group is None else self._group.generation
         wire.send({"type": "turn", "generation": held})
         while True:
-            for message in wire.wait(POLL_S):
-                kind = message.get("type")
-                if kind == "grant" and self._group_is(message["generation"]):
-                    return
-                if kind == "join":
-                    self._join(wire, message)
-                elif kind == "lost":
-                    self._group = None
-                    log.info("waiting for pool %r: %s", self.name, message["reason"])
-                    self._settle_join(poll)
-                    wire.send({"type": "turn", "generation": 0})
-                elif kind == "refused":
-                    raise PoolError(str(message["reason"]))
-            if poll is not None:
-                poll()
+            message = self._hear(POLL_S)
+            kind = None if message is None else message.get("type")
+            if message is None:
+                if poll is not None:
+                    poll()
+            elif kind == "grant" and self._group_is(message["generation"]):
+                return
+            elif kind == "join":
+                self._drop_group()
+                joiner.join(self.name, message, self.num_ranks, self._joined)
+            elif kind == "lost":
+                self._drop_group()
+                log.info("waiting for pool %r: %s", self.name, message["reason"])
+                joiner.settle(poll)
+                wire.send({"type": "turn", "generation": 0})
+            elif kind == "refused":
+                raise PoolError(str(message["reason"]))
+
+    def _hear(self, timeout_s: float) -> dict[str, Any] | None:
+        """The door's next message, if one comes in time. Raises ConnectionError when the door is gone."""
+        if not self._unread and self._wire is not None:
+            self._unread = self._wire.wait(timeout_s)
+        return self._unread.pop(0) if self._unread else None
 
     def _group_is(self, generation: int) -> bool:
-        return self._group is not None and self._group.place.generation == generation
+        return self._group is not None and self._group.generation == generation
 
-    def _join(self, wire: Wire, message: dict[str, Any]) -> None:
-        """Join on a thread of its own: the call blocks for up to its limit when a worker dies meanwhile."""
-        place = Place(
-            pool=self.name,
-            generation=message["generation"],
-            store=message["store"],
-            interface=message["interface"],
-            rank=0,
-            num_processes=self.num_ranks + 1,
-        )
+    def _joined(self, group: ClientGroup) -> None:
+        self._group = group
+        self.generation, self._serial = group.generation, 0
+        self._tell({"type": "joined", "generation": group.generation})
 
-        def join() -> None:
-            try:
-                self._group = Group.join(place)
-            except Exception as error:
-                # The door counts who joined, gives up on this generation and makes the next.
-                log.info("joining generation %d of pool %r: %s", place.generation, self.name, error)
-                return
-            self.generation, self._serial = place.generation, 0
-            with contextlib.suppress(ConnectionError):
-                wire.send({"type": "joined", "generation": place.generation})
-
-        self._joining = threading.Thread(target=join, name="comfy-xdit-join", daemon=True)
-        self._joining.start()
-
-    def _settle_join(self, poll: Poll) -> None:
-        """Wait for a join that was given up: torch cannot break one off, and can do one at a time."""
-        while self._joining is not None and self._joining.is_alive():
-            self._joining.join(POLL_S)
-            if poll is not None:
-                poll()
+    def _drop_group(self) -> None:
+        if self._group is not None:
+            self._group.leave()
+            self._group = None
 
     # Messages
 
@@ -239,7 +226,7 @@ class Pool:
         """
         if self._group is None:
             return None
-        future = self._group.send(0, ASIDE, *encode(message))
+        [future] = self._group.send([0], ASIDE, *encode(message))
         done = threading.Event()
         future.add_done_callback(lambda _: done.set())
         done.wait(timeout_s)
@@ -264,17 +251,17 @@ class Pool:
                 deadline = time.monotonic() + timeout_s
         return self._judge(message, futures, lost)
 
-    def _send(self, message: Message, wakeup: threading.Event | None = None) -> list[Any]:
+    def _send(self, message: Message, wakeup: threading.Event | None = None) -> list[Future[Answer]]:
         assert self._group is not None
         text, tensors = encode(message)
+        futures = self._group.send(range(self.num_ranks), self._serial + 1, text, tensors)
         self._serial += 1
-        futures = [self._group.send(rank, self._serial, text, tensors) for rank in range(self.num_ranks)]
         if wakeup is not None:
             for future in futures:
                 future.add_done_callback(lambda _: wakeup.set())
         return futures
 
-    def _judge(self, message: Message, futures: list[Any], lost: dict[str, Any] | None) -> list[Result]:
+    def _judge(self, message: Message, futures: list[Future[Answer]], lost: dict[str, Any] | None) -> list[Result]:
         answers = [_answer(future) for future in futures]
         failures = [answer for answer in answers if isinstance(answer, Failure)]
         if all(isinstance(answer, Result) for answer in answers):
@@ -282,7 +269,7 @@ class Pool:
         kinds = [a.kind if isinstance(a, Failure) else None for a in answers]
         broken = lost is not None or any(answer is None for answer in answers)
         if broken or not groups_survive(type(message).__name__, kinds):
-            self._group = None
+            self._drop_group()
             if lost is None:
                 lost = self._lost(REASON_TIMEOUT_S)
         # A worker that lost its peer fails too: then the door's reason says more than its failure.
@@ -300,7 +287,7 @@ class Pool:
 
     def _restart(self, reason: str) -> None:
         assert self._group is not None
-        self._tell({"type": "restart", "generation": self._group.place.generation, "reason": reason})
+        self._tell({"type": "restart", "generation": self._group.generation, "reason": reason})
 
     def _tell(self, message: dict[str, Any]) -> None:
         if self._wire is not None:
@@ -314,10 +301,10 @@ class Pool:
         deadline = time.monotonic() + timeout_s
         try:
             while True:
-                for message in self._wire.wait(min(POLL_S, timeout_s)):
-                    if message.get("type") == "lost":
-                        self._group = None
-                        return message
+                message = self._hear(min(POLL_S, timeout_s))
+                if message is not None and message.get("type") == "lost":
+                    self._drop_group()
+                    return message
                 if time.monotonic() >= deadline:
                     return None
         except ConnectionError:
@@ -325,13 +312,13 @@ class Pool:
             return {"reason": f"the supervisor of pool {self.name!r} ended"}
 
 
-def _answer(future: Any) -> Result | Failure | None:
+def _answer(future: Future[Answer]) -> Result | Failure | None:
     """What a worker answered; None when it did not (yet), or the connection to it broke."""
     if not future.done():
         return None
     try:
-        message = decode(*future.value())
-    except (RuntimeError, ValueError) as error:
+        message = decode(*future.result())
+    except (ConnectionError, ValueError) as error:
         log.debug("no answer: %s", error)
         return None
     return message if isinstance(message, (Result, Failure)) else None

@@ -125,6 +125,19 @@ class Connections:
             line.wire.close()
 
 
+@contextlib.contextmanager
+def pairs(number: int) -> Iterator[tuple[list[socket.socket], list[socket.socket]]]:
+    """Both ends of so many connections, to be passed on within the block; at its end our copies are closed."""
+    made: list[socket.socket] = []
+    try:
+        for _ in range(number):
+            made += socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        yield made[::2], made[1::2]
+    finally:
+        for sock in made:
+            sock.close()
+
+
 def listener_at(path: Path) -> socket.socket:
     """Listens at a path, for this user's processes."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

@@ -1,7 +1,7 @@
 """The pool's door: a unix socket where clients take turns and workers report.
 
 Workers of other machines report over TCP, where nothing but their greeting is taken from a newcomer.
-One thread owns all of the state. It moves no tensors: those go from the client to the workers over RPC.
+One thread owns all of the state. It moves no tensors: those go straight from the client to the workers.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from .network import Network
 from .pace import Pace
 from .roster import Roster, WorkerLine, failure_of
 from .stores import FileStores, SharedStores
+from .transport import RPC, SOCKETS
 from .turns import ClientLine
 from .wire import versions
 
@@ -49,13 +50,15 @@ class Door:
         stop: Callable[[], None],
         kill_starting: Callable[[], None],
         network: Network | None = None,
+        transport: str = SOCKETS,
     ) -> None:
         """lock: the folder's "alive", taken. kill_starting: ends worker processes that have not come to the door.
         network: between the machines of the pool, where workers come from then; None for one machine.
+        transport: between client and workers, RPC where there is a network.
         Raises PoolError when its port is taken or the folder can't be written.
         """
         self.folder = folder
-        self.network = network
+        self.network, self.transport = network, RPC if network else transport
         self.roster = Roster(devices, network)
         self.residents: list[str] = []
         self.changes = Changes(replaced={}, dropped={})
@@ -72,7 +75,7 @@ class Door:
         self._gathering = Gathering(folder.name, devices, network) if network else None
         self._stores = SharedStores(network.address) if network else FileStores(folder)
         self.grants = Grants(
-            folder, self.roster, self._connections, self._stores, missing=lambda: self._missing
+            folder, self.roster, self._connections, self._stores, self.transport, missing=lambda: self._missing
         )
         if network is not None:
             self._connections.listen(listener_on(network))
@@ -362,6 +365,7 @@ class Door:
             "pid": os.getpid(),
             "devices": self.roster.devices,
             "network": self.network.fields if self.network else None,
+            "transport": self.transport,
             "log": str(self.folder.log),
         }
 

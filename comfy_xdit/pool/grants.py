@@ -6,12 +6,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from .connections import Connections
+from .connections import Connections, pairs
 from .errors import PoolError
 from .folder import PoolFolder, unwritable
 from .network import LOOPBACK
 from .roster import Roster
 from .stores import FileStores, SharedStores
+from .transport import RPC
 from .turns import ClientLine, Turns
 
 JOIN_LIMIT_S = 15.0
@@ -34,11 +35,12 @@ class Grants:
         roster: Roster,
         connections: Connections,
         stores: FileStores | SharedStores,
+        transport: str,
         *,
         missing: Callable[[], str],
     ) -> None:
         self._folder, self._roster = folder, roster
-        self._connections, self._stores = connections, stores
+        self._connections, self._stores, self._transport = connections, stores, transport
         self._missing = missing
         self.turns = Turns(generation=folder.last_generation())
 
@@ -92,19 +94,32 @@ class Grants:
             turns.enter("none")
             self.advance()
             return
+        turns.enter("joining")
         try:
-            store = self._stores.for_rpc(turns.generation)
+            self._order_joining(turns.holder, turns.generation)
         except PoolError as error:
             turns.holder.send({"type": "refused", "reason": str(error)})
             turns.forget(turns.holder)
             turns.enter("none")
             self.advance()
+
+    def _order_joining(self, holder: ClientLine, generation: int) -> None:
+        """Tell client and workers to join. Raises PoolError when they have no place to."""
+        join: dict[str, Any] = {"type": "join", "generation": generation, "transport": self._transport}
+        if self._transport == RPC:
+            join["store"] = self._stores.for_rpc(generation)
+            self._roster.broadcast(join)
+            network = self._roster.network
+            holder.send({**join, "interface": network.interface if network else LOOPBACK})
             return
-        turns.enter("joining")
-        join = {"type": "join", "generation": turns.generation, "store": store}
-        self._roster.broadcast(join)
-        network = self._roster.network
-        turns.holder.send({**join, "interface": network.interface if network else LOOPBACK})
+        workers = [worker for _, worker in sorted(self._roster.workers.items())]
+        try:
+            with pairs(len(workers)) as (client_ends, worker_ends):
+                for worker, end in zip(workers, worker_ends, strict=True):
+                    worker.send(join, [end.fileno()])
+                holder.send(join, [end.fileno() for end in client_ends])
+        except OSError as error:
+            raise PoolError(f"no sockets between client and workers ({error.strerror})") from None
 
     def open_when_joined(self) -> None:
         """Grant the turn, once the group is made."""
@@ -118,12 +133,16 @@ class Grants:
             holder.send({"type": "grant", "generation": generation})
             return
         if holder is None or any(w.join_failed == generation for w in workers):
-            # The client went away, or stopped, while joining. The workers are sound and stay.
-            turns.enter("none")
-            if holder is not None:
-                turns.forget(holder)
-                self._connections.drop(holder)
-            self.advance()
+            self._give_up_joining()
+
+    def _give_up_joining(self) -> None:
+        """The client went away, or stopped, while joining. The workers are sound and stay."""
+        holder = self.turns.holder
+        self.turns.enter("none")
+        if holder is not None:
+            self.turns.forget(holder)
+            self._connections.drop(holder)
+        self.advance()
 
     # Who is told that it won't be let in
 
@@ -153,5 +172,9 @@ class Grants:
         turns = self.turns
         limit_s = {"preparing": PREPARE_LIMIT_S, "joining": JOIN_LIMIT_S}.get(turns.phase)
         if limit_s is None or time.monotonic() - turns.phase_since <= limit_s:
+            return None
+        if turns.phase == "joining" and all(w.joined == turns.generation for w in self._roster.workers.values()):
+            # Only the client is awaited.
+            self._give_up_joining()
             return None
         return f"the workers were not free for the next client in {limit_s:.0f} s"

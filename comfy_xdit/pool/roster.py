@@ -6,6 +6,7 @@ import dataclasses
 import os
 import signal
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from .fields import integer, one_of, table, text
@@ -50,9 +51,9 @@ class WorkerLine:
     """The fields of the `Failure` that it ended with."""
     done_at: float = 0.0
 
-    def send(self, message: dict[str, Any]) -> None:
+    def send(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
         try:
-            self.wire.send(message)
+            self.wire.send(message, fds)
         except ConnectionError:
             # Its socket reports the end to the door, which then acts on it.
             return

@@ -1,4 +1,4 @@
-"""torch.distributed.rpc behind one small interface: join a group, send a message, leave.
+"""The transport of pools on several machines: torch.distributed.rpc.
 
 Facts that shape this file, each found by trying: a group in which a process died takes no new member, so
 every client and every restart gets a group of its own, with names that never return; a second group in
@@ -14,40 +14,38 @@ import atexit
 import contextlib
 import dataclasses
 import io
+import logging
 import os
 import pickle
 import re
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from datetime import timedelta
 from typing import Any
 
 from torch import Tensor
 
-from ..messages import Message
 from .errors import PoolError
 from .network import LOOPBACK
 from .stores import teach_torch
+from .transport import ASIDE, Answer, ClientGroup, Poll, Request, Serve
 
-Serve = Callable[[int, str, list[Tensor]], tuple[str, list[Tensor]]]
+log = logging.getLogger("comfy_xdit")
 
 JOIN_TIMEOUT_S = 10.0
+POLL_S = 0.05
 
-ASIDE = 0
-"""The serial number of a message that does not wait for its turn; the others count from 1."""
+Handler = Callable[[int, str, list[Tensor]], Answer]
+"""What RPC runs on one of its threads, and answers with what it returns."""
 
 # A process has one RPC agent, and torch keeps it in its own globals; this serialises who changes it.
 _agent_lock = threading.Lock()
 
 # TensorPipe looks up its address once in a process' life.
 _listens_on: str | None = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TurnEnded(Message):
-    """The client's turn is over: forget what it asked to hold."""
 
 
 def serve(serial: int, text: str, tensors: list[Tensor]) -> tuple[str, list[Tensor]]:
@@ -57,17 +55,12 @@ def serve(serial: int, text: str, tensors: list[Tensor]) -> tuple[str, list[Tens
 
 def require_available() -> None:
     """Raises PoolError where torch has no RPC."""
-    import torch.distributed
+    import torch.distributed.rpc
 
-    available = torch.distributed.is_available() and sys.platform == "linux"
-    if available:
-        import torch.distributed.rpc
-
-        available = torch.distributed.rpc.is_available()
-    if not available:
+    if not torch.distributed.rpc.is_available():
         raise PoolError(
-            f"a worker pool needs a torch with distributed RPC, which this one on {sys.platform} lacks; "
-            "use Linux, or WSL2 on Windows"
+            f"a pool on several machines needs a torch with distributed RPC, which torch {torch.__version__} lacks; "
+            "use one on this machine, or another build of torch"
         )
 
 
@@ -93,7 +86,7 @@ def require_free() -> None:
         )
 
 
-def _allow_list(handler: Serve | None) -> dict[tuple[str, str], Any]:
+def _allow_list(handler: Handler | None) -> dict[tuple[str, str], Any]:
     """The names that a pickle may mention, with what they give."""
     from torch.distributed.rpc import api, internal
 
@@ -185,14 +178,14 @@ class Place:
         return f"{who}-{self.pool}-g{self.generation}"
 
 
-class Group:
+class RpcGroup:
     """Membership in one generation's RPC group. Made by `join`."""
 
     def __init__(self, place: Place) -> None:
         self.place = place
+        self.generation = place.generation
 
-    @classmethod
-    def join(cls, place: Place, handler: Serve | None = None) -> Group:
+    def join(self, handler: Handler | None = None) -> None:
         """Become a member; returns when all members are there, or raises RuntimeError in about
         JOIN_TIMEOUT_S. A group that this process was in before is left.
 
@@ -202,6 +195,7 @@ class Group:
         from torch.distributed.rpc import api, internal
 
         global _listens_on
+        place = self.place
         with _agent_lock:
             _leave_current()
             require_interface(place.interface)
@@ -231,24 +225,147 @@ class Group:
             except BaseException:
                 _leave_current()
                 raise
-        return cls(place)
 
     @property
     def is_current(self) -> bool:
         """Whether this process is still in the group: joining another one leaves this one."""
         return _current_name() == self.place.name(self.place.rank)
 
-    def send(self, rank: int, serial: int, text: str, tensors: list[Tensor]) -> Any:
-        """A torch Future of what worker `rank` answers: (text, tensors). It never times out by itself."""
+    def send(self, ranks: Sequence[int], serial: int, text: str, tensors: list[Tensor]) -> list[Future[Answer]]:
+        """As `transport.ClientGroup.send`."""
+        return [self._send(rank, serial, text, tensors) for rank in ranks]
+
+    def _send(self, rank: int, serial: int, text: str, tensors: list[Tensor]) -> Future[Answer]:
         from torch.distributed import rpc
 
-        return rpc.rpc_async(self.place.name(rank + 1), serve, args=(serial, text, tensors), timeout=0)
+        future: Future[Answer] = Future()
+
+        def resolve(done: Any) -> None:
+            try:
+                future.set_result(done.value())
+            except Exception as error:
+                future.set_exception(ConnectionError(str(error)))
+
+        try:
+            # It never times out by itself.
+            asked = rpc.rpc_async(self.place.name(rank + 1), serve, args=(serial, text, tensors), timeout=0)
+        except RuntimeError as error:
+            future.set_exception(ConnectionError(str(error)))
+        else:
+            asked.add_done_callback(resolve)
+        return future
 
     def leave(self) -> None:
         """Stop taking part; does not wait for the others. Harmless when left already."""
         with _agent_lock:
             if self.is_current:
                 _leave_current()
+
+
+class RpcWorker:
+    """A worker's membership: hands requests to `serve` in the order of their numbers.
+
+    Two of RPC's threads may bring two messages the wrong way round, on one rank and not on another; their
+    collectives would then meet each other's.
+    """
+
+    def __init__(self, place: Place, serve: Serve) -> None:
+        """Joins, as `RpcGroup.join`."""
+        self.generation = place.generation
+        self._serve = serve
+        # Re-entrant: a handler may answer at once.
+        self._lock = threading.RLock()
+        self._early: dict[int, Request] = {}
+        self._serial = 0
+        self._waiting: set[Future[Answer]] = set()
+        self._is_over = False
+        self._group = RpcGroup(place)
+        self._group.join(self._accept)
+
+    @property
+    def is_current(self) -> bool:
+        return not self._is_over and self._group.is_current
+
+    def leave(self) -> None:
+        # Every waiting RPC thread first: leaving the group joins them.
+        with self._lock:
+            self._is_over = True
+            waiting, self._waiting = self._waiting, set()
+            self._early.clear()
+        for future in waiting:
+            future.set_exception(RuntimeError("the client's turn is over"))
+        self._group.leave()
+
+    def _accept(self, serial: int, text: str, tensors: list[Tensor]) -> Answer:
+        """Runs on an RPC thread: what the peer sent is not yet trusted."""
+        if not (type(serial) is int and isinstance(text, str) and isinstance(tensors, list)):
+            # Of all exceptions the client's unpickler lets this one through.
+            raise RuntimeError("malformed message: wrong argument types")
+        future: Future[Answer] = Future()
+        request = Request(serial, text, tensors, lambda text, tensors: lambda: self._resolve(future, (text, tensors)))
+        with self._lock:
+            if self._is_over:
+                raise RuntimeError("the client's turn is over")
+            self._waiting.add(future)
+            if serial != ASIDE:
+                self._early[serial] = request
+                while (ready := self._early.pop(self._serial + 1, None)) is not None:
+                    self._serial += 1
+                    self._serve(ready)
+        if serial == ASIDE:
+            self._serve(request)
+        return future.result()
+
+    def _resolve(self, future: Future[Answer], answer: Answer) -> None:
+        with self._lock:
+            is_waiting = future in self._waiting
+            self._waiting.discard(future)
+        if is_waiting:
+            future.set_result(answer)
+
+
+class RpcJoiner:
+    """A client's way into RPC groups, on a thread of its own: a join blocks for up to its limit when a worker dies
+    meanwhile."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+
+    def check(self, interface: str) -> None:
+        require_available()
+        require_interface(interface)
+        require_free()
+
+    def join(self, pool: str, order: dict[str, Any], num_ranks: int, joined: Callable[[ClientGroup], None]) -> None:
+        group = RpcGroup(
+            Place(
+                pool=pool,
+                generation=order["generation"],
+                store=order["store"],
+                interface=order["interface"],
+                rank=0,
+                num_processes=num_ranks + 1,
+            )
+        )
+
+        def run() -> None:
+            try:
+                group.join()
+            except Exception as error:
+                # The door counts who joined, gives up on this generation and makes the next.
+                log.info("joining generation %d of pool %r: %s", group.generation, pool, error)
+                return
+            joined(group)
+
+        self._thread = threading.Thread(target=run, name="comfy-xdit-join", daemon=True)
+        self._thread.start()
+
+    def settle(self, poll: Poll) -> None:
+        # torch cannot break a join off, and can do one at a time.
+        while self._thread is not None and self._thread.is_alive():
+            self._thread.join(POLL_S)
+            if poll is not None:
+                poll()
 
 
 def _current_name() -> str | None:
@@ -278,6 +395,6 @@ def _leave_at_exit() -> None:
 atexit.register(_leave_at_exit)
 
 
-def loads_safely(data: bytes, handler: Serve | None = None) -> Any:
+def loads_safely(data: bytes, handler: Handler | None = None) -> Any:
     """What `data` unpickles to under the workers' rules; for tests and for judging a recorded attack."""
     return make_unpickler(_allow_list(handler))(io.BytesIO(data)).load()

@@ -11,7 +11,6 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,10 @@ from .errors import PoolError
 from .folder import PoolFolder, pool_folder, unwritable
 from .locks import holders
 from .network import Network
+from .transport import RPC, SOCKETS, Poll
 from .wire import Wire, spell, versions
 
 log = logging.getLogger("comfy_xdit")
-
-Poll = Callable[[], object] | None
 
 SERVICE = "comfy_xdit_worker.service:Service"
 HELLO_TIMEOUT_S = 10.0
@@ -104,6 +102,7 @@ def reach(
         wire, about = _start(folder, wanted, poll, options)
     try:
         _check(name, about, None if devices.strip().lower() == "auto" and not network else wanted, network)
+        _check_transport(name, about, options.get("transport"))
     except PoolError:
         wire.close()
         raise
@@ -122,6 +121,15 @@ def _check(name: str, about: dict[str, Any], wanted: list[str] | None, network: 
         raise PoolError(
             f"pool {name!r} runs on {describe(about['devices'], found)}, not on {describe(wanted, network)}; "
             f"{stop}, or give devices=auto to use it as it is, or another pool name",
+            kind="input",
+        )
+
+
+def _check_transport(name: str, about: dict[str, Any], wanted: str | None) -> None:
+    if wanted not in (None, about["transport"]):
+        raise PoolError(
+            f"pool {name!r} runs with --transport {about['transport']}, not {wanted}; stop it with "
+            f"`comfy-xdit pool stop --name {name}` and run again, or leave --transport out to use it as it is",
             kind="input",
         )
 
@@ -165,17 +173,20 @@ def spawn(
     service: str = SERVICE,
     path: tuple[str, ...] = (),
     network: Network | None = None,
+    transport: str | None = None,
 ) -> None:
     """Start a supervisor and return when its door is open.
 
     devices: one for each rank. service: "module:Class" that the workers run; path: folders for their sys.path.
-    network: to the machines whose own torchruns start the workers; None starts them here.
+    network: to the machines whose own torchruns start the workers; None starts them here. transport: between client
+    and workers, by default sockets on one machine and RPC on several.
     Raises PoolError with what it says when it ends instead.
     """
     read_end, write_end = os.pipe()
     boot = Path(__file__).resolve().parent.parent / "boot.py"
     command = [sys.executable, str(boot), "comfy_xdit.pool.supervisor", "--name", folder.name]
     command += ["--devices", json.dumps(devices), "--service", service, "--ready-fd", str(write_end)]
+    command += ["--transport", transport or (RPC if network else SOCKETS)]
     if network is not None:
         command += ["--network", json.dumps(network.fields)]
     for entry in path:

@@ -26,6 +26,7 @@ from .errors import PoolError
 from .folder import PoolFolder, pool_folder
 from .locks import Lock
 from .network import LOOPBACK, Network
+from .transport import RPC, SOCKETS
 
 log = logging.getLogger("comfy_xdit")
 
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("--service", required=True)
     parser.add_argument("--path", action="append", default=[], help="folder for the workers' sys.path")
     parser.add_argument("--network", help="JSON of the `Network` between several machines")
+    parser.add_argument("--transport", choices=(SOCKETS, RPC), required=True, help="between client and workers")
     parser.add_argument("--ready-fd", type=int, required=True)
     args = parser.parse_args()
     # The starter waits for this first process only: the pool is nobody's child but init's.
@@ -54,7 +56,8 @@ def main() -> None:
             if not lock.take():
                 raise PoolError(f"another pool {args.name!r} runs, or is just ending; run again")
             network = Network(**json.loads(args.network)) if args.network else None
-            supervisor = _Supervisor(folder, lock, json.loads(args.devices), network, args.service, args.path)
+            devices = json.loads(args.devices)
+            supervisor = _Supervisor(folder, lock, devices, network, args.transport, args.service, args.path)
         except (PoolError, OSError) as error:
             # Not by the log: it may be another pool's, or on a full disk.
             ready.write(f"{error}\n")
@@ -69,6 +72,7 @@ class _Supervisor:
         lock: Lock,
         devices: list[str],
         network: Network | None,
+        transport: str,
         service: str,
         path: list[str],
     ) -> None:
@@ -89,7 +93,13 @@ class _Supervisor:
         self.agent: Any = None
         folder.clear()
         self.door = Door(
-            folder, devices, lock=lock, network=network, stop=self.stop, kill_starting=self.kill_workers
+            folder,
+            devices,
+            lock=lock,
+            network=network,
+            transport=transport,
+            stop=self.stop,
+            kill_starting=self.kill_workers,
         )
         self.door.changes = changes
 

@@ -1,9 +1,10 @@
-"""Whose turn it is: the queue of clients and the generation of the RPC group."""
+"""Whose turn it is: the queue of clients and the generation of the group of client and workers."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from .wire import Wire
@@ -18,9 +19,9 @@ class ClientLine:
     waiting_since: float = 0.0
     joined: int = 0
 
-    def send(self, message: dict[str, Any]) -> None:
+    def send(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
         try:
-            self.wire.send(message)
+            self.wire.send(message, fds)
         except ConnectionError:
             # Its socket reports the end to the door, which then acts on it.
             return
@@ -54,6 +55,9 @@ class Turns:
         if is_member and not self.queue:
             self.in_turn = True
             return True
+        if client is self.holder and self.phase == "open":
+            # It has lost its group without us, so it is in no turn any more.
+            self.in_turn = False
         is_coming = client is self.holder and self.phase in ("preparing", "joining")
         # It asks twice when it learns of a lost group after it has asked.
         if client not in self.queue and not is_coming:

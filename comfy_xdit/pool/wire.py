@@ -1,22 +1,31 @@
-"""One JSON object a line over a socket: how clients and workers talk to the pool's door."""
+"""One JSON object a line over a socket: how clients and workers talk to the pool's door.
+
+A line of the door's may bring descriptors: it says how many ("num_fds"), and its reader finds them in "fds".
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import select
 import socket
 import struct
 import threading
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from .forks import close_in_children
 
 MAX_LINE_BYTES = 1 << 20
 SEND_TIMEOUT_S = 2.0
 CONNECT_TIMEOUT_S, RETRY_S = 10.0, 0.02
+
+MAX_FDS = 128
+"""With one line; the kernel takes up to 253."""
 
 SILENCE_LIMIT_S = 15.0
 """After so long without an answer from the other machine's kernel, a connection over the network is broken."""
@@ -40,10 +49,14 @@ def spell(found: Any) -> str:
 class Wire:
     """One end of a connection. Raises ConnectionError when the other end is gone or does not read."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, *, takes_fds: bool = False) -> None:
+        """takes_fds: keep descriptors that come; else the kernel closes them."""
         self.sock = sock
+        close_in_children(sock)
         self._sending = threading.Lock()
         self._buffer = b""
+        self._takes_fds = takes_fds
+        self._fds: list[int] = []
         # A peer that was stopped must not stop us: its buffer fills up, and then we let go of it.
         sock.settimeout(SEND_TIMEOUT_S)
         if self.is_remote:
@@ -72,7 +85,8 @@ class Wire:
         except OSError:
             sock.close()
             raise
-        return cls(sock)
+        # It is our own door, in a folder that only we can enter.
+        return cls(sock, takes_fds=not isinstance(place, tuple))
 
     @property
     def is_remote(self) -> bool:
@@ -82,12 +96,14 @@ class Wire:
     def fileno(self) -> int:
         return self.sock.fileno()
 
-    def send(self, message: dict[str, Any]) -> None:
-        """Send one object; any thread may call."""
-        line = json.dumps(message).encode() + b"\n"
+    def send(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
+        """Send one object, and copies of `fds` with it; any thread may call."""
+        line = json.dumps({**message, "num_fds": len(fds)} if fds else message).encode() + b"\n"
         try:
             with self._sending:
-                self.sock.sendall(line)
+                # With the first byte, so they are there before the line is whole.
+                sent = socket.send_fds(self.sock, [line], fds) if fds else 0
+                self.sock.sendall(line[sent:])
         except OSError as error:
             raise ConnectionError(str(error)) from None
 
@@ -97,7 +113,7 @@ class Wire:
         Raises ValueError for what is no JSON object, or longer than MAX_LINE_BYTES.
         """
         try:
-            data = self.sock.recv(1 << 16)
+            data = self._receive(1 << 16)
         except OSError as error:
             raise ConnectionError(str(error)) from None
         if not data:
@@ -113,8 +129,24 @@ class Wire:
                 raise ValueError("a line that is no JSON") from None
             if not isinstance(message, dict):
                 raise ValueError("a line that is no JSON object")
+            if "num_fds" in message:
+                message["fds"] = self._take_fds(message["num_fds"])
             messages.append(message)
         return messages
+
+    def _receive(self, num_bytes: int) -> bytes:
+        if not self._takes_fds:
+            return self.sock.recv(num_bytes)
+        data, fds, _, _ = socket.recv_fds(self.sock, num_bytes, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
+        self._fds += fds
+        return data
+
+    def _take_fds(self, number: object) -> list[int]:
+        if not isinstance(number, int) or not 0 < number <= len(self._fds):
+            # The kernel drops those for which this process has no room.
+            raise ConnectionError(f"{len(self._fds)} descriptors came, not {number}; perhaps too many files are open")
+        taken, self._fds = self._fds[:number], self._fds[number:]
+        return taken
 
     def wait(self, timeout_s: float) -> list[dict[str, Any]]:
         """The objects that arrive within `timeout_s`, returning at the first; [] when none came."""
@@ -131,3 +163,5 @@ class Wire:
 
     def close(self) -> None:
         self.sock.close()
+        while self._fds:
+            os.close(self._fds.pop())

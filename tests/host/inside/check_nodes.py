@@ -1,4 +1,4 @@
-"""The node classes: custom samplers and guiders, bad files, a platform without RPC."""
+"""The node classes: custom samplers and guiders, bad files, a platform without pools."""
 
 import os
 import subprocess
@@ -157,14 +157,14 @@ def test_every_node_has_a_name_and_a_page():
         assert (host.ROOT / "web" / "docs" / f"{name}.md").is_file()
 
 
-def test_without_rpc_nodes_are_listed_and_say_what_is_needed(tmp_path, models):
-    """As on Windows: torch without RPC, Python without fcntl."""
+def test_where_no_pool_can_be_nodes_are_listed_and_say_what_is_needed(tmp_path, models):
+    """As on Windows: torch without torch.distributed, Python without fcntl."""
     script = f"""
         import runpy, sys
         import torch
-        import torch.distributed.rpc
+        import torch.distributed
         sys.modules["fcntl"] = None
-        torch.distributed.rpc.is_available = lambda: False
+        torch.distributed.is_available = lambda: False
         enter = runpy.run_path({str(host.ROOT / "nodes" / "parity" / "host.py")!r})["enter"]
         enter({os.environ["COMFYUI_UNDER_TEST"]!r}, {str(tmp_path / "comfyui")!r})
         pack = runpy.run_path({str(host.ROOT / "__init__.py")!r})
