@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import InputError
 from .parallel.spec import BALANCES, ParallelSpec
+from .typed import misfit
 
 Tree = Any
 """None, bool, int, float, str, Tensor, and lists and str-keyed dicts of those."""
@@ -295,7 +297,7 @@ def encode(message: Message) -> tuple[str, list[Tensor]]:
 
 
 def decode(text: str, tensors: list[Tensor]) -> Message:
-    """The message that `encode` made. Raises ValueError for anything else: unknown kinds, fields, tensors."""
+    """The message that `encode` made. Raises InputError for all else: unknown kinds and fields, wrong types."""
     kinds = _kinds()
 
     def unpack(value: Any) -> Any:
@@ -308,26 +310,28 @@ def decode(text: str, tensors: list[Tensor]) -> Message:
         if "$" in value:
             kind = kinds.get(value["$"]) if isinstance(value["$"], str) else None
             if kind is None:
-                raise ValueError(f"unknown message {value['$']!r}; the two sides run different versions")
+                raise InputError(f"unknown message {value['$']!r}; the two sides run different versions")
             fields = {name: unpack(item) for name, item in value.items() if name != "$"}
+            if wrong := misfit(kind, fields):
+                raise InputError(f"malformed {kind.__name__}: {wrong}")
             try:
                 return kind(**fields)
             except TypeError as error:
-                raise ValueError(f"malformed {kind.__name__}: {error}") from None
+                raise InputError(f"malformed {kind.__name__}: {error}") from None
         return {key: unpack(item) for key, item in value.items()}
 
     if not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
-        raise ValueError("malformed message: something other than a tensor among its tensors")
+        raise InputError("malformed message: something other than a tensor among its tensors")
     try:
         message = unpack(json.loads(text))
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"malformed message: {error}") from None
+        raise InputError(f"malformed message: {error}") from None
     if not isinstance(message, Message):
-        raise ValueError(f"malformed message: {type(message).__name__} is no message")
+        raise InputError(f"malformed message: {type(message).__name__} is no message")
     return message
 
 
 def _index(value: Any, length: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < length:
-        raise ValueError(f"malformed message: tensor {value!r} of {length}")
+        raise InputError(f"malformed message: tensor {value!r} of {length}")
     return value

@@ -38,6 +38,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import InputError
 from .messages import Message
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -114,7 +115,7 @@ class SamplerProgram(Message):
 
     after: what is computed after the last call. output: the value that the host's `Sampler.sample` returns
     (inverse noise scaling included).
-    Raises ValueError for an unknown function, and when a value is used that does not exist at its time.
+    Raises InputError for an unknown function, and when a value is used that does not exist at its time.
     """
 
     conds: list[str]
@@ -131,7 +132,7 @@ class SamplerProgram(Message):
                 known |= {f"o{time - 1}.{k}" for k in range(len(self.calls[time - 1].conds))}
             for operation in operations:
                 if operation.function not in FUNCTIONS:
-                    raise ValueError(f"the sampler program uses {operation.function!r}, which is no known operation")
+                    raise InputError(f"the sampler program uses {operation.function!r}, which is no known operation")
                 self._require(known, time, *_names(operation))
                 known.add(operation.result)
             self._require(known, time, *read[time])
@@ -139,7 +140,7 @@ class SamplerProgram(Message):
     def _require(self, known: set[str], time: int, *names: str) -> None:
         for name in names:
             if not _is_given(name) and name not in known:
-                raise ValueError(f"the sampler program uses {name!r} before call {time}, where it is not known yet")
+                raise InputError(f"the sampler program uses {name!r} before call {time}, where it is not known yet")
 
     def segments(self) -> Iterator[list[Operation]]:
         """The operations before each call, then those after the last."""

@@ -111,15 +111,22 @@ def test_a_torch_without_what_a_pool_needs_is_told(home, monkeypatch):
     assert not home.exists()
 
 
+EARLY = [{"kind": kind, "has_communicated": False} for kind in ("input", "fault", "memory")]
+LATE = [{"kind": kind, "has_communicated": True} for kind in ("input", "fault", "memory")]
+
+
 @pytest.mark.parametrize(
     ("message", "failures", "sound"),
     [
         ("Denoise", [None, None], True),
-        ("Denoise", ["input", "input"], True),
-        ("Denoise", ["input", None], False),
-        ("Denoise", ["memory", "memory"], False),
-        ("Denoise", ["fault"], True),
-        ("LoadModel", ["memory", None], True),
+        ("Denoise", [EARLY[0], EARLY[0]], True),
+        ("Denoise", [EARLY[1], EARLY[0]], True),
+        ("Denoise", [EARLY[2], EARLY[2]], False),
+        ("Denoise", [EARLY[0], None], False),
+        ("Denoise", [EARLY[0], LATE[0]], False),
+        ("Denoise", [LATE[0], LATE[0]], False),
+        ("Denoise", [LATE[1]], True),
+        ("LoadModel", [EARLY[2], None], True),
     ],
 )
 def test_which_failures_leave_the_groups_usable(message, failures, sound):

@@ -14,6 +14,6 @@ def classify(error: BaseException, rank: int) -> tuple[str, str]:
             f"worker {rank} ran out of memory{detail}; use a smaller image or batch, more devices, "
             "fp8 weights, or unload other models"
         )
-    if isinstance(error, (InputError, ValueError)):
+    if isinstance(error, InputError):
         return "input", text
     return "fault", f"worker {rank} failed: {type(error).__name__}: {text}"

@@ -13,8 +13,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
-import torch
-
 from comfy_xdit.messages import Failure, Message, Result, TurnEnded, decode, encode
 from comfy_xdit.pool.network import LOOPBACK
 from comfy_xdit.pool.transport import ASIDE, RPC, Group, Request, Serve
@@ -33,10 +31,13 @@ Order = dict[str, Any]
 class Service(Protocol):
     """What the loop needs of the class that `--service` names."""
 
+    @property
+    def has_communicated(self) -> bool: ...
     def handle(self, message: Message) -> Result: ...
     def aside(self, message: Message) -> Result: ...
     def abandon(self) -> None: ...
     def residents(self) -> list[Message]: ...
+    def free_others(self) -> None: ...
     def forget_client(self) -> None: ...
     def status(self) -> dict[str, Any]: ...
 
@@ -78,6 +79,8 @@ class Loop:
         self._residents: list[str] = []
         self._snapshot: dict[str, Any] = {}
         self._snapshot_at = 0.0
+        # Whether the service was given the message that runs: only then does it know what became of it.
+        self._is_handled = False
 
     @property
     def snapshot(self) -> dict[str, Any]:
@@ -101,9 +104,11 @@ class Loop:
         for text in residents:
             try:
                 self._service.handle(decode(text, []))
-            except Exception:
+            except Exception as error:
                 # The file may be gone by now; the client that needs it will be told so.
-                log.exception("rank %d could not load again %s", self._rank, text)
+                kind, sentence = classify(error, self._rank)
+                trace = error if kind == "fault" else None
+                log.warning("rank %d could not load again: %s", self._rank, sentence, exc_info=trace)
         self._report_residents()
         self._look()
 
@@ -198,11 +203,11 @@ class Loop:
         The answer is packed, with its copy from the device, before its end is reported: what fails there is a
         failure of the message like any other.
         """
-        failure = None
+        failure, self._is_handled = None, False
         try:
             send = self._handle(job.request)
         except Exception as error:
-            failure = self._failure(error)
+            failure = self._failure(error, has_communicated=self._is_handled and self._service.has_communicated)
             send = job.request.pack(*encode(failure))
         self._report_residents()
         # Before the answer: who acts on the answer must find that the door knows of it. And in full: the
@@ -219,9 +224,10 @@ class Loop:
         if isinstance(message, TurnEnded):
             self._service.forget_client()
             return request.pack(*encode(Result()))
+        self._is_handled = True
         return request.pack(*encode(self._service.handle(message)))
 
-    def _failure(self, error: Exception) -> Failure:
+    def _failure(self, error: Exception, *, has_communicated: bool) -> Failure:
         trace = "".join(traceback.format_exception(error))[-MAX_TRACE_CHARS:]
         kind, sentence = classify(error, self._rank)
         log.warning("rank %d: %s", self._rank, sentence, exc_info=error if kind == "fault" else None)
@@ -230,9 +236,10 @@ class Loop:
         if kind == "memory":
             del error
             gc.collect()
-            if torch.cuda.is_initialized():
-                torch.cuda.empty_cache()
-        return Failure(rank=self._rank, kind=kind, message=sentence, trace=trace)
+            self._service.free_others()
+        return Failure(
+            rank=self._rank, kind=kind, message=sentence, trace=trace, has_communicated=has_communicated
+        )
 
     # Reports
 

@@ -8,29 +8,29 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import socket
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from comfy_xdit import messages as m
+from comfy_xdit.errors import InputError
 from comfy_xdit.mailbox import Mailbox
 from comfy_xdit.parallel.context import ParallelContext
 from comfy_xdit.parallel.denoise import denoise
 from comfy_xdit.parallel.groups import GroupCache
 from comfy_xdit.parallel.sample import sample
 
+from .residents import AGAIN, Residents
+
 if TYPE_CHECKING:
-    from comfy_xdit.parallel.spec import ParallelSpec, WeightShare
-    from comfy_xdit.vae import ResidentVAE
     from comfy_xdit.weights.resident import ResidentModel
 
 
 class Service:
     """Handles every message of a client on one rank.
 
-    `handle` raises ValueError for the user's mistakes and lets other errors through: the loop that
+    `handle` raises InputError for the user's mistakes and lets other errors through: the loop that
     calls it turns them into a `Failure`.
     """
 
@@ -40,10 +40,7 @@ class Service:
         self.device = device
         # As torchrun and the pool's own agent tell every worker.
         self._groups = GroupCache(world_size, num_local=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
-        self._models: dict[str, ResidentModel] = {}
-        self._layouts: dict[str, list[WeightShare]] = {}
-        self._vaes: dict[str, ResidentVAE] = {}
-        self._loads: dict[str, m.Message] = {}
+        self._residents = Residents(rank=rank, world_size=world_size, device=device)
         self._held: dict[str, Any] = {}
         self._mailbox = Mailbox()
         self._handlers: dict[type, Callable[[Any], m.Result]] = {
@@ -62,10 +59,10 @@ class Service:
         }
 
     def handle(self, message: m.Message) -> m.Result:
+        self._groups.begin_job()
         handler = self._handlers.get(type(message))
         if handler is None:
-            raise ValueError(f"a worker does not take {type(message).__name__}; send a request, not an answer")
-        self._groups.begin_job()
+            raise InputError(f"a worker does not take {type(message).__name__}; send a request, not an answer")
         try:
             with torch.inference_mode():
                 return handler(message)
@@ -88,7 +85,7 @@ class Service:
         if isinstance(message, m.Cancel):
             self._mailbox.cancel(message.job)
             return m.Result()
-        raise ValueError(f"{type(message).__name__} is not answered beside a job; send it as a job")
+        raise InputError(f"{type(message).__name__} is not answered beside a job; send it as a job")
 
     def abandon(self) -> None:
         """The client is gone: end its job after the current step. Any thread may call."""
@@ -96,7 +93,11 @@ class Service:
 
     def residents(self) -> list[m.Message]:
         """The loads to repeat in a worker that replaces this one."""
-        return list(self._loads.values())
+        return self._residents.loads
+
+    def free_others(self) -> None:
+        """Memory is full: keep only the model or VAE that was used last."""
+        self._residents.free_others()
 
     def forget_client(self) -> None:
         """Drop what a client left when its turn ended; models stay warm."""
@@ -106,55 +107,15 @@ class Service:
     def status(self) -> dict[str, Any]:
         """What is resident; the loop adds pid, device and memory."""
         return {
-            "models": [self._model_status(key, model) for key, model in self._models.items()],
-            "vaes": list(self._vaes),
-        }
-
-    def _model_status(self, key: str, model: ResidentModel) -> dict[str, Any]:
-        return {
-            "model": key,
-            "family": model.family.name,
-            "patches": model.num_patched,
-            "patches_id": model.patches_id,
-            "bytes": model.bytes_held(),
-            "blocks": [model.stage.start, model.stage.stop],
+            "models": [_describe(key, model) for key, model in self._residents.models.items()],
+            "vaes": self._residents.vaes,
         }
 
     def _load_model(self, message: m.LoadModel) -> m.Result:
-        key, layout = message.model, self._layout(message.spec, message.balance)
-        # All ranks' parts are compared: were only some ranks to load, only some would lose their patches.
-        if self._layouts.get(key) != layout:
-            from comfy_xdit.weights.resident import load
-
-            self._check_file(message.path, message.fingerprint)
-            self._forget([key])  # first, so that there are never two in memory
-            self._models[key] = load(message, self.device, rank=self.rank)
-            self._layouts[key] = layout
-        self._loads[key] = message
-        return m.Result(value=self._model_status(key, self._models[key]))
-
-    def _check_file(self, path: str, fingerprint: str = "") -> None:
-        """Raises ValueError when this machine has no such file, or another one under its name."""
-        from comfy_xdit.weights.fingerprint import fingerprint as fingerprint_of
-
-        here = f"rank {self.rank}, on {socket.gethostname()},"
-        try:
-            with open(path, "rb"):
-                pass
-        except OSError as error:
-            raise ValueError(
-                f"{here} can't open {path} ({error.strerror}); every machine of a pool reads a model from the same "
-                "path, so put the file there"
-            ) from None
-        if fingerprint and fingerprint_of(path) != fingerprint:
-            raise ValueError(f"{here} has another file as {path} than ComfyUI's machine; copy that one there")
-
-    def _layout(self, spec: ParallelSpec, balance: str) -> list[WeightShare]:
-        """Which part of a model each rank holds."""
-        return [spec.weights_of(rank, balance) for rank in range(self.world_size)]
+        return m.Result(value=_describe(message.model, self._residents.load_model(message)))
 
     def _set_patches(self, message: m.SetPatches) -> m.Result:
-        model = self._model(message.model)
+        model = self._residents.model(message.model)
         changed = model.set_patches(message)
         return m.Result(value={"changed": changed, "misfits": model.misfits})
 
@@ -172,22 +133,25 @@ class Service:
         calls = [_to(self._recall(call), self.device) for call in message.calls]
         with ParallelContext(message.spec, self._groups, trace=message.trace) as context:
             outputs, report = denoise(model, calls, message.chunks, context)
+        self._residents.require_unchanged(message.model)
         return m.Result(value=outputs if self.rank == 0 else None, report=report)
 
     def _sample(self, message: m.Sample) -> m.Result:
         model = self._ready_model(message)
         sent = {name: _to(getattr(message, name), self.device) for name in ("noise", "latent", "mask", "noises")}
+        message = dataclasses.replace(message, **sent)
         conds = [_to(self._recall(cond), self.device) for cond in message.conds]
         self._mailbox.open(message.job)
         with ParallelContext(message.spec, self._groups, trace=message.trace) as context:
             samples, report = sample(
                 model,
-                dataclasses.replace(message, **sent),
+                message,
                 conds,
                 context,
                 post=self._post,
                 wish_to_stop=lambda: self._mailbox.is_cancelled(message.job),
             )
+        self._residents.require_unchanged(message.model)
         return m.Result(value=samples, report=report)
 
     def _post(self, entry: dict[str, Any]) -> None:
@@ -203,20 +167,21 @@ class Service:
         self._mailbox.post({**entry, "denoised": host}, copied.query)
 
     def _load_vae(self, message: m.LoadVAE) -> m.Result:
-        if message.vae not in self._vaes:
-            from comfy_xdit.vae import load_vae
-
-            self._check_file(message.path)
-            self._vaes[message.vae] = load_vae(message, self.device)
-            self._loads[message.vae] = message
+        self._residents.load_vae(message)
         return m.Result()
 
     def _vae_decode(self, message: m.VAEDecode) -> m.Result:
-        image = self._vae(message.vae).decode(message.latent.to(self.device), self._groups.world)
+        vae = self._residents.vae(message.vae)
+        vae.check_latent(message.latent)
+        image = vae.decode(message.latent.to(self.device), self._groups.world)
+        self._residents.require_unchanged(message.vae)
         return m.Result(value=image if self.rank == 0 else None)
 
     def _vae_encode(self, message: m.VAEEncode) -> m.Result:
-        moments = self._vae(message.vae).encode(message.image.to(self.device), self._groups.world)
+        vae = self._residents.vae(message.vae)
+        vae.check_image(message.image)
+        moments = vae.encode(message.image.to(self.device), self._groups.world)
+        self._residents.require_unchanged(message.vae)
         return m.Result(value=moments if self.rank == 0 else None)
 
     def _probe(self, message: m.Probe) -> m.Result:
@@ -225,52 +190,42 @@ class Service:
         return m.Result(value=probe(self._groups, self.device))
 
     def _unload(self, message: m.Unload) -> m.Result:
-        self._forget(message.keys or list(self._loads))
+        if message.keys:
+            self._residents.forget(message.keys)
+        else:
+            self._residents.forget_all()
         return m.Result()
 
-    def _forget(self, keys: list[str]) -> None:
-        for key in keys:
-            for kept in (self._models, self._layouts, self._vaes, self._loads):
-                kept.pop(key, None)  # type: ignore[attr-defined]
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def _model(self, key: str) -> ResidentModel:
-        if key not in self._models:
-            raise ValueError(f"model {key!r} is not loaded on the workers; queue the workflow again")
-        return self._models[key]
-
     def _ready_model(self, message: m.Denoise | m.Sample) -> ResidentModel:
-        """The model that a job wants, held as it wants it: alike on every rank, or ValueError on every rank."""
-        model = self._model(message.model)
+        """The model that a job wants, held as it wants it: alike on every rank, or InputError on every rank."""
+        model = self._residents.model_for(message.model, message.spec)
         if model.patches_id != message.patches_id:
-            raise ValueError(
-                f"the workers hold patches {model.patches_id!r} of this model, not {message.patches_id!r}; "
-                "queue the workflow again"
-            )
-        loaded = cast("m.LoadModel", self._loads[message.model])
-        if self._layouts[message.model] != self._layout(message.spec, loaded.balance):
-            raise ValueError(
-                f"the model is loaded for {loaded.spec}, which spreads its weights otherwise than {message.spec}; "
-                "queue the workflow again"
+            raise InputError(
+                f"the workers hold other patches (LoRA) of this model than those of this run; {AGAIN}"
             )
         return model
-
-    def _vae(self, key: str) -> ResidentVAE:
-        if key not in self._vaes:
-            raise ValueError(f"VAE {key!r} is not loaded on the workers; queue the workflow again")
-        return self._vaes[key]
 
     def _recall(self, value: Any) -> Any:
         if isinstance(value, m.Held):
             if value.name not in self._held:
-                raise ValueError(f"the workers hold no value {value.name!r}; queue the workflow again")
+                raise InputError(f"the workers hold no value {value.name!r}; {AGAIN}")
             return self._held[value.name]
         if isinstance(value, dict):
             return {key: self._recall(item) for key, item in value.items()}
         if isinstance(value, list):
             return [self._recall(item) for item in value]
         return value
+
+
+def _describe(key: str, model: ResidentModel) -> dict[str, Any]:
+    return {
+        "model": key,
+        "family": model.family.name,
+        "patches": model.num_patched,
+        "patches_id": model.patches_id,
+        "bytes": model.bytes_held(),
+        "blocks": [model.stage.start, model.stage.stop],
+    }
 
 
 def _to(value: Any, device: torch.device) -> Any:

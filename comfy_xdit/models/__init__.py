@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from comfy_xdit.errors import InputError
 from comfy_xdit.models.base import Family
 from comfy_xdit.models.flux import FLUX
 from comfy_xdit.models.pixart import PIXART
@@ -43,7 +44,7 @@ OTHERS = {
 def detect(infos: Mapping[str, TensorInfo]) -> tuple[Family, str]:
     """The family of a checkpoint's transformer, and the prefix of its keys.
 
-    Raises ValueError, naming what was found and what is supported, for every other file.
+    Raises InputError, naming what was found and what is supported, for every other file.
     """
     for prefix in PREFIXES:
         for family in FAMILIES.values():
@@ -55,28 +56,28 @@ def detect(infos: Mapping[str, TensorInfo]) -> tuple[Family, str]:
         (name for name, key in OTHERS.items() if any(prefix + key in infos for prefix in PREFIXES)),
         f"no diffusion transformer that we know ({len(infos)} weights, first: {next(iter(infos), 'none')})",
     )
-    raise ValueError(f"this checkpoint holds {found}; supported are {SUPPORTED}")
+    raise InputError(f"this checkpoint holds {found}; supported are {SUPPORTED}")
 
 
 def comfy_layout(family: Family, infos: Mapping[str, TensorInfo]) -> tuple[Infos, bool]:
     """The weights as ComfyUI names them, and whether the file itself has that layout (or diffusers').
 
-    infos: keys without the prefix. Raises ValueError when they are not the family's.
+    infos: keys without the prefix. Raises InputError when they are not the family's.
     """
     if all(key in infos for key in family.keys):
         return infos, True
     if all(key in infos for key in family.diffusers_keys):
         return fused(family.table(infos), infos), False
     missing = next(key for key in family.keys if key not in infos)
-    raise ValueError(f"this checkpoint is not a {family.title} model: it has no {missing}")
+    raise InputError(f"this checkpoint is not a {family.title} model: it has no {missing}")
 
 
 def _refuse_quantised(family: Family, infos: Mapping[str, TensorInfo]) -> None:
     for layout, endings in QUANTISED.items():
         if any(key.endswith(endings) for key in infos):
-            raise ValueError(f"this {family.title} checkpoint is in {layout}; supported are {SUPPORTED}")
+            raise InputError(f"this {family.title} checkpoint is in {layout}; supported are {SUPPORTED}")
     for key, info in infos.items():
         if info.dtype not in FLOATS:
-            raise ValueError(
+            raise InputError(
                 f"this {family.title} checkpoint has {key} as {info.dtype}; supported: {SUPPORTED}"
             )

@@ -27,7 +27,7 @@ class Family:
 
     name: what messages say; title: what people say.
     keys, diffusers_keys: weights that tell the family from all others, in ComfyUI's and in diffusers' layout.
-    config(infos): arguments of the model, all read from the shapes of ComfyUI's layout; ValueError when these
+    config(infos): arguments of the model, all read from the shapes of ComfyUI's layout; InputError when these
     disagree. infos never have the checkpoint's prefix.
     model_class(): the diffusers class, imported only when asked for.
     table(infos): in either layout → where each weight of ComfyUI's layout lies in the diffusers model.

@@ -5,6 +5,7 @@ Layouts: the single file of Black Forest Labs, which is ComfyUI's too, and diffu
 
 from __future__ import annotations
 
+from comfy_xdit.errors import InputError
 from comfy_xdit.models.base import Config, Family
 from comfy_xdit.models.flux_call import PLAN, inputs, output
 from comfy_xdit.weights.slices import Infos, Share, Table, block_numbers, respelled, shape_of, stacked, swapped, whole
@@ -77,7 +78,7 @@ def config(infos: Infos) -> Config:
     norm = "double_blocks.0.img_attn.norm.query_norm.scale"
     (head_dim,) = shape_of(infos, norm if norm in infos else respelled(norm), 1)
     if hidden % head_dim or head_dim % 2:
-        raise ValueError(f"heads of {head_dim} channels do not divide Flux's {hidden}; the file is damaged")
+        raise InputError(f"heads of {head_dim} channels do not divide Flux's {hidden}; the file is damaged")
     return {
         "patch_size": 1,
         "in_channels": channels,

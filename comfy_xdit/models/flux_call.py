@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from comfy_xdit.errors import InputError
 from comfy_xdit.parallel.plan import AttentionLayer, Cut, Exact, ModelPlan, TensorPlan
 
 from .base import Call, Config
@@ -59,7 +60,7 @@ PLAN = ModelPlan(
 
 
 def inputs(config: Config, call: Call) -> dict[str, Any]:
-    """Arguments of `FluxTransformer2DModel.forward`. ValueError for what it cannot do."""
+    """Arguments of `FluxTransformer2DModel.forward`. InputError for what it cannot do."""
     x, batch = call["x"], call["x"].shape[0]
     context = rows(call["context"], batch)
     check_channels(
@@ -91,7 +92,7 @@ def inputs(config: Config, call: Call) -> dict[str, Any]:
         mask = mask if mask.dim() == 2 else mask.unsqueeze(1)
         arguments["joint_attention_kwargs"] = {"attention_mask": mask}
     if call.get("control") is not None:
-        raise ValueError("Flux.1 on a pool takes no ControlNet yet; remove the ControlNet node")
+        raise InputError("Flux.1 on a pool takes no ControlNet yet; remove the ControlNet node")
     return arguments
 
 
@@ -107,7 +108,7 @@ def guidance(config: Config, call: Call) -> Tensor | None:
     if not config["guidance_embeds"]:
         return None
     if call.get("guidance") is None:
-        raise ValueError("this Flux.1 needs a guidance value; remove FluxDisableGuidance or add FluxGuidance")
+        raise InputError("this Flux.1 needs a guidance value; remove FluxDisableGuidance or add FluxGuidance")
     return rows(call["guidance"], call["x"].shape[0])
 
 
@@ -141,7 +142,7 @@ def reference_places(call: Call) -> list[tuple[int, int, int]]:
     """
     method = call.get("ref_latents_method") or "offset"
     if method == "index_timestep_zero":
-        raise ValueError(
+        raise InputError(
             f"Flux.1 on a pool knows no {method!r} for reference latents; use offset, index or uxo"
         )
     places = []

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from comfy_xdit.errors import InputError
+
 
 def padded(x: Tensor, patch_size: int) -> Tensor:
     """[batch, channels, height, width] grown to multiples of `patch_size`, wrapped round as in ComfyUI."""
@@ -23,14 +25,14 @@ def rows(value: Tensor, batch: int) -> Tensor:
 
 
 def check_channels(title: str, *, latent: int, text: int, wanted_latent: int, wanted_text: int) -> None:
-    """Raises ValueError, naming the way out, for a latent or a text that was made for another model."""
+    """Raises InputError, naming the way out, for a latent or a text that was made for another model."""
     if latent != wanted_latent:
-        raise ValueError(
+        raise InputError(
             f"a latent of {latent} channels does not fit this {title}, which takes {wanted_latent}; "
             "use the empty latent node and the VAE that belong to the model"
         )
     if text != wanted_text:
-        raise ValueError(
+        raise InputError(
             f"text of {text} channels does not fit this {title}, which takes {wanted_text}; "
             "encode the prompt with the text encoders that belong to the model"
         )

@@ -9,6 +9,7 @@ import functools
 import math
 from typing import Any
 
+from comfy_xdit.errors import InputError
 from comfy_xdit.models.base import Config, Family
 from comfy_xdit.models.pixart_call import PLAN, inputs, output
 from comfy_xdit.models.pixart_positions import PatchesWithPositions
@@ -69,9 +70,9 @@ def config(infos: Infos) -> Config:
     hidden, channels, patch, _ = shape_of(infos, "x_embedder.proj.weight", 4)
     rows, _ = shape_of(infos, "final_layer.linear.weight", 2)
     if hidden % HEAD_DIM:
-        raise ValueError(f"PixArt's width is {hidden}, no multiple of {HEAD_DIM}; the file is damaged")
+        raise InputError(f"PixArt's width is {hidden}, no multiple of {HEAD_DIM}; the file is damaged")
     if rows != 2 * channels * patch**2:
-        raise ValueError(
+        raise InputError(
             f"PixArt's last layer makes {rows} numbers a token instead of {2 * channels * patch**2}, a noise and its "
             "variance; the file is damaged"
         )
@@ -97,7 +98,7 @@ def interpolation(infos: Infos) -> int | None:
     _, positions, _ = shape_of(infos, "pos_embed", 3)
     side = math.isqrt(positions)
     if side * side != positions or side < 32:
-        raise ValueError(
+        raise InputError(
             f"PixArt's table of {positions} positions is not square, or for less than 512 pixels, which ComfyUI has no "
             "positions for; the file is damaged, or not of PixArt at 512 pixels and more"
         )

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from comfy_xdit.errors import InputError
 from comfy_xdit.parallel.plan import AttentionLayer, Cut, ModelPlan, TensorPlan
 
 from .base import Call, Config
@@ -46,7 +47,7 @@ PLAN = ModelPlan(
 
 
 def inputs(config: Config, call: Call) -> dict[str, Any]:
-    """Arguments of `PixArtTransformer2DModel.forward`; ValueError for what ComfyUI's own model cannot do either.
+    """Arguments of `PixArtTransformer2DModel.forward`; InputError for what ComfyUI's own model cannot do either.
 
     Like ComfyUI's it looks at every token of the text, and at no mask.
     """
@@ -59,7 +60,7 @@ def inputs(config: Config, call: Call) -> dict[str, Any]:
         wanted_text=config["caption_channels"],
     )
     if call.get("control") is not None:
-        raise ValueError("PixArt on a pool takes no ControlNet yet; remove the ControlNet node")
+        raise InputError("PixArt on a pool takes no ControlNet yet; remove the ControlNet node")
     height, width = x.shape[-2:]
     check_size(height, width, config["patch_size"])
     arguments: dict[str, Any] = {
@@ -82,14 +83,14 @@ def output(out: Tensor, call: Call) -> Tensor:
 
 
 def check_size(height: int, width: int, patch: int) -> None:
-    """Raises ValueError for sides of a latent that PixArt has no tokens or no positions for."""
+    """Raises InputError for sides of a latent that PixArt has no tokens or no positions for."""
     if height % patch or width % patch:
-        raise ValueError(
+        raise InputError(
             f"a latent of {width}x{height} does not divide into PixArt's patches; "
             f"use multiples of {patch * LATENT_PIXEL} pixels on each side"
         )
     if scale(height, width) == 0:
-        raise ValueError(
+        raise InputError(
             f"a latent of {width}x{height} is too small for PixArt's positions; "
             f"use {(STEP + 2) * LATENT_PIXEL} pixels or more, both sides together"
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 
+from comfy_xdit.errors import InputError
 from comfy_xdit.models.base import Config, Family
 from comfy_xdit.models.sd3_call import PLAN, inputs, output
 from comfy_xdit.weights.slices import Infos, Table, block_numbers, shape_of, stacked, swapped, whole
@@ -68,7 +69,7 @@ def config(infos: Infos) -> Config:
     blocks = block_numbers(infos, "joint_blocks")
     side = math.isqrt(positions)
     if side * side != positions or hidden % HEAD_DIM:
-        raise ValueError("SD3's position table is not square, or its width no multiple of 64; the file is damaged")
+        raise InputError("SD3's position table is not square, or its width no multiple of 64; the file is damaged")
     return {
         "sample_size": side * patch,
         "patch_size": patch,

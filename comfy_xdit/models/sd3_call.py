@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from comfy_xdit.errors import InputError
 from comfy_xdit.parallel.plan import AttentionLayer, Cut, ModelPlan, TensorPlan
 
 from .base import Call, Config
@@ -49,12 +50,12 @@ PLAN = ModelPlan(
 
 
 def inputs(config: Config, call: Call) -> dict[str, Any]:
-    """Arguments of `SD3Transformer2DModel.forward`; ValueError for what it cannot do."""
+    """Arguments of `SD3Transformer2DModel.forward`; InputError for what it cannot do."""
     x, batch = call["x"], call["x"].shape[0]
     if call.get("y") is None:
-        raise ValueError("SD3 needs pooled text beside the tokens; encode the prompt with its text encoders")
+        raise InputError("SD3 needs pooled text beside the tokens; encode the prompt with its text encoders")
     if call.get("control") is not None:
-        raise ValueError("SD3 on a pool takes no ControlNet yet; remove the ControlNet node")
+        raise InputError("SD3 on a pool takes no ControlNet yet; remove the ControlNet node")
     check_channels(
         "SD3",
         latent=x.shape[1],
@@ -65,7 +66,7 @@ def inputs(config: Config, call: Call) -> dict[str, Any]:
     patch, limit = config["patch_size"], config["pos_embed_max_size"]
     image = padded(x, patch)
     if max(image.shape[-2:]) > limit * patch:
-        raise ValueError(
+        raise InputError(
             f"a latent of {x.shape[-1]}x{x.shape[-2]} is beyond SD3's table of positions; "
             f"use {limit * patch} or less on each side ({limit * patch * 8} pixels)"
         )

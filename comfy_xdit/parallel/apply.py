@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from comfy_xdit.errors import InputError
+
 from .attention import Attend, Layer, SequenceAttention
 from .context import ParallelContext
 from .plan import Cut, Exact, ModelPlan
@@ -141,7 +143,7 @@ class Application:
         length = value.shape[rule.dim]
         known = self.lengths.setdefault(rule.stream, length)
         if known != length:
-            raise ValueError(
+            raise InputError(
                 f"{length} {rule.stream} tokens where the model has {known}; give as many everywhere"
             )
         if self.segment is not None:

@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from comfy_xdit.errors import InputError
 from comfy_xdit.models.base import Call, Family
+from comfy_xdit.models.given import check_call
 
 from .apply import applied
 from .context import ParallelContext
@@ -50,11 +52,10 @@ def denoise(
 
     calls: the same on every rank, as `messages.Denoise` says; chunks: of how many equal chunks each is made.
     report: as `ParallelContext.report`, and rows, how many this rank ran.
-    Collective over all ranks. Raises ValueError, on every rank alike, for calls that don't fit the spec.
+    Collective over all ranks. Raises InputError, on every rank alike, for calls that don't fit the spec.
     """
-    for call, count in zip(calls, chunks, strict=True):
-        _check_chunks(call, count)
     check_calls(model, calls, context)
+    _check_chunks(calls, chunks)
     with applied(model.module, model.family.plan, context):
         outputs = evaluate(model, calls, context)
     mine = deal([call["x"].shape[0] for call in calls], cfg=context.spec.cfg, dp=context.spec.dp)[context.lane]
@@ -63,15 +64,16 @@ def denoise(
 
 
 def check_calls(model: Model, calls: list[Call], context: ParallelContext) -> None:
-    """Raises ValueError, on every rank alike, for calls that the model does not take or that don't fit the spec.
+    """Raises InputError, on every rank alike, for calls that the model does not take or that don't fit the spec.
 
     Before the first message of a job: after it, ranks could not stop where they stand. So it looks at the calls of all
     lanes: a fault that only some ranks see would leave the others waiting for them.
     """
     faults = check(context.spec, num_ranks=context.world_size, shape=model.shape)
     if faults:
-        raise ValueError("; ".join(faults))
+        raise InputError("; ".join(faults))
     for number, call in enumerate(calls):
+        check_call(model.family.title, call, model.compute_dtype)
         arguments_of(model, rows_of(call, Piece(call=number, start=0, stop=1)))
 
 
@@ -114,7 +116,7 @@ def rows_of(value: Any, piece: Piece, *, batch: int | None = None) -> Any:
         if value.dim() == 0 or value.shape[0] == 1 != batch:
             return value
         if value.shape[0] != batch:
-            raise ValueError(
+            raise InputError(
                 f"a tensor of {value.shape[0]} rows cannot go with a batch of {batch}; use 1 or {batch}"
             )
         return value[piece.start : piece.stop]
@@ -139,11 +141,14 @@ def _pieces(batches: list[int], start: int, size: int) -> list[Piece]:
     return pieces
 
 
-def _check_chunks(call: Call, chunks: int) -> None:
-    """Raises ValueError for a call that is not made of so many equal chunks."""
-    batch = call["x"].shape[0]
-    if chunks < 1 or batch % chunks:
-        raise ValueError(f"a batch of {batch} is not made of {chunks} equal chunks; send whole chunks")
+def _check_chunks(calls: list[Call], chunks: list[int]) -> None:
+    """Raises InputError for calls that are not each made of so many equal chunks."""
+    if not calls or len(chunks) != len(calls):
+        raise InputError(f"{len(calls)} calls came with {len(chunks)} numbers of chunks; send a call, and one for each")
+    for call, count in zip(calls, chunks, strict=True):
+        batch = call["x"].shape[0]
+        if count < 1 or batch % count:
+            raise InputError(f"a batch of {batch} is not made of {count} equal chunks; send whole chunks")
 
 
 def _run(model: Model, call: Call) -> Tensor:

@@ -15,6 +15,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from comfy_xdit.errors import InputError
+
 from .spec import AXES, ParallelSpec
 
 log = logging.getLogger("comfy_xdit")
@@ -115,11 +117,11 @@ class GroupCache:
     def lines(self, spec: ParallelSpec) -> dict[str, Line]:
         """Axis → this rank's line; names as in `AXES`, `JOINED` and `LINKS`.
 
-        Collective over all ranks. Raises ValueError when the spec's product is not the number of ranks, RuntimeError,
+        Collective over all ranks. Raises InputError when the spec's product is not the number of ranks, RuntimeError,
         on every rank, when some could not be connected.
         """
         if spec.num_ranks != self.world_size:
-            raise ValueError(
+            raise InputError(
                 f"{spec} does not fit a pool of {self.world_size}; "
                 f"use degrees whose product is {self.world_size}"
             )

@@ -47,7 +47,7 @@ class Patches:
 
     @classmethod
     def of(cls, message: Sample, side: int, context: ParallelContext) -> Patches:
-        """Raises ValueError when the latent cannot be cut for the axes of `context`."""
+        """Raises InputError when the latent cannot be cut for the axes of `context`."""
         height, width = message.noise.shape[-2:]
         grid = Grid.of(height, width, side)
         rows = cut_rows(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from comfy_xdit.errors import InputError
 from comfy_xdit.messages import Sample
 from comfy_xdit.models.base import Call
 from comfy_xdit.trajectory import SamplerProgram
@@ -58,7 +59,7 @@ def pipefusion(
     """
     faults = check(context.spec, num_ranks=context.world_size, shape=model.shape)
     if faults:
-        raise ValueError("; ".join(faults))
+        raise InputError("; ".join(faults))
     patches = Patches.of(message, model.family.plan.token_side, context)
     report: dict[str, Any] = {"num_patches": len(patches.rows), "buffer_bytes": 0}
     result = None
@@ -273,7 +274,7 @@ class _Pipeline:
         return [self._batch(kind, number, group) for number, group in enumerate(groups)]
 
     def _batch(self, kind: Kind, number: int, pieces: list[Piece]) -> _Batch:
-        """Raises ValueError for conditionings that the model does not take or the axes cannot cut."""
+        """Raises InputError for conditionings that the model does not take or the axes cannot cut."""
         rows = [self._rows(kind, piece) for piece in pieces]
         call = batched(rows) or rows[0]
         lengths = self._patches.lengths(arguments_of(self._model, call), self._model.family.plan)

@@ -15,6 +15,7 @@ from comfy_xdit.trajectory import Replay, SamplerCall, SamplerProgram
 from .agreement import Agreement
 from .apply import applied
 from .attention import SequenceAttention
+from .checks import check_program, check_replay
 from .context import ParallelContext
 from .denoise import Model, check_calls, evaluate
 from .distri import DistriKeys
@@ -41,11 +42,12 @@ def sample(
     wish_to_stop: asked before each evaluation; one rank's yes stops all.
     Every rank replays the sampler on the whole latent, which costs next to nothing; only the model's
     evaluations are shared out; on a pipe axis see `pipefusion`.
-    Collective over all ranks. Raises ValueError alike on every rank.
+    Collective over all ranks. Raises InputError alike on every rank.
     """
     program: SamplerProgram = message.program
-    if len(conds) != len(program.conds):
-        raise ValueError(f"{len(conds)} conditionings came with a program for {len(program.conds)}; send one for each")
+    check_program(message, conds)
+    check_calls(model, [calls_argument(message.noise, 0.0, cond, model) for cond in conds], context)
+    check_replay(message, loop_dtype(model))
     if context.spec.pipe > 1:
         from .pipefusion import pipefusion
 
@@ -65,7 +67,6 @@ def sample(
         warmup_steps=message.warmup_steps,
         stale=message.stale,
     )
-    check_calls(model, [calls_argument(message.noise, 0.0, cond, model) for cond in conds], context)
     agreement = Agreement(wish_to_stop, context.world)
     stopped = False
     with keys, applied(model.module, model.family.plan, context, SequenceAttention(context, keys)):

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from comfy_xdit.errors import InputError
+
 from .sequence import shard_sizes, shard_starts
 
 Spans = dict[str, tuple[int, int]]
@@ -47,12 +49,12 @@ def cut_rows(grid: Grid, *, num_patches: int, num_stages: int, num_shards: int) 
     """Rows of tokens of each patch: of equal height, the first ones one row higher where they can't be.
 
     num_patches: 0 makes `usual_patches`. Fewer are made when there are too few rows, or rows of too few tokens to
-    give one to each of `num_shards` ranks. Raises ValueError when there are too few for a single patch.
+    give one to each of `num_shards` ranks. Raises InputError when there are too few for a single patch.
     """
     if num_patches < 0:
-        raise ValueError(f"{num_patches} patches are none; use 1 or more, or 0 to have the number chosen")
+        raise InputError(f"{num_patches} patches are none; use 1 or more, or 0 to have the number chosen")
     if grid.rows * grid.columns < num_shards:
-        raise ValueError(
+        raise InputError(
             f"an image of {grid.rows * grid.columns} tokens cannot be cut over {num_shards} ranks beside a pipeline; "
             f"use ring and ulysses of {grid.rows * grid.columns} or less together"
         )
@@ -77,7 +79,7 @@ def segments_of(grid: Grid, patches: list[range], lengths: dict[str, int], *, nu
 
     lengths: tokens of the streams; no "text" where blocks don't change it. What "image" has beyond the grid are
     references.
-    Raises ValueError when the text cannot be cut over `num_shards` ranks.
+    Raises InputError when the text cannot be cut over `num_shards` ranks.
     """
     num_patch_tokens, text = grid.rows * grid.columns, lengths.get("text", 0)
     references = lengths["image"] - num_patch_tokens
@@ -90,7 +92,7 @@ def segments_of(grid: Grid, patches: list[range], lengths: dict[str, int], *, nu
         conditions.append({"text": (0, 0), "image": (num_patch_tokens + start, size)})
     found = [Segment(spans=spans) for spans in conditions if num_tokens(spans)]
     if found and num_tokens(found[0].spans or {}) < num_shards:
-        raise ValueError(
+        raise InputError(
             f"a text of {text} tokens cannot be cut over {num_shards} ranks beside a pipeline; "
             f"use ring and ulysses of {max(text, 1)} or less together"
         )

@@ -8,6 +8,8 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from comfy_xdit.errors import InputError
+
 AXES = ("dp", "cfg", "pipe", "distri", "ring", "ulysses", "tensor")
 """Names of the mesh axes, outermost first: ulysses and tensor talk most, so their ranks are neighbours."""
 
@@ -26,7 +28,7 @@ BALANCES = ("time", "memory")
 class ParallelSpec:
     """Degrees of each parallel method; their product is the number of ranks.
 
-    Raises ValueError for a degree that is not a positive whole number.
+    Raises InputError for a degree that is not a positive whole number.
     """
 
     dp: int = 1
@@ -41,7 +43,7 @@ class ParallelSpec:
         for axis in AXES:
             degree = getattr(self, axis)
             if isinstance(degree, bool) or not isinstance(degree, int) or degree < 1:
-                raise ValueError(f"{axis}={degree!r} is not a degree; use a whole number, 1 or more")
+                raise InputError(f"{axis}={degree!r} is not a degree; use a whole number, 1 or more")
 
     @property
     def degrees(self) -> dict[str, int]:
@@ -54,10 +56,10 @@ class ParallelSpec:
     def weights_of(self, rank: int, balance: str = BALANCES[0]) -> WeightShare:
         """What part of a model's weights `rank` holds. balance: what stages have alike.
 
-        Raises ValueError for a balance that is not one of `BALANCES`.
+        Raises InputError for a balance that is not one of `BALANCES`.
         """
         if balance not in BALANCES:
-            raise ValueError(f"stages cannot be balanced by {balance!r}; use {' or '.join(BALANCES)}")
+            raise InputError(f"stages cannot be balanced by {balance!r}; use {' or '.join(BALANCES)}")
         place, places = rank, {}
         for axis in reversed(AXES):
             place, places[axis] = divmod(place, getattr(self, axis))
@@ -158,16 +160,16 @@ def auto(
     tensor stay 1 unless requested: the first two approximate, the last talks most.
     cost: of all exact specs with the requested degrees, the one with the least is taken instead, and tensor
     is free too; where several cost the same, the one that the rule above gives.
-    Raises ValueError with the faults when no such spec exists.
+    Raises InputError with the faults when no such spec exists.
     """
     unknown = sorted(set(requested) - set(AXES))
     if unknown:
-        raise ValueError(f"{unknown[0]!r} is no parallel method; use {_names(AXES)}")
+        raise InputError(f"{unknown[0]!r} is no parallel method; use {_names(AXES)}")
     degrees = {axis: degree for axis, degree in requested.items() if degree != 0}
     degrees = {"pipe": 1, "distri": 1, "tensor": 1, **degrees}
     fixed = ParallelSpec(**degrees)
     if num_ranks % fixed.num_ranks:
-        raise ValueError(
+        raise InputError(
             f"{fixed} makes {_ranks(fixed.num_ranks)}, which do not divide the pool's {num_ranks}; "
             f"use degrees whose product divides {num_ranks}"
         )
@@ -180,7 +182,7 @@ def auto(
     spec = ParallelSpec(**degrees)
     faults = check(spec, num_ranks=num_ranks, shape=shape)
     if faults:
-        raise ValueError("; ".join(faults))
+        raise InputError("; ".join(faults))
     if cost is None:
         return spec
     wanted = {axis: degree for axis, degree in requested.items() if degree != 0}

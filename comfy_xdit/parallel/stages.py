@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from comfy_xdit.errors import InputError
+
 from .plan import ModelPlan
 from .spec import BALANCES
 
@@ -22,11 +24,11 @@ def stages(costs: Sequence[int], num_stages: int) -> list[range]:
     """Runs of blocks, one for each stage, none empty, whose costliest is as cheap as can be.
 
     Among those the runs are as even as possible (least sum of squares): eight blocks on five stages make
-    2, 2, 2, 1, 1 and never a stage of leftovers. Raises ValueError when there are more stages than blocks.
+    2, 2, 2, 1, 1 and never a stage of leftovers. Raises InputError when there are more stages than blocks.
     """
     num_blocks = len(costs)
     if not 1 <= num_stages <= num_blocks:
-        raise ValueError(f"{num_blocks} blocks cannot make {num_stages} stages; use 1 to {num_blocks}")
+        raise InputError(f"{num_blocks} blocks cannot make {num_stages} stages; use 1 to {num_blocks}")
     sums = [0, *accumulate(costs)]
     limit = _least_limit(sums, num_stages)
     # best[end]: of the first `end` blocks on the stages so far, (sum of squares, the ends of the stages).

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from comfy_xdit.errors import InputError
+
 from .apply import find
 from .plan import TensorPlan
 from .spec import WeightShare
@@ -39,7 +41,7 @@ def regions(module: nn.Module, plan: TensorPlan, share: WeightShare) -> dict[str
     """Weight → the region that this rank holds, for all that are cut; None for what another rank holds whole.
 
     The bias of a Linear cut by rows stays on the first rank alone, so that the sum has it once.
-    Raises ValueError for sizes that the degree does not divide.
+    Raises InputError for sizes that the degree does not divide.
     """
     found: dict[str, Region | None] = {}
     for pattern in (*plan.columns, *plan.joined):
@@ -78,5 +80,5 @@ def _linears(module: nn.Module, pattern: str) -> list[tuple[str, Any]]:
 
 def _per_rank(size: int, share: WeightShare, path: str) -> int:
     if size % share.num_shards:
-        raise ValueError(f"tensor={share.num_shards} cannot cut the {size} channels of {path} evenly; use 1")
+        raise InputError(f"tensor={share.num_shards} cannot cut the {size} channels of {path} evenly; use 1")
     return size // share.num_shards

@@ -263,21 +263,20 @@ class Pool:
 
     def _judge(self, message: Message, futures: list[Future[Answer]], lost: dict[str, Any] | None) -> list[Result]:
         answers = [_answer(future) for future in futures]
-        failures = [answer for answer in answers if isinstance(answer, Failure)]
         if all(isinstance(answer, Result) for answer in answers):
             return answers  # type: ignore[return-value]
-        kinds = [a.kind if isinstance(a, Failure) else None for a in answers]
+        told = [dataclasses.asdict(a) if isinstance(a, Failure) else None for a in answers]
         broken = lost is not None or any(answer is None for answer in answers)
-        if broken or not groups_survive(type(message).__name__, kinds):
+        if broken or not groups_survive(type(message).__name__, told):
             self._drop_group()
             if lost is None:
                 lost = self._lost(REASON_TIMEOUT_S)
         # A worker that lost its peer fails too: then the door's reason says more than its failure.
-        told = [f for f in failures if lost is None or f.kind in ("memory", "input")]
+        causes = [f for f in told if f is not None and (lost is None or f["kind"] in ("memory", "input"))]
         if lost is not None and lost.get("failure"):
-            told.append(Failure(**lost["failure"]))
-        if told:
-            cause = worst([dataclasses.asdict(f) for f in told])
+            causes.append(lost["failure"])
+        if causes:
+            cause = worst(causes)
             raise PoolError(cause["message"], kind=cause["kind"], trace=cause["trace"])
         reason = "a worker ended unexpectedly" if lost is None else str(lost["reason"])
         raise PoolError(

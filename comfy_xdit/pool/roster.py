@@ -133,7 +133,7 @@ class Roster:
         if not failed:
             return None
         if len(ended) == len(workers):
-            sound = groups_survive(message, [w.failure["kind"] if w.failure else None for w in workers])
+            sound = groups_survive(message, [w.failure for w in workers])
         else:
             late_s = time.monotonic() - min(w.done_at for w in failed)
             sound = late_s < STUCK_AFTER_S or message in LOCAL

@@ -1,8 +1,8 @@
 """Whether the process groups between the ranks can be trusted after a failure.
 
-A rank that raised between two collectives leaves its peers waiting, or worse: their next collective
-pairs with another one of its own and gives wrong numbers. Then the workers must start afresh. After
-an error that every rank raised alike, they can stay. Door and client both ask here, so they agree.
+A rank that raised between two messages to other ranks leaves its peers waiting, or worse: a receive that it
+posted takes what the next job sends, and that job gives wrong numbers or hangs. Then the workers must start
+afresh. When every rank failed before it took part in any message, as with input that is no good, they can stay.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ STUCK_AFTER_S = 3.0
 LOCAL = frozenset({"LoadModel", "LoadVAE", "SetPatches", "Hold", "Drop", "Unload", "Status", "TurnEnded"})
 """Messages in which the ranks do not talk to each other."""
 
-
 SAID_FIRST = ("memory", "input", "fault", "lost")
 """Kinds of failure, causes before consequences: peers of a rank that is out of memory fail too, otherwise."""
 
@@ -26,13 +25,15 @@ def worst(failures: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return min(failures, key=lambda failure: SAID_FIRST.index(failure["kind"]))
 
 
-def groups_survive(message: str, failures: Sequence[str | None]) -> bool:
+def groups_survive(message: str, failures: Sequence[dict[str, Any] | None]) -> bool:
     """False when the workers must be restarted.
 
-    message: class name of the message that was run. failures: each rank's failure kind, None for success.
-    Only "input" counts as raised alike: a user's mistake is found before the first collective or at the
-    same place everywhere, while ranks run out of memory one before the other.
+    message: class name of the message that was run. failures: the fields of each rank's `Failure`, None for success.
+    Ranks that are out of memory start afresh too: what others hold, or left in pieces, fills their devices.
     """
     if len(failures) == 1 or message in LOCAL or not any(failures):
         return True
-    return all(kind == "input" for kind in failures)
+    return all(
+        failure is not None and failure["kind"] != "memory" and not failure["has_communicated"]
+        for failure in failures
+    )

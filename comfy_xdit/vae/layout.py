@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import InputError
+
 Shapes = Mapping[str, Sequence[int]]
 
 PREFIXES = ("", "first_stage_model.", "vae.")
@@ -108,22 +110,22 @@ def translate(key: str, num_blocks: int) -> str | None:
 def describe(shapes: Shapes) -> VAEConfig:
     """What the VAE with these keys and shapes is.
 
-    Raises ValueError, naming what does not fit, for anything but an AutoencoderKL for RGB images:
+    Raises InputError, naming what does not fit, for anything but an AutoencoderKL for RGB images:
     tiny VAEs, video and audio VAEs, VAEs with normalised or packed latents.
     """
     prefix = next((p for p in PREFIXES if f"{p}decoder.conv_in.weight" in shapes), None)
     if prefix is None:
-        raise ValueError("not an AutoencoderKL in ComfyUI's layout: it has no decoder.conv_in.weight")
+        raise InputError("not an AutoencoderKL in ComfyUI's layout: it has no decoder.conv_in.weight")
     own = {k[len(prefix) :]: tuple(s) for k, s in shapes.items() if k.startswith(prefix)}
     own = {key: shape for key, shape in own.items() if not key.startswith(_IGNORED)}
     widths = _widths(own, "encoder.down")
     if widths != _widths(own, "decoder.up"):
-        raise ValueError(f"its encoder has the widths {widths}, its decoder {_widths(own, 'decoder.up')}")
+        raise InputError(f"its encoder has the widths {widths}, its decoder {_widths(own, 'decoder.up')}")
     if not widths or any(width % NORM_GROUPS for width in widths):
-        raise ValueError(f"its widths {widths} are not multiples of {NORM_GROUPS}")
+        raise InputError(f"its widths {widths} are not multiples of {NORM_GROUPS}")
     unknown = [key for key in own if translate(key, len(widths)) is None]
     if unknown:
-        raise ValueError(f"it has parts that an AutoencoderKL has not: {', '.join(sorted(unknown)[:3])}")
+        raise InputError(f"it has parts that an AutoencoderKL has not: {', '.join(sorted(unknown)[:3])}")
     latent_channels = _image_ends(own)
     layers = {re.match(r"encoder\.down\.0\.block\.(\d+)\.", key) for key in own} - {None}
     return VAEConfig(
@@ -163,5 +165,5 @@ def _image_ends(own: Shapes) -> int:
         if shape is None and "quant" in key:
             continue
         if shape is None or len(shape) != 4 or shape[dim] != size:
-            raise ValueError(f"its {key} is {shape}; dim {dim} of 4 would have to be {size}")
+            raise InputError(f"its {key} is {shape}; dim {dim} of 4 would have to be {size}")
     return latent[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ..errors import is_out_of_memory
+from ..errors import InputError, is_out_of_memory
 from ..messages import LoadVAE
 from ..weights.mapped import MappedFile
 from .layout import VAEConfig, describe, translate
@@ -50,9 +51,9 @@ class ResidentVAE:
 
         latent: [batch, channels, height, width], unscaled, the same on all ranks.
         Collective: every rank of `group` (None: all ranks) must call.
-        Raises ValueError for a latent of another VAE, MemoryError when memory is full.
+        Raises InputError for a latent of another VAE, MemoryError when memory is full.
         """
-        self._check(latent, self.config.latent_channels, "latent", least=1)
+        self.check_latent(latent)
 
         def run(vae: Any, x: Tensor) -> Tensor:
             return vae.decoder(vae.post_quant_conv(x) if self.config.post_quant_conv else x)
@@ -64,9 +65,9 @@ class ResidentVAE:
 
         image: [batch, 3, H, W] in -1..1, the same on all ranks. Means are the first half of the channels.
         Collective: every rank of `group` (None: all ranks) must call.
-        Raises as `decode` does, and ValueError for an image smaller than one latent pixel.
+        Raises as `decode` does, and InputError for an image smaller than one latent pixel.
         """
-        self._check(image, 3, "image", least=self.config.ratio)
+        self.check_image(image)
         # Rows that make no whole latent row would put the ranks' bands off the grid of the strides.
         rows = 0 if image.shape[2] % self.config.ratio else image.shape[2] // self.config.ratio
 
@@ -76,12 +77,22 @@ class ResidentVAE:
 
         return self._run(run, image, rows=rows, group=group)
 
+    def check_latent(self, latent: Tensor) -> None:
+        """Raises InputError for what `decode` doesn't take."""
+        self._check(latent, self.config.latent_channels, "latent", least=1)
+
+    def check_image(self, image: Tensor) -> None:
+        """Raises InputError for what `encode` doesn't take."""
+        self._check(image, 3, "image", least=self.config.ratio)
+
     def _check(self, x: Tensor, channels: int, what: str, *, least: int) -> None:
         if x.ndim != 4 or x.shape[0] < 1 or x.shape[1] != channels or min(x.shape[2:]) < least:
-            raise ValueError(
+            raise InputError(
                 f"a {what} of shape {list(x.shape)} does not fit this VAE; "
                 f"it takes [batch, {channels}, height, width] with at least {least} rows and columns"
             )
+        if not x.is_floating_point():
+            raise InputError(f"a {what} of {str(x.dtype).removeprefix('torch.')} is no {what}; give float numbers")
 
     def _run(
         self,
@@ -127,17 +138,17 @@ class ResidentVAE:
 def load_vae(message: LoadVAE, device: torch.device | str) -> ResidentVAE:
     """The VAE of `message.path`, cast to `message.dtype`, on `device`.
 
-    Raises ValueError when the file is unsound or no image VAE in ComfyUI's layout, or lacks weights;
+    Raises InputError when the file is unsound or no image VAE in ComfyUI's layout, or lacks weights;
     MemoryError when memory is full.
     """
     dtype = getattr(torch, message.dtype, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"dtype={message.dtype!r} is no float type; use float32, bfloat16 or float16")
+        raise InputError(f"dtype={message.dtype!r} is no float type; use float32, bfloat16 or float16")
     file = MappedFile(message.path)
     try:
         config = describe({key: info.shape for key, info in file.infos.items()})
-    except ValueError as error:
-        raise ValueError(f"{message.path} cannot be split over ranks: {error}") from None
+    except InputError as error:
+        raise InputError(f"{os.path.basename(message.path)} cannot be split over ranks: {error}") from None
     shapes = {name: parameter.shape for name, parameter in config.build().named_parameters()}
     weights: dict[str, Tensor] = {}
     with memory_errors("weights of a VAE"):
@@ -148,7 +159,8 @@ def load_vae(message: LoadVAE, device: torch.device | str) -> ResidentVAE:
             weights[name] = _fit(key, file.tensor(key), shapes[name]).to(torch.device(device), dtype)
     missing = sorted(shapes.keys() - weights.keys())
     if missing:
-        raise ValueError(f"{message.path} lacks {len(missing)} weights of its VAE, such as {missing[0]}")
+        name = os.path.basename(message.path)
+        raise InputError(f"{name} lacks {len(missing)} weights of its VAE, such as {missing[0]}")
     return ResidentVAE(message.vae, config, weights, torch.device(device))
 
 
@@ -157,7 +169,7 @@ def _fit(key: str, tensor: Tensor, shape: torch.Size) -> Tensor:
     if tensor.ndim == 4 and len(shape) == 2 and tensor.shape[2:] == (1, 1):
         tensor = tensor[:, :, 0, 0]
     if tensor.shape != shape:
-        raise ValueError(f"{key} is {list(tensor.shape)}; this VAE would need {list(shape)}")
+        raise InputError(f"{key} is {list(tensor.shape)}; this VAE would need {list(shape)}")
     return tensor
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from comfy_xdit.errors import InputError
+
 LIMIT_BYTES = 32 * 2**20
 """The longest header we read. Real ones stay below 2 MB; parsing takes some twenty times the length."""
 
@@ -47,7 +49,7 @@ class TensorInfo:
 def read_header(path: str) -> dict[str, TensorInfo]:
     """Every tensor of the file by its key, in the order of the header.
 
-    Raises ValueError, in one sentence, for anything that is not a whole and sound safetensors file:
+    Raises InputError, in one sentence, for anything that is not a whole and sound safetensors file:
     truncated, hostile sizes, overlaps, other formats. OSError when it can't be opened.
     """
     name = os.path.basename(path)
@@ -55,14 +57,14 @@ def read_header(path: str) -> dict[str, TensorInfo]:
         size = os.fstat(file.fileno()).st_size
         start = file.read(8)
         if start[:4] == b"GGUF":
-            raise ValueError(f"{name} is a GGUF file; use a safetensors file in fp32, fp16, bf16 or plain fp8")
+            raise InputError(f"{name} is a GGUF file; use a safetensors file in fp32, fp16, bf16 or plain fp8")
         if start[:4] == b"PK\x03\x04" or start[:2] == b"\x80\x02":
-            raise ValueError(f"{name} is a pickle of torch.save, which can run code; use a safetensors file")
+            raise InputError(f"{name} is a pickle of torch.save, which can run code; use a safetensors file")
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > size - 8:
-            raise ValueError(f"{name} is no safetensors file or is cut off: {size} bytes; download it again")
+            raise InputError(f"{name} is no safetensors file or is cut off: {size} bytes; download it again")
         if length > LIMIT_BYTES:
-            raise ValueError(f"{name} says its header has {length} bytes; the limit is {LIMIT_BYTES}")
+            raise InputError(f"{name} says its header has {length} bytes; the limit is {LIMIT_BYTES}")
         text = file.read(length)
     entries = _parse(name, text)
     infos = {key: _entry(name, key, value, 8 + length) for key, value in entries.items() if key != "__metadata__"}
@@ -74,15 +76,15 @@ def _parse(name: str, text: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
-            raise ValueError("a key appears twice")
+            raise InputError("a key appears twice")
         return found
 
     try:
         entries = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name} has a damaged header ({str(error)[:80]}); download it again") from None
+        raise InputError(f"{name} has a damaged header ({str(error)[:80]}); download it again") from None
     if not isinstance(entries, dict):
-        raise ValueError(f"{name} has a damaged header (no table of tensors); download it again")
+        raise InputError(f"{name} has a damaged header (no table of tensors); download it again")
     return entries
 
 
@@ -95,11 +97,11 @@ def _entry(name: str, key: str, value: Any, start: int) -> TensorInfo:
     except (TypeError, KeyError, ValueError):
         sound = False
     if not sound:
-        raise ValueError(f"{name} has a damaged entry for {key[:80]!r} in its header; download it again")
+        raise InputError(f"{name} has a damaged entry for {key[:80]!r} in its header; download it again")
     if not isinstance(dtype, str) or dtype not in BITS:
-        raise ValueError(f"{name} keeps {key[:80]!r} as {str(dtype)[:20]!r}, which is not a known type of number")
+        raise InputError(f"{name} keeps {key[:80]!r} as {str(dtype)[:20]!r}, which is not a known type of number")
     if math.prod(shape) * BITS[dtype] != (end - begin) * 8:
-        raise ValueError(f"{name}: {key[:80]!r} has {end - begin} bytes, which is not what its shape takes")
+        raise InputError(f"{name}: {key[:80]!r} has {end - begin} bytes, which is not what its shape takes")
     return TensorInfo(dtype=dtype, shape=shape, begin=start + begin, end=start + end)
 
 
@@ -108,7 +110,7 @@ def _check_layout(name: str, infos: dict[str, TensorInfo], size: int) -> None:
     reached = 0
     for key, info in sorted(infos.items(), key=lambda item: (item[1].begin, item[1].end)):
         if info.begin < reached:
-            raise ValueError(f"{name}: the bytes of {key[:80]!r} overlap another tensor's; download it again")
+            raise InputError(f"{name}: the bytes of {key[:80]!r} overlap another tensor's; download it again")
         reached = max(reached, info.end)
     if reached > size:
-        raise ValueError(f"{name} is cut off: {size} of {reached} bytes are there; download it again")
+        raise InputError(f"{name} is cut off: {size} of {reached} bytes are there; download it again")

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from safetensors.torch import load_file
 from torch import Tensor
 
+from comfy_xdit.errors import InputError
 from comfy_xdit.messages import Patch
 from comfy_xdit.models import comfy_layout
 from comfy_xdit.models.base import Family
@@ -35,7 +36,7 @@ class Place(NamedTuple):
 def read_lora(path: str, family: Family, infos: Infos, *, strength: float = 1.0) -> list[Patch]:
     """Patches for the model whose weights are `infos` (keys without prefix, either layout).
 
-    Raises ValueError when nothing in the file is for this model, or a layer lacks one of its matrices.
+    Raises InputError when nothing in the file is for this model, or a layer lacks one of its matrices.
     """
     tensors = load_file(path)
     places = _places(family, infos)
@@ -45,7 +46,7 @@ def read_lora(path: str, family: Family, infos: Infos, *, strength: float = 1.0)
             if name.endswith(up) and name.removesuffix(up) in places:
                 layer = name.removesuffix(up)
                 if layer + down not in tensors:
-                    raise ValueError(f"{path}: {name} is there but no {layer + down}; the file is incomplete")
+                    raise InputError(f"{path}: {name} is there but no {layer + down}; the file is incomplete")
                 place = places[layer]
                 adapter = [
                     tensors[name],
@@ -60,7 +61,7 @@ def read_lora(path: str, family: Family, infos: Infos, *, strength: float = 1.0)
                 )
     if not patches:
         first = next(iter(tensors), "nothing")
-        raise ValueError(f"{path} holds no LoRA for {family.title} (its first key: {first})")
+        raise InputError(f"{path} holds no LoRA for {family.title} (its first key: {first})")
     return patches
 
 

@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from comfy_xdit.errors import InputError
 from comfy_xdit.weights.header import FLOATS, TensorInfo, read_header
 
 
@@ -29,11 +30,11 @@ class MappedFile:
     def tensor(self, key: str) -> Tensor:
         """The tensor as the file has it: a view, or a copy where its bytes are not aligned to its dtype.
 
-        Raises ValueError when it is not made of floating-point numbers.
+        Raises InputError when it is not made of floating-point numbers.
         """
         info = self.infos[key]
         if info.dtype not in FLOATS:
-            raise ValueError(f"{key} is kept as {info.dtype}, which is a quantised layout; use plain fp8 or more")
+            raise InputError(f"{key} is kept as {info.dtype}, which is a quantised layout; use plain fp8 or more")
         dtype = FLOATS[info.dtype]
         num_bytes = info.end - info.begin
         if info.begin % dtype.itemsize:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from comfy_xdit.errors import InputError
 from comfy_xdit.messages import Patch
 
 logger = logging.getLogger("comfy_xdit")
@@ -27,7 +28,7 @@ def apply_patches(weight: Tensor, patches: list[Patch]) -> Tensor:
 
     weight: fp32, contiguous; it is overwritten. The result is the same tensor unless a patch enlarges it.
     A patch that doesn't fit is left out with a warning, as in ComfyUI: one odd layer of a LoRA
-    doesn't spoil a job. Raises ValueError for unknown kinds and functions.
+    doesn't spoil a job. Raises InputError for unknown kinds and functions.
     """
     for patch in patches:
         part = weight if patch.offset is None else weight.narrow(*patch.offset)
@@ -47,10 +48,10 @@ def apply_patches(weight: Tensor, patches: list[Patch]) -> Tensor:
 
 
 def check_words(patch: Patch) -> None:
-    """Raises ValueError for a kind or function that we don't know."""
+    """Raises InputError for a kind or function that we don't know."""
     if patch.kind not in (*CHANGES, "diff", "set"):
         known = ", ".join([*CHANGES, "diff", "set"])
-        raise ValueError(f"unknown kind of patch {patch.kind!r} for {patch.key}; known are {known}")
+        raise InputError(f"unknown kind of patch {patch.kind!r} for {patch.key}; known are {known}")
     _reorder(patch)
 
 
@@ -238,7 +239,7 @@ def _add_difference(weight: Tensor, values: Values, strength: float, reorder: Ca
 def _padded(weight: Tensor, shape: list[int]) -> Tensor:
     """The weight in the first corner of a larger one of zeros."""
     if len(shape) != weight.dim() or any(new < old for new, old in zip(shape, weight.shape, strict=True)):
-        raise ValueError(f"a patch wants a weight of {tuple(weight.shape)} padded to {tuple(shape)}")
+        raise InputError(f"a patch wants a weight of {tuple(weight.shape)} padded to {tuple(shape)}")
     larger = weight.new_zeros(shape)
     larger[tuple(slice(size) for size in weight.shape)] = weight
     return larger
@@ -249,4 +250,4 @@ def _reorder(patch: Patch) -> Callable[[Tensor], Tensor]:
         return lambda change: change
     if patch.function == "swap_scale_shift":
         return lambda change: torch.cat(change.chunk(2)[::-1])
-    raise ValueError(f"unknown function {patch.function!r} of a patch for {patch.key}")
+    raise InputError(f"unknown function {patch.function!r} of a patch for {patch.key}")

@@ -8,6 +8,7 @@ import os
 import torch
 from torch import Tensor, nn
 
+from comfy_xdit.errors import InputError
 from comfy_xdit.messages import LoadModel, Patch, SetPatches
 from comfy_xdit.models import FAMILIES, comfy_layout
 from comfy_xdit.models.base import Family
@@ -35,17 +36,17 @@ def load(message: LoadModel, device: torch.device | str, *, rank: int = 0) -> Re
     """The part of the model of `message` that is `rank`'s, on `device`, ready to run; no other weight is read.
 
     On a CPU every weight that the file has in the wanted dtype and in one piece is a view of the map, so that
-    all the processes of a machine share one copy. Raises ValueError, in one sentence, for a file that isn't
+    all the processes of a machine share one copy. Raises InputError, in one sentence, for a file that isn't
     the family's, and OSError when it can't be opened.
     """
     family = FAMILIES.get(message.family)
     if family is None:
-        raise ValueError(f"unknown family {message.family!r}; known are {', '.join(FAMILIES)}")
+        raise InputError(f"unknown family {message.family!r}; known are {', '.join(FAMILIES)}")
     file, share = MappedFile(message.path), message.spec.weights_of(rank, message.balance)
     try:
         return ResidentModel(message, family, file, torch.device(device), share)
-    except ValueError as error:
-        raise ValueError(f"{os.path.basename(message.path)}: {error}") from None
+    except InputError as error:
+        raise InputError(f"{os.path.basename(message.path)}: {error}") from None
 
 
 UNSETTLED = "being changed"
@@ -73,7 +74,7 @@ class ResidentModel:
         self.storage_dtype = _dtype(message.storage_dtype)
         self.compute_dtype = _dtype(message.compute_dtype)
         if self.compute_dtype in FP8:
-            raise ValueError(f"compute dtype {message.compute_dtype} is too coarse to compute in; use bfloat16")
+            raise InputError(f"compute dtype {message.compute_dtype} is too coarse to compute in; use bfloat16")
         self.patches_id = ""
         self.misfits: list[list[str]] = []
         self._file = file
@@ -105,12 +106,12 @@ class ResidentModel:
         """Make the model wear exactly these patches; returns how many weights of ComfyUI's layout changed.
 
         Each touched weight is computed from the pristine base, in fp32 and in ComfyUI's layout, then cut to
-        diffusers' weights. Untouched weights stay what they are. Raises ValueError for a weight that the
+        diffusers' weights. Untouched weights stay what they are. Raises InputError for a weight that the
         model hasn't got; after any error the model wears no patches, or, where there is no memory for the weights
         without, some, under a name that no job asks for. Patches of weights that other ranks hold are left to them.
         """
         if message.patches and not message.patches_id:
-            raise ValueError("patches need a patches_id; the empty one stands for none")
+            raise InputError("patches need a patches_id; the empty one stands for none")
         if message.patches_id == self.patches_id:
             return 0
         before = set(self._patched)
@@ -203,7 +204,7 @@ class ResidentModel:
                 return name
         if is_unused(self._table, key):
             return None
-        raise ValueError(f"there is a patch for {key}, a weight that {self.family.title} hasn't got")
+        raise InputError(f"there is a patch for {key}, a weight that {self.family.title} hasn't got")
 
     def _patch(self, source: str, patches: list[Patch]) -> None:
         shape = self._shapes[source]
@@ -225,7 +226,7 @@ class ResidentModel:
         weight = apply_patches(self._comfy_weight(source), patches)
         rows, *_ = self._shapes[source]
         if weight.shape[0] != rows:
-            raise ValueError(f"a patch makes {source} {weight.shape[0]} rows high instead of {rows}")
+            raise InputError(f"a patch makes {source} {weight.shape[0]} rows high instead of {rows}")
         return weight
 
     def _cut(self, weight: Tensor, target: str) -> Tensor:
@@ -233,7 +234,7 @@ class ResidentModel:
         region = self._regions[target]
         pieces = narrowed(self._slices[target], region.row, region.rows)
         if region.columns is not None and weight.shape[1:] != self._shapes[pieces[0].source][1:]:
-            raise ValueError(f"a patch widens {pieces[0].source}, which tensor parallel cuts; use tensor=1")
+            raise InputError(f"a patch widens {pieces[0].source}, which tensor parallel cuts; use tensor=1")
         part = region.columns_of(_join([weight.narrow(0, piece.source_row, piece.rows) for piece in pieces]))
         # A view would keep the other ranks' parts in memory.
         return part if self.share.num_shards == 1 else part.clone()
@@ -299,17 +300,17 @@ class ResidentModel:
 
 
 def _check_shapes(module: nn.Module, slices: SliceMap, infos: Infos) -> None:
-    """Raises ValueError when the slices don't make exactly the module's weights."""
+    """Raises InputError when the slices don't make exactly the module's weights."""
     wanted = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     for target in wanted.keys() | slices.keys():
         if target not in slices:
-            raise ValueError(f"the weights that make {target} are missing; the file is incomplete")
+            raise InputError(f"the weights that make {target} are missing; the file is incomplete")
         if target not in wanted:
-            raise ValueError(f"{slices[target][0].source} has no place in this model")
+            raise InputError(f"{slices[target][0].source} has no place in this model")
         pieces = slices[target]
         shape = (sum(piece.rows for piece in pieces), *infos[pieces[0].source].shape[1:])
         if shape != wanted[target]:
-            raise ValueError(f"{pieces[0].source} makes {target} {shape}, but the model wants {wanted[target]}")
+            raise InputError(f"{pieces[0].source} makes {target} {shape}, but the model wants {wanted[target]}")
 
 
 def _loose_parameters(module: nn.Module) -> set[str]:
@@ -331,5 +332,5 @@ def _join(parts: list[Tensor]) -> Tensor:
 
 def _dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
-        raise ValueError(f"dtype {name!r} is not one of {', '.join(DTYPES)}")
+        raise InputError(f"dtype {name!r} is not one of {', '.join(DTYPES)}")
     return DTYPES[name]

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from comfy_xdit.errors import InputError
+
 Infos = Mapping[str, Any]
 """Key → anything that has a `shape`: a header entry or a tensor."""
 
@@ -67,7 +69,7 @@ def swapped(target: str) -> tuple[Share, ...]:
 def slice_map(table: Table, infos: Infos) -> SliceMap:
     """The slices of every target that ComfyUI's weights `infos` make.
 
-    Raises ValueError for weights that the table doesn't know, and for rows that can't be shared out.
+    Raises InputError for weights that the table doesn't know, and for rows that can't be shared out.
     """
     targets: SliceMap = {}
     unknown = []
@@ -82,7 +84,7 @@ def slice_map(table: Table, infos: Infos) -> SliceMap:
         rows = info.shape[0] if len(info.shape) else 0
         unit, rest = divmod(rows, sum(share.rows for share in shares))
         if rest or not unit:
-            raise ValueError(f"the {rows} rows of {key} do not divide into its parts; the file is damaged")
+            raise InputError(f"the {rows} rows of {key} do not divide into its parts; the file is damaged")
         row = 0
         for share in shares:
             target = share.target.replace("*", block) + suffix
@@ -90,7 +92,7 @@ def slice_map(table: Table, infos: Infos) -> SliceMap:
             targets.setdefault(target, []).append(piece)
             row += piece.rows
     if unknown:
-        raise ValueError(f"{len(unknown)} weights have no place in this model (first: {unknown[0]})")
+        raise InputError(f"{len(unknown)} weights have no place in this model (first: {unknown[0]})")
     for pieces in targets.values():
         pieces.sort(key=lambda piece: piece.target_row)
     return targets
@@ -128,7 +130,7 @@ def by_source(targets: SliceMap) -> dict[str, list[tuple[str, Slice]]]:
 def fused(table: Table, infos: Infos) -> dict[str, Shape]:
     """ComfyUI's weights that diffusers' own weights `infos` make: what ComfyUI itself would see.
 
-    Raises ValueError when a weight is unknown, or a part of a fused one is missing.
+    Raises InputError when a weight is unknown, or a part of a fused one is missing.
     """
     names = {share.target: name for name, shares in table.items() for share in shares}
     result: dict[str, Shape] = {}
@@ -147,11 +149,11 @@ def fused(table: Table, infos: Infos) -> dict[str, Shape]:
         rows = 0
         for target in dict.fromkeys(share.target.replace("*", block) + suffix for share in table[name]):
             if target not in infos:
-                raise ValueError(f"{target} is missing; the file is incomplete")
+                raise InputError(f"{target} is missing; the file is incomplete")
             rows += infos[target].shape[0]
         result[source] = Shape((rows, *info.shape[1:]))
     if unknown:
-        raise ValueError(f"{len(unknown)} weights have no place in this model (first: {unknown[0]})")
+        raise InputError(f"{len(unknown)} weights have no place in this model (first: {unknown[0]})")
     return result
 
 
@@ -163,21 +165,21 @@ def respelled(key: str) -> str:
 
 
 def shape_of(infos: Infos, key: str, num_dims: int) -> tuple[int, ...]:
-    """The shape of a weight that must be there with so many dims. Raises ValueError when it isn't, or is empty."""
+    """The shape of a weight that must be there with so many dims. Raises InputError when it isn't, or is empty."""
     if key not in infos:
-        raise ValueError(f"{key} is missing; the file is incomplete")
+        raise InputError(f"{key} is missing; the file is incomplete")
     shape = tuple(infos[key].shape)
     if len(shape) != num_dims or 0 in shape:
-        raise ValueError(f"{key} has the shape {shape}, which is not {num_dims} sizes; the file is damaged")
+        raise InputError(f"{key} has the shape {shape}, which is not {num_dims} sizes; the file is damaged")
     return shape
 
 
 def block_numbers(infos: Infos, stack: str) -> list[int]:
-    """The numbers of the blocks under `stack`, in order. Raises ValueError when one is left out."""
+    """The numbers of the blocks under `stack`, in order. Raises InputError when one is left out."""
     found = {int(key.split(".", 2)[1]) for key in infos if key.startswith(stack + ".") and _block(key)}
     if found != set(range(len(found))):
         missing = min(set(range(max(found))) - found)
-        raise ValueError(f"{stack}.{missing} is missing; the file is incomplete")
+        raise InputError(f"{stack}.{missing} is missing; the file is incomplete")
     return sorted(found)
 
 

@@ -14,7 +14,10 @@ def stamp(path: str) -> FileStamp:
 
     Raises InputError for what is no file (a folder, a pipe, a device), OSError where nothing is.
     """
-    status = os.stat(path)
+    try:
+        status = os.stat(path)
+    except ValueError:  # a zero byte, or what is no text
+        raise InputError(f"{path!r} cannot be a path; choose a safetensors file") from None
     if not stat.S_ISREG(status.st_mode):
         raise InputError(f"{os.path.basename(path)} is not a file that can be mapped; choose a safetensors file")
     return FileStamp(size=status.st_size, mtime_ns=status.st_mtime_ns, inode=status.st_ino)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from comfy_xdit.errors import InputError
 from comfy_xdit.messages import Message, Result, Status
 
 
@@ -60,12 +61,21 @@ class FaultService:
         self.rank, self.world_size = rank, world_size
         self.kept: list[Message] = []
         self.journal: list[str] = []
+        self.has_met = False
+
+    @property
+    def has_communicated(self) -> bool:
+        return self.has_met
+
+    def free_others(self) -> None:
+        """It holds no more than one."""
 
     def abandon(self) -> None:
         """A sleeping rank cannot be woken."""
 
     def handle(self, message: Message) -> Result:
         self.journal.append(type(message).__name__)
+        self.has_met = False
         if isinstance(message, Echo):
             return Result(value=message.value)
         if isinstance(message, Sleep):
@@ -82,21 +92,22 @@ class FaultService:
             return Result(value=self.status())
         if isinstance(message, Journal):
             return Result(value=list(self.journal))
-        raise ValueError(f"the test service does not know {type(message).__name__}")
+        raise InputError(f"the test service does not know {type(message).__name__}")
 
     def _raise(self, message: Raise) -> Result:
         if self.rank in message.ranks:
             if message.error == "input":
-                raise ValueError("the number 7 is too large; use 6 or less")
+                raise InputError("the number 7 is too large; use 6 or less")
             if message.error == "memory":
                 raise torch.OutOfMemoryError("Tried to allocate 20.00 GiB. Details follow.")
             raise KeyError("a bug")
         if message.meet:
+            self.has_met = True
             dist.all_reduce(torch.ones(1))
         return Result()
 
     def _reduce(self, message: Reduce) -> Result:
-        total = torch.zeros(1)
+        total, self.has_met = torch.zeros(1), True
         for _ in range(message.rounds):
             total = torch.full((1,), message.value)
             dist.all_reduce(total)
