@@ -60,6 +60,7 @@ class Door:
         self.folder = folder
         self.network, self.transport = network, RPC if network else transport
         self.roster = Roster(devices, network)
+        # The last used last.
         self.residents: list[str] = []
         self.changes = Changes(replaced={}, dropped={})
         """What the workers' environment has not of this process'."""
@@ -281,6 +282,9 @@ class Door:
             self.failed_starts += 1
             self.last_error = self.last_error or reason
         self.num_restarts += 1
+        if failure is not None and failure["kind"] == "memory":
+            # All of it filled the devices, and would again: only what is in use comes back.
+            self.residents = self.residents[-1:]
         log.warning("%s; the workers are restarted", reason)
         workers = list(self.roster.workers.values())
         self.roster.kill()

@@ -178,4 +178,6 @@ def failure_of(message: dict[str, Any], num_ranks: int) -> dict[str, Any] | None
         "kind": one_of(found, "kind", SAID_FIRST),
         "message": text(found, "message"),
         "trace": text(found, "trace"),
+        # What isn't said is the worse.
+        "has_communicated": found.get("has_communicated") is not False,
     }
