@@ -1,8 +1,6 @@
 """Puts a `ModelPlan` into effect on a diffusers module for the length of a `with`.
 
-Hooks cut and join tensors. Attention is reached where every diffusers model ends up, at
-`F.scaled_dot_product_attention`, through a torch function mode: it is on only in this thread and only
-while one of the plan's attention modules runs, so nothing is patched and nothing is left behind.
+Hooks cut and join tensors; attention is reached as `seam.py` says.
 """
 
 from __future__ import annotations
@@ -12,9 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from comfy_xdit.errors import InputError
@@ -22,7 +18,9 @@ from comfy_xdit.errors import InputError
 from .attention import Attend, Layer, SequenceAttention
 from .context import ParallelContext
 from .plan import Cut, Exact, ModelPlan
+from .seam import Seam, torchs_own
 from .sequence import cut, join, total
+from .stages import Absent
 
 
 @contextlib.contextmanager
@@ -35,15 +33,18 @@ def applied(
 
     Every rank of the axis calls the module with the same whole arguments, by keyword, and gets the
     whole output.
-    attend: what its attention modules do; by default exact sequence parallelism.
+    attend: what its attention modules do; by default exact sequence parallelism. RuntimeError, which names the module,
+    where one attends without it.
     Yields the application, whose `segment` says which tokens a forward computes.
     """
     work = Application(module, plan, context, attend or SequenceAttention(context))
-    try:
-        work.hook()
-        yield work
-    finally:
-        work.unhook()
+    with torchs_own(module):
+        try:
+            work.hook()
+            yield work
+            work.settle()
+        finally:
+            work.unhook()
 
 
 def find(module: nn.Module, pattern: str) -> list[tuple[str, nn.Module]]:
@@ -75,12 +76,14 @@ class Application:
         self.segment: dict[str, tuple[int, int]] | None = None
         self.lengths: dict[str, int] = {}
         self.given: dict[str, Any] = {}
-        self.seams: list[_Seam] = []
+        self.seams: list[Seam] = []
+        self.is_settled = True
         self.handles: list[RemovableHandle] = []
 
     def hook(self) -> None:
         add = self.handles.append
         add(self.module.register_forward_pre_hook(self._begin, with_kwargs=True))
+        add(self.module.register_forward_hook(lambda m, a, out: self.settle()))
         for path, rule in self.plan.cut_outputs.items():
             for _, child in _required(self.module, path):
                 add(child.register_forward_hook(lambda m, a, out, rule=rule: self._cut(out, rule)))
@@ -93,10 +96,15 @@ class Application:
         self._hook_shards()
         for pattern, layer in self.plan.attention.items():
             for path, child in find(self.module, pattern):
-                seam = _Seam(self, path, layer.streams)
+                seam = Seam(path, layer.streams, layer.num_calls, self._ask)
                 self.seams.append(seam)
                 add(child.register_forward_pre_hook(seam.enter))
                 add(child.register_forward_hook(seam.leave, always_call=True))
+
+        for path, _ in own_blocks(self.module, self.plan):
+            assert any(seam.path.startswith(f"{path}.") for seam in self.seams), (
+                f"{path} of {type(self.module).__name__} has no attention; the plan is for another version of diffusers"
+            )
 
     def _hook_shards(self) -> None:
         """What comes out of sharded weights is added up, or joined along its channels."""
@@ -119,8 +127,20 @@ class Application:
         for seam in self.seams:
             seam.close()
 
+    def settle(self) -> None:
+        """The last forward is over, also one that ended early, as a stage's does: no attention went past the engine.
+
+        Raises RuntimeError, which names the module, where it did.
+        """
+        if not self.is_settled:
+            self.is_settled = True
+            for seam in self.seams:
+                seam.settle()
+
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         assert not args, "a planned model is called by keyword"
+        self.settle()
+        self.is_settled = False
         self.lengths.clear()
         self.given = dict(kwargs)
         cuts = {name: rule for name, rule in self.plan.cut_arguments.items() if kwargs.get(name) is not None}
@@ -150,6 +170,22 @@ class Application:
             value = value.narrow(rule.dim, *self.segment[rule.stream])
         return cut(value, rule.dim, self.axis)
 
+    def _ask(
+        self,
+        path: str,
+        streams: tuple[str, ...],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        mask: Tensor | None,
+        scale: float | None,
+    ) -> Tensor:
+        lengths = tuple(self.lengths[stream] for stream in streams)
+        spans = tuple(self.segment[stream] for stream in streams) if self.segment is not None else None
+        layer = Layer(path=path, lengths=lengths, spans=spans, num_shards=self.axis.degree)
+        return self.attend(q, k, v, layer, mask=mask, scale=scale)
+
     def _join(self, value: Tensor, rule: Cut) -> Tensor:
         length = self.lengths[rule.stream]
         if self.segment is None:
@@ -169,54 +205,10 @@ class Application:
         return tuple(replaced)
 
 
-class _Seam(TorchFunctionMode):
-    """Gives one attention module's calls of scaled_dot_product_attention to `attend`."""
-
-    def __init__(self, work: Application, path: str, streams: tuple[str, ...]) -> None:
-        super().__init__()
-        self.work = work
-        self.path = path
-        self.streams = streams
-        self.open = False
-
-    def enter(self, module: nn.Module, args: Any) -> None:
-        self.__enter__()
-        self.open = True
-
-    def leave(self, module: nn.Module, args: Any, out: Any) -> None:
-        self.close()
-
-    def close(self) -> None:
-        if self.open:
-            self.open = False
-            self.__exit__(None, None, None)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        return self._attend(*args, **(kwargs or {}))
-
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        assert dropout_p == 0 and not is_causal, f"{self.path}: no dropout, no causal attention here"
-        if enable_gqa:
-            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-        if attn_mask is not None:
-            attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
-        lengths = tuple(self.work.lengths[stream] for stream in self.streams)
-        segment = self.work.segment
-        spans = tuple(segment[stream] for stream in self.streams) if segment is not None else None
-        layer = Layer(path=self.path, lengths=lengths, spans=spans, num_shards=self.work.axis.degree)
-        return self.work.attend(query, key, value, layer, mask=attn_mask, scale=scale)
+def own_blocks(module: nn.Module, plan: ModelPlan) -> list[tuple[str, nn.Module]]:
+    """The blocks that are here, which other stages' aren't, in the order in which they run."""
+    found = [block for name in plan.blocks for block in find(module, f"{name}.*")]
+    return [(path, block) for path, block in found if not isinstance(block, Absent)]
 
 
 def _required(module: nn.Module, pattern: str) -> list[tuple[str, nn.Module]]:

@@ -23,9 +23,11 @@ class AttentionLayer:
     """Attention over `streams`, in the order in which the module joins them.
 
     A mask, when the module passes one, covers the whole sequence of those streams in that order.
+    num_calls: how often the module attends each time when it runs, which is once in a forward.
     """
 
     streams: tuple[str, ...]
+    num_calls: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
