@@ -37,11 +37,16 @@ def require_reachable(pool: Any, path: str, *, what: str, way_out: str) -> None:
 
     what, way_out: for the sentence.
     """
-    if pool.network is not None and Path(path).resolve().parent == _folder(SHARED_MEMORY).resolve():
+    if pool.network is not None and is_copy(path):
         raise ValueError(
             f"pool {pool.name!r} is on {pool.network.num_machines} machines, and this {what} has no file that each of "
             f"them could read, only a copy in this machine's shared memory; {way_out}"
         )
+
+
+def is_copy(path: str) -> bool:
+    """Whether it is a file that `export_file` wrote."""
+    return Path(path).resolve().parent == _folder(SHARED_MEMORY).resolve()
 
 
 def export(owner: Any, weights: dict[str, Tensor], root: Path = SHARED_MEMORY) -> Checkpoint:
@@ -53,9 +58,7 @@ def export(owner: Any, weights: dict[str, Tensor], root: Path = SHARED_MEMORY) -
     return open_checkpoint(str(export_file(owner, weights, what="MODEL", way_out=way_out, root=root)))
 
 
-def export_file(
-    owner: Any, weights: dict[str, Tensor], *, what: str, way_out: str, root: Path = SHARED_MEMORY
-) -> Path:
+def export_file(owner: Any, weights: dict[str, Tensor], *, what: str, way_out: str, root: Path = SHARED_MEMORY) -> Path:
     """Where `weights` lie in shared memory; the file is removed when `owner` is collected, or at exit.
 
     what, way_out: for the sentence of the ValueError when there is no room or no shared memory.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import comfy.model_management
@@ -10,20 +11,18 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_xdit_nodes import skeleton
 from comfy_xdit_nodes.checkpoint import Checkpoint
+from comfy_xdit_nodes.export import is_copy
+from comfy_xdit_nodes.named import name_of
 from comfy_xdit_nodes.patches import encode_patches
 from comfy_xdit_nodes.pool import PoolSetting
+from comfy_xdit_nodes.refuse import INSTEAD
 from comfy_xdit_nodes.remote import Load, RemoteModel
 from comfy_xdit_nodes.run import sample_on_pool
 from comfy_xdit_nodes.source import checkpoint_of
 from comfy_xdit_nodes.together import calc_cond_batch
 from comfy_xdit_nodes.whole_run import sample_whole
 
-from comfy_xdit.messages import Patch
-
 KEY = "comfy_xdit"
-
-LOADED_BYTES = 1e29
-"""More than ComfyUI ever asks to be freed for other models, less than "unload all models" asks for (1e30)."""
 
 WRAPPERS = {
     WrappersMP.OUTER_SAMPLE: sample_on_pool,
@@ -31,12 +30,29 @@ WRAPPERS = {
     WrappersMP.CALC_COND_BATCH: calc_cond_batch,
 }
 
-CARRIED = (
-    *("patches", "patches_uuid", "object_patches", "weight_wrapper_patches", "model_options"),
-    *("force_cast_weights", "attachments", "additional_models", "callbacks", "wrappers", "injections"),
-    *("skip_injection", "hook_patches", "hook_patches_backup", "forced_hooks", "hook_mode", "is_clip"),
+OF_THE_WEIGHTS = frozenset(
+    (
+        *("model", "size", "parent", "load_device", "offload_device", "weight_inplace_update", "cached_patcher_init"),
+        *("backup", "backup_buffers", "object_patches_backup", "hook_backup", "cached_hook_patches", "pinned"),
+        *("current_hooks", "is_injected", "is_multigpu_base_clone", "clone_base_uuid"),
+    )
 )
-"""What nodes change on a MODEL, apart from its weights."""
+"""Attributes of a MODEL that belong to its weights, and to what is done with them now. All others are what nodes
+changed on it, in this version of ComfyUI or in a later one, and go with it to the pool."""
+
+
+class LoadedSize(float):
+    """How much of a MODEL ComfyUI takes for loaded: all of it, and more than it ever asks to be freed for other models.
+
+    So it unloads the workers only when it unloads everything (1e30). Taken from the model's size it leaves nothing to
+    load: ComfyUI makes no room for weights that it does not hold.
+    """
+
+    def __rsub__(self, size: float) -> float:
+        return 0.0
+
+
+LOADED = LoadedSize(1e29)
 
 
 class RemotePatcher(comfy.model_patcher.ModelPatcher):
@@ -50,11 +66,18 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
     def setting(self) -> PoolSetting:
         return self.attachments.get(KEY) or PoolSetting()
 
-    def on_pool(self, setting: PoolSetting | None) -> RemotePatcher:
-        """A clone that runs on the pool of `setting`; None keeps the one it has."""
+    def on_pool(self, setting: PoolSetting) -> RemotePatcher:
+        """A clone that runs on the pool of `setting`."""
         clone = self.clone()
-        if setting is not None:
-            clone.attachments[KEY] = setting
+        _carry(self, clone)
+        clone.attachments[KEY] = setting
+        return clone
+
+    def clone(self, *args: Any, **kwargs: Any) -> RemotePatcher:
+        clone = super().clone(*args, **kwargs)
+        # ComfyUI's list of loaded models holds a clone weakly, and turns to its parent when it goes. So that one must
+        # be there as long as the model: the first one, not a link of a chain that may be collected as a whole.
+        clone.parent = self if self.parent is None else self.parent
         return clone
 
     def load_message(self) -> Load:
@@ -65,25 +88,20 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         return Load(
             model=checkpoint.load(storage=storage, compute=cast or storage, balance=self.setting.balance),
             patches_id=str(self.patches_uuid) if self.patches else "",
-            patches=self.encoded_patches,
+            # Of the patches, not of this MODEL: the run keeps it, and must not keep what it runs for.
+            patches=partial(encode_patches, self.patches),
         )
 
-    def encoded_patches(self) -> list[Patch]:
-        return encode_patches(self.patches)
-
-    def model_size(self) -> int:
-        return 1
-
     def loaded_size(self) -> float:
-        return LOADED_BYTES if self.model.remote.is_resident() else 0
+        return LOADED
 
     def current_loaded_device(self) -> torch.device:
-        # Never the device that ComfyUI loads to: it would subtract `loaded_size` from what others need there.
-        return skeleton.META
+        return self.load_device
 
     def partially_load(self, *args: Any, **kwargs: Any) -> int:
         super().unpatch_model(None, unpatch_weights=False)
         self.patch_model(load_weights=False)
+        self.model.device = self.load_device
         return 0
 
     def load(self, *args: Any, **kwargs: Any) -> None:
@@ -96,7 +114,8 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
     def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> None:
         super().unpatch_model(None, unpatch_weights=False)
         if unpatch_weights:
-            self.model.remote.unload()
+            self.model.device = self.offload_device
+            self.model.residency.unload()
 
     def get_key_patches(self, filter_prefix: str | None = None) -> dict[str, Any]:
         raise ValueError(
@@ -120,25 +139,39 @@ def parallelize(patcher: Any, setting: PoolSetting | None = None) -> RemotePatch
     Raises ValueError when the model can't run on a pool.
     """
     if isinstance(patcher, RemotePatcher):
-        return patcher.on_pool(setting)
+        return patcher if setting is None else patcher.on_pool(setting)
     # On the loaded model itself: clones with other LoRA share it, and it goes when the model goes.
     root = getattr(patcher.model, KEY, None)
     if root is None:
         remote = RemoteModel()
         checkpoint = checkpoint_of(patcher, remote)
+        if is_copy(checkpoint.path):
+            # Nobody will load it again, but the workers' maps keep its memory.
+            remote.residency.ends_with(remote)
         root = _patcher(skeleton.config_of(patcher.model), checkpoint, remote)
         setattr(patcher.model, KEY, root)
     ours = root.clone()
-    theirs = patcher.clone()
-    for name in CARRIED:
-        setattr(ours, name, getattr(theirs, name))
+    _carry(patcher, ours)
     _wrap(ours)
-    return ours.on_pool(setting or PoolSetting())
+    ours.attachments[KEY] = setting or PoolSetting()
+    return ours
+
+
+def _carry(patcher: Any, ours: RemotePatcher) -> None:
+    """Give `ours` a copy of all that nodes changed on `patcher`. Raises ValueError for what would break it."""
+    # A clone has copies, but not what a node hung on the MODEL itself.
+    for name, value in (vars(patcher) | vars(patcher.clone())).items():
+        if name in OF_THE_WEIGHTS:
+            continue
+        if name in vars(RemotePatcher):
+            raise ValueError(f"the pool can't run a MODEL with another {name!r} ({name_of(value)}){INSTEAD}")
+        setattr(ours, name, value)
 
 
 def _patcher(config: Any, checkpoint: Checkpoint, remote: RemoteModel) -> RemotePatcher:
     model = skeleton.build(config, checkpoint.meta, remote)
     model.checkpoint = checkpoint
+    model.residency = remote.residency
     patcher = RemotePatcher(
         model,
         load_device=comfy.model_management.get_torch_device(),

@@ -8,6 +8,7 @@ import comfy.lora
 import comfy.utils
 import torch
 from comfy.weight_adapter.base import WeightAdapterBase
+from comfy_xdit_nodes.absent import AbsentWeight
 from comfy_xdit_nodes.named import name_of
 
 from comfy_xdit.messages import Patch
@@ -69,8 +70,7 @@ def _weights(key: str, kind: str, weights: Any) -> list[Any]:
     reshapes = kind == "diff" and len(weights) > 1 and weights[1] and weights[1].get("pad_weight")
     if reshapes or (kind == "lora" and len(weights) > 5 and weights[5] is not None):
         raise ValueError(
-            f"the pool can't apply a LoRA that enlarges {key} (a Flux control LoRA); "
-            "use the stock sampler for it"
+            f"the pool can't apply a LoRA that enlarges {key} (a Flux control LoRA); use the stock sampler for it"
         )
     if kind in ("diff", "set"):
         return [weights[0]]
@@ -80,10 +80,9 @@ def _weights(key: str, kind: str, weights: Any) -> list[Any]:
 def _merged(key: str, value: list[Any]) -> torch.Tensor:
     """The other model's weight, with its own patches, of a merge: [(weight, convert), patch, ...]."""
     weight, convert = value[0]
-    if weight.is_meta:
+    if isinstance(weight, AbsentWeight):
         raise ValueError(
-            f"the weights of the merged model are on a pool (first: {key}); "
-            "merge in front of Parallel Model (xDiT)"
+            f"the weights of the merged model are on a pool (first: {key}); merge in front of Parallel Model (xDiT)"
         )
     weight = convert(weight.to(torch.float32, copy=True), inplace=True)
     return comfy.lora.calculate_weight(value[1:], weight, key)

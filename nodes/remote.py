@@ -6,8 +6,8 @@ import contextlib
 import dataclasses
 import inspect
 import logging
-import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ import torch
 from comfy_xdit_nodes.held import Constants
 from comfy_xdit_nodes.record import Record
 from comfy_xdit_nodes.refuse import refuse_options
+from comfy_xdit_nodes.residency import Residency
 from comfy_xdit_nodes.together import Meeting
 from torch import Tensor
 
@@ -31,9 +32,6 @@ if TYPE_CHECKING:
     from comfy_xdit.trajectory import SamplerProgram
 
 log = logging.getLogger("comfy_xdit")
-
-UNLOAD_PATIENCE_S = 10.0
-"""How long freeing waits for another client's job: ComfyUI runs nothing else meanwhile."""
 
 EVALUATION_PATIENCE_S = 600.0
 """How long one evaluation may take before the workers are restarted; the pool's own limit is for one message."""
@@ -63,26 +61,16 @@ def poll() -> None:
     comfy.model_management.throw_exception_if_processing_interrupted()
 
 
-def _patience(limit_s: float) -> Callable[[], None]:
-    deadline = time.monotonic() + limit_s
-
-    def poll_until() -> None:
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"it is busy with another client's job for more than {limit_s:g} s")
-
-    return poll_until
-
-
 class RemoteModel:
     """The diffusion transformer of one checkpoint, evaluated by a pool.
 
-    One for each skeleton, shared by all clones of its MODEL. It remembers which pools hold the model.
+    One for each skeleton, shared by all clones of its MODEL. residency: which pools hold the model.
     """
 
     def __init__(self) -> None:
+        self.residency = Residency("model")
         self._signature: inspect.Signature | None = None
         self._run: Run | None = None
-        self._resident: dict[str, _Resident] = {}
 
     def signature_of(self, forward: Callable[..., Any]) -> None:
         """Read the names of the arguments from the method that this object stands in for."""
@@ -153,27 +141,12 @@ class RemoteModel:
 
         The workers say which patches they hold: another MODEL of the same file may have changed them.
         """
-        self._resident[pool.name] = _Resident(pool=pool, model=load.model.model)
+        self.residency.add(pool, load.model.model)
         held = [status["patches_id"] for status in _made_resident(pool, load.model)]
         # One rank may have failed where the others did not.
         if any(patches_id != load.patches_id for patches_id in held):
-            patches = m.SetPatches(
-                model=load.model.model, patches_id=load.patches_id, patches=load.patches()
-            )
+            patches = m.SetPatches(model=load.model.model, patches_id=load.patches_id, patches=load.patches())
             pool.call(patches, poll=poll)
-
-    def is_resident(self) -> bool:
-        return bool(self._resident)
-
-    def unload(self) -> None:
-        """Free the model on every pool that holds it. A pool that can't answer is only logged."""
-        for name in list(self._resident):
-            held = self._resident.pop(name)
-            try:
-                held.pool.status()  # Refuses when the pool is gone; a call would start it anew.
-                held.pool.call(m.Unload(keys=[held.model]), poll=_patience(UNLOAD_PATIENCE_S))
-            except (RuntimeError, TimeoutError) as error:  # Freeing memory must not fail another job.
-                log.warning("could not unload a model from pool %s: %s", name, error)
 
 
 def _made_resident(pool: Pool, message: m.LoadModel) -> list[dict[str, Any]]:
@@ -190,14 +163,6 @@ def _made_resident(pool: Pool, message: m.LoadModel) -> list[dict[str, Any]]:
     return [result.value for result in pool.call_all(message, poll=poll)]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Resident:
-    """What one pool holds of us."""
-
-    pool: Pool
-    model: str
-
-
 def _longest_silence(program: SamplerProgram) -> int:
     """Evaluations between two previews at most; one more, as a pipeline's previews come late."""
     ends = [-1, *sorted(preview.after for preview in program.previews), len(program.calls) - 1]
@@ -207,15 +172,14 @@ def _longest_silence(program: SamplerProgram) -> int:
 class Run:
     """One sampling run: evaluates calls on the workers, sends what is constant once."""
 
-    def __init__(
-        self, pool: Pool, load: Load, choose: Callable[[int], ParallelSpec], *, trace: bool = False
-    ) -> None:
+    def __init__(self, pool: Pool, load: Load, choose: Callable[[int], ParallelSpec], *, trace: bool = False) -> None:
         self.pool = pool
         self._record = Record(pool.call_all) if trace else None
         self._call = self._record.call if self._record is not None else pool.call
         self._load = load
         self._choose = choose
-        self._constants = Constants(hold=self._hold, drop=self._drop)
+        # Of the pool, not of this run: a run that refers to itself would outlive its turn, and the MODEL with it.
+        self._constants = Constants(hold=partial(_hold, pool), drop=partial(_drop, pool))
         self.meeting: Meeting | None = None
 
     def evaluate(self, call: dict[str, Any], chunks: int) -> Tensor:
@@ -235,9 +199,7 @@ class Run:
         )
         return self._call(message, poll=poll).value
 
-    def sample(
-        self, job: Job, *, key: str, num_chunks: int, reuse: dict[str, int], poll: Callable[[], bool]
-    ) -> Tensor:
+    def sample(self, job: Job, *, key: str, num_chunks: int, reuse: dict[str, int], poll: Callable[[], bool]) -> Tensor:
         """The samples of a whole run, from one message to the workers.
 
         key: by which `Peek` and `Cancel` know it. num_chunks: conditionings that may run side by side.
@@ -282,8 +244,10 @@ class Run:
             return [self._constant(f"{name}.{i}", item) for i, item in enumerate(value)]
         return value
 
-    def _hold(self, name: str, value: Tensor) -> None:
-        self.pool.call(m.Hold(name=name, value=value), poll=poll)
 
-    def _drop(self, names: list[str]) -> None:
-        self.pool.call(m.Drop(names=names), poll=poll)
+def _hold(pool: Pool, name: str, value: Tensor) -> None:
+    pool.call(m.Hold(name=name, value=value), poll=poll)
+
+
+def _drop(pool: Pool, names: list[str]) -> None:
+    pool.call(m.Drop(names=names), poll=poll)

@@ -1,7 +1,7 @@
-"""ComfyUI's own model without its weights: every parameter on torch's meta device.
+"""ComfyUI's own model without its weights.
 
-ComfyUI's loop asks a model for its latent format, its sigmas, its conditioning and the names of its
-weights, and gets all of that from here. Only the diffusion transformer's `_forward` is replaced, on the
+ComfyUI's loop asks a model for its latent format, its sigmas, its conditioning, the names of its weights, and where and
+of which type they are, and gets all of that from here. Only the diffusion transformer's `_forward` is replaced, on the
 instance, so that wrappers that other nodes put around the transformer still run.
 """
 
@@ -13,6 +13,7 @@ import comfy.model_detection
 import comfy.model_management
 import comfy.utils
 import torch
+from comfy_xdit_nodes.absent import without_numbers
 from comfy_xdit_nodes.checkpoint import Checkpoint
 from comfy_xdit_nodes.remote import RemoteModel
 from torch import Tensor
@@ -73,11 +74,12 @@ def config_of(model: Any) -> Any:
 
 
 def build(config: Any, infos: dict[str, Tensor], remote: RemoteModel) -> Any:
-    """ComfyUI's model of `config` on the meta device, its transformer's evaluation done by `remote`.
+    """ComfyUI's model of `config`, its weights absent, its transformer's evaluation done by `remote`.
 
     infos: key without prefix → tensor; some configurations look at keys once more here.
     """
     model = config.get_model(dict(infos), "", device=META)
+    without_numbers(model, comfy.model_management.get_torch_device())
     # No memory is needed here, so cond and uncond always arrive as one batch when their shapes allow.
     model.memory_usage_factor = 0.0
     model.device = None

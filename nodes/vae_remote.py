@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import logging
 import weakref
 from typing import Any
 
@@ -16,12 +14,11 @@ from comfy_xdit_nodes.export import export_file, require_reachable
 from comfy_xdit_nodes.patcher import RemotePatcher
 from comfy_xdit_nodes.pool import PoolSetting, connect
 from comfy_xdit_nodes.remote import poll
+from comfy_xdit_nodes.residency import Residency
 from torch import Tensor
 
 from comfy_xdit import messages as m
 from comfy_xdit.vae.layout import VAEConfig, describe
-
-log = logging.getLogger("comfy_xdit")
 
 WAY_OUT = "use ComfyUI's own VAE node"
 
@@ -63,10 +60,11 @@ class RemoteVAE:
         dtype = str(vae.vae_dtype).removeprefix("torch.")
         self.config = config
         self.load = m.LoadVAE(vae=f"vae-{dtype}-{_digest(weights)}", path=str(path), dtype=dtype)
-        self._pools: dict[str, Any] = {}
+        self._residency = Residency("VAE")
+        self._residency.ends_with(vae.first_stage_model)
         # ComfyUI's "Unload models" goes through what its memory management has on its list.
         holder = torch.nn.Module()
-        holder.remote = self  # type: ignore[assignment]
+        holder.residency = self._residency  # type: ignore[assignment]
         self._patcher = RemotePatcher(
             holder,
             load_device=comfy.model_management.get_torch_device(),
@@ -75,28 +73,13 @@ class RemoteVAE:
 
     def call(self, setting: PoolSetting, message: m.VAEDecode | m.VAEEncode) -> Tensor:
         """The pool's answer. Raises PoolError with a sentence, or ComfyUI's interruption."""
-        # Before the turn: they may be on another pool, and a process talks to one at a time.
-        for gone in _known.take_gone():
-            gone.unload()
         pool = connect(setting)
         require_reachable(pool, self.load.path, what="VAE", way_out=f"{WAY_OUT}, or a pool of this machine")
         comfy.model_management.load_models_gpu([self._patcher])
         with pool.turn(poll=poll):
-            self._pools[pool.name] = pool
+            self._residency.add(pool, self.load.vae)
             pool.call(self.load, poll=poll)
             return pool.call(message, poll=poll).value
-
-    def is_resident(self) -> bool:
-        return bool(self._pools)
-
-    def unload(self) -> None:
-        """Free the VAE on every pool that holds it. A pool that can't answer is only logged."""
-        for name in list(self._pools):
-            pool = self._pools.pop(name)
-            try:
-                pool.call(m.Unload(keys=[self.load.vae]))
-            except RuntimeError as error:  # PoolError: freeing memory must not fail another job.
-                log.warning("could not unload a VAE from pool %s: %s", name, error)
 
 
 def _digest(weights: dict[str, Tensor]) -> str:
@@ -108,31 +91,14 @@ def _digest(weights: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-@dataclasses.dataclass(frozen=True)
-class _Known:
-    """The VAEs that were exported, each as long as ComfyUI keeps it."""
-
-    alive: weakref.WeakKeyDictionary[torch.nn.Module, RemoteVAE]
-    gone: list[RemoteVAE]
-
-    def of(self, vae: Any, config: VAEConfig) -> RemoteVAE:
-        model = vae.first_stage_model
-        remote = self.alive.get(model)
-        if remote is None:
-            remote = self.alive[model] = RemoteVAE(vae, config)
-            # Collected at any moment, perhaps in another turn: the workers are told in the next one.
-            weakref.finalize(model, self.gone.append, remote).atexit = False
-        return remote
-
-    def take_gone(self) -> list[RemoteVAE]:
-        taken, self.gone[:] = list(self.gone), []
-        return taken
-
-
 # ComfyUI caches VAE objects and hands them from node to node; there is no place of ours on them.
-_known = _Known(weakref.WeakKeyDictionary(), [])
+_known: weakref.WeakKeyDictionary[torch.nn.Module, RemoteVAE] = weakref.WeakKeyDictionary()
 
 
 def remote_vae(vae: Any, config: VAEConfig) -> RemoteVAE:
     """The VAE's stand-in, exported at its first use. Raises ValueError when shared memory is full."""
-    return _known.of(vae, config)
+    model = vae.first_stage_model
+    remote = _known.get(model)
+    if remote is None:
+        remote = _known[model] = RemoteVAE(vae, config)
+    return remote

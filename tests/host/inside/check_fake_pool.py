@@ -124,11 +124,6 @@ def test_another_model_makes_room(models, fake, monkeypatch):
         assert len(fake.models) == 1
 
 
-def test_skeleton_holds_no_weights(models):
-    model = ours(models / "flux.safetensors").model
-    assert all(parameter.is_meta for parameter in model.diffusion_model.parameters())
-
-
 def test_lengths_that_differ_meet_in_one_message(models, fake):
     path = models / "sd3.safetensors"
     negative = tiny.conditioning(33, seed=11)

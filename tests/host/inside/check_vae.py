@@ -35,10 +35,13 @@ KINDS = {
 class OneRank:
     """A pool inside the process. log: the kinds of the messages."""
 
-    name, num_ranks, network = "fake", 1, None
+    name, devices, num_ranks, network = "fake", ["cpu"], 1, None
 
     def __init__(self):
         self.vaes, self.log = {}, []
+
+    def status(self):
+        return {}
 
     @contextlib.contextmanager
     def turn(self, poll=None):

@@ -1,0 +1,91 @@
+"""Where a model or VAE of ours is resident, and how the workers' memory is freed again."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from comfy_xdit import messages as m
+
+if TYPE_CHECKING:
+    from comfy_xdit.pool.client import Pool
+
+log = logging.getLogger("comfy_xdit")
+
+UNLOAD_PATIENCE_S = 10.0
+"""How long freeing waits for another client's job: ComfyUI runs nothing else meanwhile."""
+
+
+class Residency:
+    """The pools that hold one model or VAE, under which key each.
+
+    what: "model" or "VAE", for the log.
+    """
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._held: dict[str, tuple[Pool, str]] = {}
+
+    def add(self, pool: Pool, key: str) -> None:
+        """To be called before it is loaded: a load that fails half-way leaves something too."""
+        self._held[pool.name] = (pool, key)
+
+    def __bool__(self) -> bool:
+        """Whether a pool may hold it."""
+        return bool(self._held)
+
+    def unload(self) -> None:
+        """Free it on every pool that holds it.
+
+        Starts no pool, and gives up after `UNLOAD_PATIENCE_S` on one that is busy: freeing memory must neither fail
+        nor hold up another job. What could not be freed is logged; on a busy pool it stays known, for the next time.
+        """
+        for name, (pool, key) in list(self._held.items()):
+            try:
+                pool.status()  # Refuses when the pool is gone; a call would start it anew.
+                pool.call(m.Unload(keys=[key]), poll=_patience(UNLOAD_PATIENCE_S))
+            except TimeoutError as error:
+                log.warning("could not unload a %s from pool %s: %s", self._what, name, error)
+                continue
+            except RuntimeError as error:  # PoolError
+                log.warning("could not unload a %s from pool %s: %s", self._what, name, error)
+            if self._held.get(name) == (pool, key):
+                del self._held[name]
+
+    def ends_with(self, owner: Any) -> None:
+        """Unload when `owner` is collected: soon after, when the pool is free. For what nobody can load again."""
+        # Collected at any moment, perhaps in the midst of another turn: so another thread tells the workers.
+        weakref.finalize(owner, _undertaker().put, self).atexit = False
+
+
+def _patience(limit_s: float) -> Callable[[], None]:
+    deadline = time.monotonic() + limit_s
+
+    def poll_until() -> None:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"it is busy with another client's job for more than {limit_s:g} s")
+
+    return poll_until
+
+
+@functools.cache
+def _undertaker() -> queue.SimpleQueue[Residency]:
+    """Where to put what is to be unloaded; started with the first. A SimpleQueue may be put to in a finalizer."""
+    gone: queue.SimpleQueue[Residency] = queue.SimpleQueue()
+
+    def work() -> None:
+        while True:
+            residency = gone.get()
+            residency.unload()
+            if residency:
+                # Its pool was busy for as long as we wait for it.
+                gone.put(residency)
+
+    threading.Thread(target=work, name="comfy-xdit-unload", daemon=True).start()
+    return gone
