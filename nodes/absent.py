@@ -45,10 +45,24 @@ class AbsentWeight(Tensor):
         if func.overloadpacket in FACTORIES:
             kwargs["device"] = kwargs.get("device") or device
             return func(*tree_map(_on_meta, args), **kwargs)
-        raise ValueError(
-            f"the weights of this MODEL are on the pool, and a node wants their numbers here ({func.overloadpacket}); "
-            "connect it to the MODEL in front of Parallel Model (xDiT)"
-        )
+        # In inference mode what is made of other operations comes as a whole.
+        parts = func.decompose(*args, **kwargs)
+        if parts is NotImplemented:
+            raise _no_numbers(func.overloadpacket)
+        return parts
+
+    def tolist(self) -> Any:
+        raise _no_numbers("tolist")
+
+    def numpy(self, *args: Any, **kwargs: Any) -> Any:
+        raise _no_numbers("numpy")
+
+
+def _no_numbers(operation: Any) -> ValueError:
+    return ValueError(
+        f"the weights of this MODEL are on the pool, and a node wants their numbers here ({operation}); "
+        "connect it to the MODEL in front of Parallel Model (xDiT)"
+    )
 
 
 def _on_meta(value: Any) -> Any:

@@ -13,6 +13,7 @@ from comfy_xdit.messages import LoadModel
 from comfy_xdit.models import Family, comfy_layout, detect
 from comfy_xdit.parallel.spec import BALANCES, ModelShape
 from comfy_xdit.weights.header import FLOATS, TensorInfo, read_header
+from comfy_xdit.weights.quantised import layer_formats
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,7 @@ def open_checkpoint(path: str) -> Checkpoint:
     """
     path = os.path.realpath(path)
     header = read_header(path)
-    family, prefix = detect(header)
+    family, prefix = detect(header, layer_formats(path, header))
     infos = {key[len(prefix) :]: info for key, info in header.items() if key.startswith(prefix)}
     layout, _ = comfy_layout(family, infos)
     status = os.stat(path)

@@ -9,10 +9,10 @@ import comfy.model_base
 import torch
 from comfy_xdit_nodes.checkpoint import Checkpoint, open_checkpoint
 from comfy_xdit_nodes.export import export
-from comfy_xdit_nodes.named import name_of
 from comfy_xdit_nodes.patches import MODEL, file_key
 from torch import Tensor
 
+from comfy_xdit.models import listed
 from comfy_xdit.weights.mapped import MappedFile
 from comfy_xdit.weights.slices import is_unused
 
@@ -37,16 +37,21 @@ def pristine(patcher: Any) -> dict[str, Tensor]:
 
     Key as in checkpoints → tensor; nothing is copied. Raises ValueError for quantised weights.
     """
-    weights = {}
-    for key, entries in patcher.get_key_patches(MODEL).items():
-        weight = entries[0][0]
-        if type(weight) not in (Tensor, torch.nn.Parameter):
-            raise ValueError(
-                f"the weights of this MODEL are quantised ({name_of(weight)}); "
-                "use fp32, fp16, bf16 or plain fp8 weights"
-            )
-        weights[file_key(key)] = weight
+    weights = {file_key(key): entries[0][0] for key, entries in patcher.get_key_patches(MODEL).items()}
+    formats = {
+        key.removesuffix(".weight"): _format(patcher.model.diffusion_model, key, weight)
+        for key, weight in weights.items()
+        if type(weight) not in (Tensor, torch.nn.Parameter)
+    }
+    if formats:
+        raise ValueError(f"this MODEL has {listed(formats)}; use fp32, fp16, bf16 or plain fp8 weights")
     return weights
+
+
+def _format(transformer: torch.nn.Module, key: str, weight: Any) -> str:
+    """What ComfyUI calls the format of a quantised weight; else the class that another node made it of."""
+    layer = transformer.get_submodule(key.rpartition(".")[0])
+    return str(getattr(layer, "quant_format", None) or type(weight).__name__)
 
 
 def _forgotten(model: Any) -> dict[str, Tensor]:
@@ -70,15 +75,17 @@ def _own_file(patcher: Any) -> Checkpoint | None:
 
 def _same(checkpoint: Checkpoint, weights: dict[str, Tensor]) -> bool:
     """Whether the file has these weights: all names and shapes, and the numbers of some small ones."""
-    shapes = {key: tuple(weight.shape) for key, weight in weights.items()}
     table = checkpoint.family.table(checkpoint.infos)
-    used = {key: info for key, info in checkpoint.infos.items() if not is_unused(table, key)}
-    if any(shapes.get(key) != info.shape for key, info in used.items()):
+    # Under one spelling: ComfyUI's own ModelSave writes the names of its version.
+    in_file = {file_key(key): key for key in checkpoint.infos if not is_unused(table, key)}
+    if any(key not in weights or weights[key].shape != checkpoint.infos[own].shape for key, own in in_file.items()):
         return False
     small = sorted(weights, key=lambda key: (weights[key].numel(), key))[:NUM_PROBES]
     mapped = MappedFile(checkpoint.path)
     return all(
-        torch.equal(mapped.tensor(checkpoint.prefix + key).to(weight.dtype), weight.detach().cpu())
-        for key, weight in ((key, weights[key]) for key in small)
-        if key in checkpoint.infos
+        torch.equal(
+            mapped.tensor(checkpoint.prefix + in_file[key]).to(weights[key].dtype), weights[key].detach().cpu()
+        )
+        for key in small
+        if key in in_file
     )

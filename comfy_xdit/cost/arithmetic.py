@@ -12,6 +12,7 @@ from typing import Any
 from comfy_xdit.models import comfy_layout, detect
 from comfy_xdit.parallel.spec import ModelShape
 from comfy_xdit.weights.header import FLOATS, TensorInfo, read_header
+from comfy_xdit.weights.quantised import layer_formats
 from comfy_xdit.weights.slices import is_unused
 
 ONCE, IMAGE, TEXT, BOTH = (), ("image",), ("text",), ("image", "text")
@@ -211,7 +212,7 @@ def read_network(path: str) -> Network:
     Raises ValueError for files that the project cannot run, and for families without an entry in `ANATOMIES`.
     """
     infos = read_header(path)
-    family, prefix = detect(infos)
+    family, prefix = detect(infos, layer_formats(path, infos))
     own = {key.removeprefix(prefix): info for key, info in infos.items() if key.startswith(prefix)}
     table = family.table(own)
     used = [info for key, info in own.items() if not is_unused(table, key)]

@@ -20,12 +20,14 @@ PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")
 SUPPORTED = "Flux.1, SD3, SD3.5 and PixArt, also in diffusers' layout, in fp32, fp16, bf16 or plain fp8"
 
 QUANTISED = {
-    "scaled fp8": ("scaled_fp8", ".scale_weight", ".weight_scale", ".scale_input", ".input_scale"),
-    "ComfyUI's quantised layout": (".comfy_quant",),
     "bitsandbytes": (".absmax", ".quant_map"),
     "SVDQuant (Nunchaku)": (".qweight", ".wscales"),
+    "ComfyUI's quantised layout": (".comfy_quant",),
 }
 """Layouts that we refuse, by keys that only they have."""
+
+SCALES = ("scaled_fp8", ".scale_weight", ".weight_scale", ".scale_input", ".input_scale")
+"""Keys that fp8 layouts have beside their weights, and others too."""
 
 OTHERS = {
     "Flux.2": "double_stream_modulation_img.lin.weight",
@@ -41,15 +43,18 @@ OTHERS = {
 """Models that users also have, by one key each, so that a refusal can name them."""
 
 
-def detect(infos: Mapping[str, TensorInfo]) -> tuple[Family, str]:
+def detect(infos: Mapping[str, TensorInfo], formats: Mapping[str, str] | None = None) -> tuple[Family, str]:
     """The family of a checkpoint's transformer, and the prefix of its keys.
 
+    formats: what the file says of its quantised layers (`weights.quantised.layer_formats`).
     Raises InputError, naming what was found and what is supported, for every other file.
     """
     for prefix in PREFIXES:
         for family in FAMILIES.values():
             layouts = (family.keys, family.diffusers_keys)
             if any(all(prefix + key in infos for key in keys) for keys in layouts):
+                own = {key: name for key, name in (formats or {}).items() if key.startswith(prefix)}
+                _refuse_formats(family, own)
                 _refuse_quantised(family, {k: i for k, i in infos.items() if k.startswith(prefix)})
                 return family, prefix
     found = next(
@@ -72,12 +77,34 @@ def comfy_layout(family: Family, infos: Mapping[str, TensorInfo]) -> tuple[Infos
     raise InputError(f"this checkpoint is not a {family.title} model: it has no {missing}")
 
 
+def listed(formats: Mapping[str, str]) -> str:
+    """Layers and their formats, for a sentence: each format with its first layer and the number of the others."""
+    layers: dict[str, list[str]] = {}
+    for layer, name in formats.items():
+        layers.setdefault(name, []).append(layer)
+    return ", ".join(f"{found[0]}{_and_others(len(found) - 1, 'layer')} in {name}" for name, found in layers.items())
+
+
+def _refuse_formats(family: Family, formats: Mapping[str, str]) -> None:
+    """By what the file says itself: tensors are named alike in several formats."""
+    if formats:
+        raise InputError(f"this {family.title} checkpoint has {listed(formats)}; supported are {SUPPORTED}")
+
+
+def _and_others(number: int, what: str) -> str:
+    return f" and {number} other {what}{'s' if number > 1 else ''}" if number else ""
+
+
 def _refuse_quantised(family: Family, infos: Mapping[str, TensorInfo]) -> None:
+    """By the names of its tensors and their dtypes, where the file does not say what it is."""
     for layout, endings in QUANTISED.items():
         if any(key.endswith(endings) for key in infos):
             raise InputError(f"this {family.title} checkpoint is in {layout}; supported are {SUPPORTED}")
-    for key, info in infos.items():
-        if info.dtype not in FLOATS:
-            raise InputError(
-                f"this {family.title} checkpoint has {key} as {info.dtype}; supported: {SUPPORTED}"
-            )
+    odd = [key for key, info in infos.items() if info.dtype not in FLOATS and not key.endswith(SCALES)]
+    if odd:
+        raise InputError(
+            f"this {family.title} checkpoint has {odd[0]}{_and_others(len(odd) - 1, 'weight')} "
+            f"as {infos[odd[0]].dtype}; supported: {SUPPORTED}"
+        )
+    if any(key.endswith(SCALES) for key in infos):
+        raise InputError(f"this {family.title} checkpoint is in scaled fp8; supported are {SUPPORTED}")

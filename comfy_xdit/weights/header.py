@@ -19,6 +19,9 @@ from comfy_xdit.errors import InputError
 LIMIT_BYTES = 32 * 2**20
 """The longest header we read. Real ones stay below 2 MB; parsing takes some twenty times the length."""
 
+METADATA = "__metadata__"
+"""The header's entry that is no tensor."""
+
 BITS = {
     **{"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8},
     **{"I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8},
@@ -53,6 +56,21 @@ def read_header(path: str) -> dict[str, TensorInfo]:
     truncated, hostile sizes, overlaps, other formats. OSError when it can't be opened.
     """
     name = os.path.basename(path)
+    start, size, entries = _read(path)
+    infos = {key: _entry(name, key, value, start) for key, value in entries.items() if key != METADATA}
+    _check_layout(name, infos, size)
+    return infos
+
+
+def read_metadata(path: str) -> dict[str, str]:
+    """What the file's maker added as texts; raises as `read_header` does."""
+    found = _read(path)[2].get(METADATA)
+    return {key: text for key, text in found.items() if isinstance(text, str)} if isinstance(found, dict) else {}
+
+
+def _read(path: str) -> tuple[int, int, dict[str, Any]]:
+    """Where the weights begin, where the file ends, and the header's entries."""
+    name = os.path.basename(path)
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         start = file.read(8)
@@ -66,10 +84,7 @@ def read_header(path: str) -> dict[str, TensorInfo]:
         if length > LIMIT_BYTES:
             raise InputError(f"{name} says its header has {length} bytes; the limit is {LIMIT_BYTES}")
         text = file.read(length)
-    entries = _parse(name, text)
-    infos = {key: _entry(name, key, value, 8 + length) for key, value in entries.items() if key != "__metadata__"}
-    _check_layout(name, infos, size)
-    return infos
+    return 8 + length, size, _parse(name, text)
 
 
 def _parse(name: str, text: bytes) -> dict[str, Any]:

@@ -92,6 +92,42 @@ def test_the_models_own_file_when_it_says_so(models, shared):
     assert checkpoint_of(changed, changed).path.startswith(str(shared)), "the file is not what is in the model"
 
 
+def from_file(patcher, path):
+    """As newer versions of ComfyUI note it on what their loaders give."""
+    import comfy.sd
+
+    patcher.cached_patcher_init = (comfy.sd.load_diffusion_model, (str(path),))
+    return patcher
+
+
+@pytest.mark.parametrize("kind", ["flux", "sd35", "pixart"])
+def test_a_file_that_comfyui_saved_is_the_models_own(kind, models, shared):
+    import comfy.sd
+
+    path = models / "saved.safetensors"
+    comfy.sd.save_checkpoint(str(path), tiny.load(models / f"{kind}.safetensors"))
+    assert checkpoint_of(from_file(tiny.load(path), path), path).path == os.path.realpath(path)
+    path.unlink()
+
+
+@pytest.mark.parametrize("spelling", ["scale", "weight"])
+def test_a_norms_weight_has_two_spellings(spelling, models, shared):
+    path = models / "respelled.safetensors"
+    weights = safetensors.torch.load_file(models / "flux.safetensors")
+    norms = [key for key in weights if key.endswith(("_norm.scale", "_norm.weight"))]
+    for key in norms:
+        weights[f"{key.rpartition('.')[0]}.{spelling}"] = weights.pop(key)
+    assert norms
+    safetensors.torch.save_file(weights, path)
+    own = checkpoint_of(from_file(tiny.load(models / "flux.safetensors"), path), path)
+    assert own.path == os.path.realpath(path)
+    weights[f"{norms[0].rpartition('.')[0]}.{spelling}"] += 1
+    safetensors.torch.save_file(weights, path)
+    copied = checkpoint_of(from_file(tiny.load(models / "flux.safetensors"), path), torch.nn.Module())
+    assert copied.path.startswith(str(shared)), "its numbers are others"
+    path.unlink()
+
+
 def test_a_copy_cannot_go_to_other_machines(models, shared, fake):
     fake.network = TWO_MACHINES
     ours = parallelize(tiny.load(models / "sd3.safetensors"))
@@ -111,3 +147,18 @@ def test_other_machines_are_told_which_file_it_must_be(models, fake):
     for fake.network in (None, TWO_MACHINES):
         tiny.sample(from_checkpoint(open_checkpoint(str(models / "sd3.safetensors"))))
     assert [load.fingerprint for load in loads] == ["", fingerprint(str(models / "sd3.safetensors"))]
+
+
+class Quantised(torch.Tensor):
+    """As a format that a node pack brings along."""
+
+
+@pytest.mark.parametrize(("known", "name"), [("int8_convrot", "int8_convrot"), (None, "Quantised")])
+def test_a_loaded_models_format_is_named(known, name, models, shared):
+    stock = tiny.load(models / "flux.safetensors")
+    for block in stock.model.diffusion_model.single_blocks:
+        weight = block.linear1.weight
+        block.linear1.weight = torch.nn.Parameter(weight.detach().as_subclass(Quantised), requires_grad=False)
+        block.linear1.quant_format = known
+    with pytest.raises(ValueError, match=rf"has single_blocks.0.linear1 and 1 other layer in {name}; use fp32"):
+        parallelize(stock)
