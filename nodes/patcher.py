@@ -13,7 +13,7 @@ from comfy_xdit_nodes import skeleton
 from comfy_xdit_nodes.checkpoint import Checkpoint
 from comfy_xdit_nodes.export import is_copy
 from comfy_xdit_nodes.named import name_of
-from comfy_xdit_nodes.patches import encode_patches
+from comfy_xdit_nodes.patches import encode_patches, param_bytes
 from comfy_xdit_nodes.pool import PoolSetting
 from comfy_xdit_nodes.refuse import INSTEAD
 from comfy_xdit_nodes.remote import Load, RemoteModel
@@ -90,6 +90,7 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
             patches_id=str(self.patches_uuid) if self.patches else "",
             # Of the patches, not of this MODEL: the run keeps it, and must not keep what it runs for.
             patches=partial(encode_patches, self.patches),
+            param_bytes=param_bytes(self.model, self.patches, storage, cast or storage),
         )
 
     def loaded_size(self) -> float:

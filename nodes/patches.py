@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 import comfy.lora
@@ -24,6 +25,17 @@ def encode_patches(patches: dict[str, list[tuple[Any, ...]]]) -> list[Patch]:
     Raises ValueError, naming the weight, for what a worker can't do.
     """
     return [_encode(key, *entry) for key, entries in patches.items() for entry in entries]
+
+
+def param_bytes(model: torch.nn.Module, patched: Container[str], storage: torch.dtype, compute: torch.dtype) -> float:
+    """What one parameter takes on the workers, on average.
+
+    patched: names of weights with patches: on a model that is kept in fp8 the workers keep these as they compute in.
+    """
+    sizes = {name: weight.numel() for name, weight in model.named_parameters()}
+    touched = sum(size for name, size in sizes.items() if name in patched) if storage.itemsize == 1 else 0
+    total = sum(sizes.values())
+    return storage.itemsize + (compute.itemsize - storage.itemsize) * touched / total
 
 
 def file_key(key: str) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import comfy.model_management
 import torch
 from comfy_xdit_nodes.held import Constants
+from comfy_xdit_nodes.host_memory import make_room
 from comfy_xdit_nodes.record import Record
 from comfy_xdit_nodes.refuse import refuse_options
 from comfy_xdit_nodes.residency import Residency
@@ -45,11 +46,13 @@ class Load:
     """What a run needs on the workers before its first call: a model, and patches under an id.
 
     patches: called when the workers don't hold them yet: encoding a large LoRA takes time.
+    param_bytes: of one parameter as the workers keep it, on average, patches included.
     """
 
     model: m.LoadModel
     patches_id: str
     patches: Callable[[], list[m.Patch]]
+    param_bytes: float
 
     def spread(self, spec: ParallelSpec) -> Load:
         """The same for these degrees: each rank loads its part."""
@@ -71,6 +74,7 @@ class RemoteModel:
         self.residency = Residency("model")
         self._signature: inspect.Signature | None = None
         self._run: Run | None = None
+        self._room: dict[str, int | None] = {}
 
     def signature_of(self, forward: Callable[..., Any]) -> None:
         """Read the names of the arguments from the method that this object stands in for."""
@@ -135,6 +139,17 @@ class RemoteModel:
                 run.end()
             finally:
                 self._run = before
+
+    def make_room(self, pool: Pool, load: Load) -> int | None:
+        """Have ComfyUI give its memory to a pool that does not hold the model yet.
+
+        Returns the bytes that every rank had for the model then, or when it was loaded: a choice must not change with
+        what comes and goes beside it. None: not known.
+        """
+        found = make_room(pool, self.residency, load.model.model)
+        if found is not None:
+            self._room[pool.name] = min(found.values(), default=None)
+        return self._room.get(pool.name)
 
     def _bring(self, pool: Pool, load: Load) -> None:
         """Make the model and its patches resident; what the workers hold already is not sent again.

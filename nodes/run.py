@@ -14,11 +14,11 @@ from comfy_xdit_nodes.pool import connect
 from comfy_xdit_nodes.refuse import refuse_inside
 from torch import Tensor
 
-from comfy_xdit.messages import LoadModel
 from comfy_xdit.parallel.spec import ParallelSpec, auto
 
 if TYPE_CHECKING:
     from comfy_xdit_nodes.checkpoint import Checkpoint
+    from comfy_xdit_nodes.remote import Load
 
     from comfy_xdit.pool.client import Pool
 
@@ -31,7 +31,10 @@ def sample_on_pool(executor: Any, *args: Any, **kwargs: Any) -> Any:
     load = patcher.load_message()
     pool = connect(patcher.setting)
     require_reachable(pool, load.model.path, what="MODEL", way_out=f"{MODEL_WAY_OUT}, from a path that each has")
-    choose = chooser(pool, patcher.setting.requested, patcher.model.checkpoint, noise=args[0], load=load.model)
+    room_bytes = patcher.model.remote.make_room(pool, load)
+    choose = chooser(
+        pool, patcher.setting.requested, patcher.model.checkpoint, noise=args[0], load=load, room_bytes=room_bytes
+    )
     spec = choose(count_chunks(guider))
     choose = keeping_weights(choose, spec)
     with patcher.model.remote.running(pool, load.spread(spec), choose, trace=patcher.setting.trace):
@@ -39,9 +42,17 @@ def sample_on_pool(executor: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def chooser(
-    pool: Pool, requested: dict[str, int], checkpoint: Checkpoint, *, noise: Tensor, load: LoadModel
+    pool: Pool,
+    requested: dict[str, int],
+    checkpoint: Checkpoint,
+    *,
+    noise: Tensor,
+    load: Load,
+    room_bytes: int | None = None,
 ) -> Callable[[int], ParallelSpec]:
     """Number of chunks → degrees: the cheapest for this noise.
+
+    room_bytes: what every rank has for the model; None: not known.
 
     Raises ValueError with every fault of the requested degrees.
     """
@@ -57,12 +68,14 @@ def chooser(
 
         cost = cost_on(
             pool,
-            load.path,
+            load.model.path,
             latent=(noise.shape[-2], noise.shape[-1]),
             images=noise.shape[0],
             chunks=num_chunks,
-            element_bytes=getattr(torch, load.compute_dtype).itemsize,
-            balance=load.balance,
+            element_bytes=getattr(torch, load.model.compute_dtype).itemsize,
+            param_bytes=load.param_bytes,
+            room_bytes=room_bytes,
+            balance=load.model.balance,
         )
         return auto(num_ranks, requested=requested, shape=checkpoint.shape, num_chunks=num_chunks, cost=cost)
 

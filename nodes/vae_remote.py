@@ -11,6 +11,7 @@ import comfy.model_management
 import comfy.sd
 import torch
 from comfy_xdit_nodes.export import export_file, require_reachable
+from comfy_xdit_nodes.host_memory import make_room
 from comfy_xdit_nodes.patcher import RemotePatcher
 from comfy_xdit_nodes.pool import PoolSetting, connect
 from comfy_xdit_nodes.remote import poll
@@ -75,6 +76,7 @@ class RemoteVAE:
         """The pool's answer. Raises PoolError with a sentence, or ComfyUI's interruption."""
         pool = connect(setting)
         require_reachable(pool, self.load.path, what="VAE", way_out=f"{WAY_OUT}, or a pool of this machine")
+        make_room(pool, self._residency, self.load.vae)
         comfy.model_management.load_models_gpu([self._patcher])
         with pool.turn(poll=poll):
             self._residency.add(pool, self.load.vae)

@@ -162,7 +162,7 @@ def test_the_next_run_with_the_same_work_computes_nothing(tmp_path, monkeypatch)
     monkeypatch.setattr(choose, "predict", lambda *given: computed.append(given) or predict(*given))
 
     def chosen(**changed):
-        work = {"latent": (128, 128), "images": 1, "chunks": 1, "element_bytes": 2} | changed
+        work = {"latent": (128, 128), "images": 1, "chunks": 1, "element_bytes": 2, "param_bytes": 2.0} | changed
         cost = on_pool.cost_on(Pool(), path, **work)
         before = len(computed)
         return auto(8, requested={}, shape=shape, cost=cost), len(computed) - before
@@ -173,9 +173,35 @@ def test_the_next_run_with_the_same_work_computes_nothing(tmp_path, monkeypatch)
     # Other rates are another link, also of the same name.
     measurement[0] = dataclasses.replace(measurement[0], rates={"all_to_all": 1e9})
     assert chosen()[1] == num_computed and len(read) == 1
+    # Other weights and other memory too; but not each megabyte that comes and goes.
+    assert chosen(param_bytes=1.0)[1] == num_computed and len(read) == 1
+    assert chosen(room_bytes=20 * 2**30)[1] == num_computed
+    assert chosen(room_bytes=20 * 2**30 + 2**20)[1] == 0
     header_only(tmp_path / "other.safetensors", FluxSize(hidden=1024, single_blocks=12).shapes())
     (tmp_path / "other.safetensors").replace(path)
     assert chosen()[1] > 0 and len(read) == 2
+
+
+def test_what_counts_is_what_the_workers_keep_where_there_is_room(tmp_path, monkeypatch):
+    """Not the file, and not the whole card: 24 GB, of which ComfyUI may have some."""
+
+    class Pool:
+        name, num_ranks = "two cards", 2
+
+    size = FluxSize(hidden=3072, double_blocks=19, single_blocks=38)
+    path = header_only(tmp_path / "flux.safetensors", size.shapes())
+    shape = read_network(path).shape
+    monkeypatch.setattr(on_pool, "measure", lambda pool: (link_named("pcie4"), device_named("rtx4090")))
+
+    def tensor(**kept):
+        cost = on_pool.cost_on(Pool(), path, latent=(64, 64), images=1, chunks=1, element_bytes=2, **kept)
+        return auto(2, requested={}, shape=shape, cost=cost).tensor
+
+    assert tensor(param_bytes=2.0) == 2, "24 GB of bf16 don't fit a card of 24 GB"
+    assert tensor(param_bytes=1.0) == 1, "12 GB of fp8 do"
+    assert tensor(param_bytes=1.95) == 2, "with a usual LoRA they are 23 GB"
+    assert tensor(param_bytes=1.0, room_bytes=22 * 10**9) == 1
+    assert tensor(param_bytes=1.0, room_bytes=14 * 10**9) == 2, "ComfyUI has a text encoder there"
 
 
 def test_the_docs_examples_are_what_is_chosen(flux_dev):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import os
@@ -22,6 +23,8 @@ log = logging.getLogger("comfy_xdit")
 
 Cost = Callable[[ParallelSpec], Any]
 
+ROOM_STEP_BYTES = 2**28
+
 
 def cost_on(
     pool: Pool,
@@ -31,10 +34,14 @@ def cost_on(
     images: int,
     chunks: int,
     element_bytes: int,
+    param_bytes: float,
+    room_bytes: int | None = None,
     balance: str = BALANCES[0],
 ) -> Cost | None:
     """What a spec costs for the model in the file `path` on this pool's own links and devices.
 
+    param_bytes: of one parameter as the workers keep it, on average. room_bytes: what every rank has for the model,
+    used by nobody else; None: its whole device, as it was measured.
     None where there is nothing to choose, and for models without a cost model, which the log says. The pool
     measures itself when it hasn't yet. Raises PoolError when it cannot.
     """
@@ -42,7 +49,7 @@ def cost_on(
         return None
     try:
         file = os.stat(path)
-        network = _network(path, (file.st_ino, file.st_size, file.st_mtime_ns))
+        network = _network(path, (file.st_ino, file.st_size, file.st_mtime_ns), param_bytes)
     except (ValueError, OSError) as error:
         log.info("degrees are chosen by rule, not by cost: %s", error)
         return None
@@ -54,12 +61,22 @@ def cost_on(
         element_bytes=element_bytes,
         balance=balance,
     )
-    return _ranking(network, work, *measure(pool))
+    links, device = measure(pool)
+    if room_bytes is not None:
+        # In steps: what is kept of a choice holds for the next run too.
+        room_bytes -= room_bytes % ROOM_STEP_BYTES
+        device = dataclasses.replace(device, memory_bytes=min(device.memory_bytes, room_bytes))
+    return _ranking(network, work, links, device)
 
 
 @functools.lru_cache(maxsize=8)
-def _network(path: str, stamp: tuple[int, ...]) -> Network:
-    """As `read_network`, once for a file. stamp: changes when the file does."""
+def _network(path: str, stamp: tuple[int, ...], param_bytes: float) -> Network:
+    """The network in a file, its parameters as the workers keep them. stamp: changes with the file."""
+    return dataclasses.replace(_read(path, stamp), param_bytes=param_bytes)
+
+
+@functools.lru_cache(maxsize=8)
+def _read(path: str, stamp: tuple[int, ...]) -> Network:
     return read_network(path)
 
 

@@ -13,13 +13,17 @@ ADAPTERS = {cls.name: cls for cls in adapters.adapters} | {adapters.BOFTAdapter.
 
 
 class FakePool:
-    """One rank. log: the kinds of the messages; every message goes through its wire form."""
+    """One rank. log: the kinds of the messages; every message goes through its wire form.
+
+    memory: what its status tells of the device.
+    """
 
     name, devices, num_ranks, generation, network = "fake", ["cpu"], 1, 1, None
 
     def __init__(self):
         self.models, self.held, self.log, self.calls = {}, {}, [], []
         self.turns = 0
+        self.memory = {}
 
     @contextlib.contextmanager
     def turn(self, poll=None):
@@ -42,7 +46,8 @@ class FakePool:
         return [self.call(message, poll=poll, timeout_s=timeout_s)]
 
     def status(self):
-        return {}
+        held = {"models": [{"model": key} for key in self.models], "vaes": []}
+        return {"ranks": [{"rank": i, "device": d, **held, **self.memory} for i, d in enumerate(self.devices)]}
 
     def on_LoadModel(self, message):
         self.loaded = message
