@@ -34,6 +34,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "parity": ("comfy_xdit.bench.parity", "N ranks against one and against stock ComfyUI, by mode and by sampler"),
     "pool stop": ("comfy_xdit.pool.cli_stop", "end a pool and all of its workers"),
     "bench links": ("comfy_xdit.bench.links", "the plan's order of methods beside the measured one, link by link"),
+    "bench chaos": ("comfy_xdit.bench.chaos", "a random fault in each job, and whether the next one is right"),
     "bench heal": ("comfy_xdit.bench.heal", "kill workers again and again and watch the pool heal"),
 }
 """Command words → (module, one line of help)."""

@@ -29,7 +29,7 @@ def bench_pool(num_ranks: int) -> Iterator[Pool]:
     """A pool of CPU ranks with one thread each, in a folder of its own; stopped at the end, also after an error."""
     from comfy_xdit.pool.cli_stop import stop
 
-    with tempfile.TemporaryDirectory(prefix="comfy-xdit-bench-") as folder, _environment(
+    with tempfile.TemporaryDirectory(prefix="comfy-xdit-bench-") as folder, environment(
         COMFY_XDIT_HOME=folder, OMP_NUM_THREADS="1"
     ):
         pool = Pool.connect("bench", f"cpu:{num_ranks}")
@@ -41,7 +41,7 @@ def bench_pool(num_ranks: int) -> Iterator[Pool]:
 
 
 @contextlib.contextmanager
-def _environment(**values: str) -> Iterator[None]:
+def environment(**values: str) -> Iterator[None]:
     """The pool's processes inherit these; ours gets its own back."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
