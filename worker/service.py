@@ -19,12 +19,15 @@ from comfy_xdit.mailbox import Mailbox
 from comfy_xdit.parallel.context import ParallelContext
 from comfy_xdit.parallel.denoise import denoise
 from comfy_xdit.parallel.groups import GroupCache
-from comfy_xdit.parallel.sample import sample
+from comfy_xdit.parallel.sample import loop_dtype, sample
 
 from .residents import AGAIN, Residents
 
 if TYPE_CHECKING:
     from comfy_xdit.weights.resident import ResidentModel
+
+MAX_UNREAD = 16
+"""Previews that may wait for the client, which asks ten times a second, before new memory is pinned for one."""
 
 
 class Service:
@@ -142,6 +145,7 @@ class Service:
         message = dataclasses.replace(message, **sent)
         conds = [_to(self._recall(cond), self.device) for cond in message.conds]
         self._mailbox.open(message.job)
+        self._pin(message, model)
         with ParallelContext(message.spec, self._groups, trace=message.trace) as context:
             samples, report = sample(
                 model,
@@ -153,6 +157,16 @@ class Service:
             )
         self._residents.require_unchanged(message.model)
         return m.Result(value=samples, report=report)
+
+    def _pin(self, message: m.Sample, model: ResidentModel) -> None:
+        """Have pinned memory for previews before the run: for new memory CUDA may wait for the whole device.
+
+        In mid-run the device may itself wait for another rank. torch keeps what is let go of here for `_post`.
+        """
+        if self.device.type == "cuda" and self.rank == 0:
+            num = min(MAX_UNREAD, len(message.program.previews))
+            held = [torch.empty(message.noise.shape, dtype=loop_dtype(model), pin_memory=True) for _ in range(num)]
+            held.clear()
 
     def _post(self, entry: dict[str, Any]) -> None:
         """Progress for the client. A GPU computes it some time after this: `Peek` must not wait for that."""

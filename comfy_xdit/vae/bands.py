@@ -52,7 +52,8 @@ class BandNorm(nn.Module):
 
     def _merge(self, count: float, mean_BG: Tensor, square_BG: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance over all ranks, from this rank's count, mean and sum of squared distances."""
-        size = mean_BG.new_tensor([count], dtype=torch.float64)
+        # Filled there: a copy of a number from the host would wait for the device, in each norm.
+        size = mean_BG.new_full((1,), count, dtype=torch.float64)
         mine = torch.cat([size, mean_BG.flatten(), square_BG.flatten()])
         every = [torch.empty_like(mine) for _ in range(dist.get_world_size(self.group))]
         dist.all_gather(every, mine, group=self.group)
