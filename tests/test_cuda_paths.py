@@ -7,13 +7,16 @@ and replayed on a model of streams (`nccl_sim.py`). What this shows, and what it
 import dataclasses
 import sys
 from collections import Counter
+from unittest import mock
 
 import pytest
+import torch
 from cuda_checks import NUM_WAITS, hangs, kernels_per_block, loop_waits, num_streams
 from events import Follow, Kernel, Launch, Wait
 from nccl_sim import brief, differences, launches, stuck
 from rehearsal import Case, play, play_probe, play_vae
 
+from comfy_xdit.parallel import kernels
 from comfy_xdit.pool.environment import SET
 
 FP8 = {"storage": "float8_e4m3fn"}
@@ -142,6 +145,27 @@ def test_without_a_pipeline_every_launch_may_wait_for_the_device(method):
     records = [brief([*one.loaded, *one.ran]) for one in play(Case(degrees={method: 2}))]
     assert not stuck(records, held=launches(records))
     assert not stuck(records, held=launches(records), eager=True)
+
+
+def flash_attn(q, k, v, softmax_scale=None, return_attn_probs=False):
+    """flash-attn's function as its users know it: [batch, tokens, heads, head dim], and the LSE in fp32."""
+    for x in (q, k, v):
+        assert x.dtype == q.dtype and x.dtype in (torch.float16, torch.bfloat16) and x.device == q.device
+        assert x.dim() == 4 and x.stride(-1) == 1 and x.shape[-1] % 8 == 0 and x.shape[0] == q.shape[0]
+    assert k.shape == v.shape and return_attn_probs
+    return q.clone(), q.new_zeros((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32), None
+
+
+@pytest.mark.parametrize(("name", "card"), [("flash-attn 2", ADA), ("flash-attn 3", HOPPER)])
+@pytest.mark.parametrize("method", ["ulysses", "ring", "pipe", "distri"])
+def test_a_run_with_flash_attn_is_one_that_cuda_and_nccl_take(method, name, card):
+    with mock.patch.object(kernels, "_installed", lambda wanted: flash_attn if wanted == name else None):
+        played = play(Case(degrees={method: 2}, capability=card))
+    assert not differences([[*one.loaded, *one.ran] for one in played])
+    assert not hangs(played)
+    assert all(_kinds(loop_waits(one.ran)) <= ONCE_A_JOB for one in played)
+    names = {event.name for one in played for event in one.ran if isinstance(event, Kernel)}
+    assert not [name for name in names if name.startswith("_scaled_dot_product")]
 
 
 @pytest.mark.parametrize(("num_ranks", "dtype"), [(1, "float32"), (2, "float32"), (3, "bfloat16")])
