@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from comfy_xdit.messages import LoadModel
+from comfy_xdit.errors import InputError
+from comfy_xdit.messages import FileStamp, LoadModel
 from comfy_xdit.models import Family, comfy_layout, detect
 from comfy_xdit.parallel.spec import BALANCES, ModelShape
 from comfy_xdit.weights.header import FLOATS, TensorInfo, read_header
 from comfy_xdit.weights.quantised import layer_formats
+from comfy_xdit.weights.stamp import stamp
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,7 +23,7 @@ class Checkpoint:
     """A diffusion transformer in a safetensors file.
 
     prefix: what its keys start with; infos: header entries without it; config: of the diffusers model.
-    version: changes when the file is replaced by another one of the same name.
+    stamp: of the file whose header this is. What the workers load must be that one.
     """
 
     path: str
@@ -29,7 +31,14 @@ class Checkpoint:
     family: Family
     infos: dict[str, TensorInfo]
     config: dict[str, Any]
-    version: str
+    stamp: FileStamp
+
+    def is_current(self) -> bool:
+        """Whether the file is there, and nobody has written to it or replaced it since."""
+        try:
+            return stamp(self.path) == self.stamp
+        except (InputError, OSError):
+            return False
 
     @property
     def shape(self) -> ModelShape:
@@ -50,13 +59,14 @@ class Checkpoint:
         """
         names = [str(dtype).removeprefix("torch.") for dtype in (storage, compute)]
         return LoadModel(
-            model="|".join([self.path, self.prefix, self.version, *names]),
+            model="|".join([self.path, self.prefix, *names]),
             path=self.path,
             prefix=self.prefix,
             family=self.family.name,
             storage_dtype=names[0],
             compute_dtype=names[1],
             balance=balance,
+            stamp=self.stamp,
         )
 
 
@@ -66,16 +76,22 @@ def open_checkpoint(path: str) -> Checkpoint:
     Raises ValueError, in one sentence, for a damaged file and for a model that can't run on a pool.
     """
     path = os.path.realpath(path)
+    # First, and of no pipe: opening one would wait for a writer. Who writes meanwhile gives it another stamp.
+    found = stamp(path)
     header = read_header(path)
     family, prefix = detect(header, layer_formats(path, header))
     infos = {key[len(prefix) :]: info for key, info in header.items() if key.startswith(prefix)}
     layout, _ = comfy_layout(family, infos)
-    status = os.stat(path)
     return Checkpoint(
         path=path,
         prefix=prefix,
         family=family,
         infos={key: info for key, info in infos.items() if info.dtype in FLOATS},
         config=family.config(layout),
-        version=f"{status.st_size}-{status.st_mtime_ns}",
+        stamp=found,
     )
+
+
+def version_of(path: str | None) -> str:
+    """What a loader's IS_CHANGED tells ComfyUI: another text when the file is another one. path: None when it is gone."""
+    return "" if path is None else repr(stamp(path))

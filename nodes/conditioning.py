@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import folder_paths
+from comfy_xdit_nodes.checkpoint import version_of
 from comfy_xdit_nodes.pool import CATEGORY
 
 from comfy_xdit.demo.conditioning import load
@@ -38,6 +39,10 @@ class XDiTLoadConditioning:
                 "prompt": ("STRING", prompt),
             }
         }
+
+    @classmethod
+    def IS_CHANGED(cls, file: str, **_: Any) -> str:
+        return version_of(_path(file))
 
     def load(self, file: str, prompt: str) -> tuple[list[Any]]:
         context, pooled = load(_path(file), prompt.strip())

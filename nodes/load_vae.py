@@ -8,6 +8,7 @@ import comfy.sd
 import comfy.utils
 import folder_paths
 import torch
+from comfy_xdit_nodes.checkpoint import version_of
 from comfy_xdit_nodes.pool import CATEGORY
 from torch import Tensor
 
@@ -31,6 +32,10 @@ class XDiTLoadVAE:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         name = {"tooltip": "A file of models/vae: an AutoencoderKL for images, in ComfyUI's layout."}
         return {"required": {"vae_name": (folder_paths.get_filename_list("vae"), name)}}
+
+    @classmethod
+    def IS_CHANGED(cls, vae_name: str) -> str:
+        return version_of(folder_paths.get_full_path("vae", vae_name))
 
     def load_vae(self, vae_name: str) -> tuple[Any]:
         sd = comfy.utils.load_torch_file(folder_paths.get_full_path_or_raise("vae", vae_name))

@@ -6,7 +6,7 @@ from typing import Any
 
 import folder_paths
 import torch
-from comfy_xdit_nodes.checkpoint import open_checkpoint
+from comfy_xdit_nodes.checkpoint import open_checkpoint, version_of
 from comfy_xdit_nodes.patcher import from_checkpoint
 from comfy_xdit_nodes.pool import CATEGORY
 
@@ -40,6 +40,10 @@ class XDiTLoadDiffusionModel:
             "'fast' asks for fp8 sums too, which the pool does in the model's compute type instead."
         }
         return {"required": {"unet_name": (names, name), "weight_dtype": (list(WEIGHT_DTYPES), dtype)}}
+
+    @classmethod
+    def IS_CHANGED(cls, unet_name: str, **_: Any) -> str:
+        return version_of(folder_paths.get_full_path("diffusion_models", unet_name))
 
     def load_unet(self, unet_name: str, weight_dtype: str) -> tuple[Any]:
         path = folder_paths.get_full_path_or_raise("diffusion_models", unet_name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,8 @@ from comfy_xdit_nodes.run import sample_on_pool
 from comfy_xdit_nodes.source import checkpoint_of
 from comfy_xdit_nodes.together import calc_cond_batch
 from comfy_xdit_nodes.whole_run import sample_whole
+
+log = logging.getLogger("comfy_xdit")
 
 KEY = "comfy_xdit"
 
@@ -143,6 +146,10 @@ def parallelize(patcher: Any, setting: PoolSetting | None = None) -> RemotePatch
         return patcher if setting is None else patcher.on_pool(setting)
     # On the loaded model itself: clones with other LoRA share it, and it goes when the model goes.
     root = getattr(patcher.model, KEY, None)
+    if root is not None and not root.model.checkpoint.is_current():
+        log.info("the file of a loaded MODEL was changed or removed; its weights go to the workers from memory")
+        root.model.residency.unload()
+        root = None
     if root is None:
         remote = RemoteModel()
         checkpoint = checkpoint_of(patcher, remote)

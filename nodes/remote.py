@@ -15,6 +15,7 @@ import comfy.model_management
 import torch
 from comfy_xdit_nodes.held import Constants
 from comfy_xdit_nodes.host_memory import make_room
+from comfy_xdit_nodes.patches import MODEL
 from comfy_xdit_nodes.record import Record
 from comfy_xdit_nodes.refuse import refuse_options
 from comfy_xdit_nodes.residency import Residency
@@ -161,7 +162,14 @@ class RemoteModel:
         # One rank may have failed where the others did not.
         if any(patches_id != load.patches_id for patches_id in held):
             patches = m.SetPatches(model=load.model.model, patches_id=load.patches_id, patches=load.patches())
-            pool.call(patches, poll=poll)
+            _say_misfits(patches, pool.call(patches, poll=poll).value["misfits"])
+
+
+def _say_misfits(message: m.SetPatches, misfits: list[list[str]]) -> None:
+    """A line for each patch that was left out, as ComfyUI itself writes it."""
+    kinds = {patch.key: patch.kind for patch in message.patches}
+    for key, why in misfits:
+        log.error("ERROR %s %s%s %s", kinds.get(key, "patch"), MODEL, key, why)
 
 
 def _made_resident(pool: Pool, message: m.LoadModel) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from comfy_xdit import messages as m
 from comfy_xdit.vae.layout import VAEConfig, describe
+from comfy_xdit.weights.stamp import stamp
 
 WAY_OUT = "use ComfyUI's own VAE node"
 
@@ -60,7 +61,8 @@ class RemoteVAE:
         path = export_file(vae.first_stage_model, weights, what="VAE", way_out=WAY_OUT)
         dtype = str(vae.vae_dtype).removeprefix("torch.")
         self.config = config
-        self.load = m.LoadVAE(vae=f"vae-{dtype}-{_digest(weights)}", path=str(path), dtype=dtype)
+        key = f"vae-{dtype}-{_digest(weights)}"
+        self.load = m.LoadVAE(vae=key, path=str(path), dtype=dtype, stamp=stamp(str(path)))
         self._residency = Residency("VAE")
         self._residency.ends_with(vae.first_stage_model)
         # ComfyUI's "Unload models" goes through what its memory management has on its list.

@@ -125,6 +125,12 @@ def load(path, storage=None, compute=None):
     return comfy.model_patcher.ModelPatcher(model, get_torch_device(), torch.device("cpu"))
 
 
+def from_file(patcher, path):
+    """The MODEL, with the note that newer versions of ComfyUI leave on what their loaders give."""
+    patcher.cached_patcher_init = (comfy.sd.load_diffusion_model, (str(path),))
+    return patcher
+
+
 def conditioning(tokens=20, seed=10, **extra):
     generator = torch.Generator().manual_seed(seed)
     pooled = torch.randn(1, POOLED, generator=generator)

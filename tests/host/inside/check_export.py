@@ -92,21 +92,13 @@ def test_the_models_own_file_when_it_says_so(models, shared):
     assert checkpoint_of(changed, changed).path.startswith(str(shared)), "the file is not what is in the model"
 
 
-def from_file(patcher, path):
-    """As newer versions of ComfyUI note it on what their loaders give."""
-    import comfy.sd
-
-    patcher.cached_patcher_init = (comfy.sd.load_diffusion_model, (str(path),))
-    return patcher
-
-
 @pytest.mark.parametrize("kind", ["flux", "sd35", "pixart"])
 def test_a_file_that_comfyui_saved_is_the_models_own(kind, models, shared):
     import comfy.sd
 
     path = models / "saved.safetensors"
     comfy.sd.save_checkpoint(str(path), tiny.load(models / f"{kind}.safetensors"))
-    assert checkpoint_of(from_file(tiny.load(path), path), path).path == os.path.realpath(path)
+    assert checkpoint_of(tiny.from_file(tiny.load(path), path), path).path == os.path.realpath(path)
     path.unlink()
 
 
@@ -119,11 +111,11 @@ def test_a_norms_weight_has_two_spellings(spelling, models, shared):
         weights[f"{key.rpartition('.')[0]}.{spelling}"] = weights.pop(key)
     assert norms
     safetensors.torch.save_file(weights, path)
-    own = checkpoint_of(from_file(tiny.load(models / "flux.safetensors"), path), path)
+    own = checkpoint_of(tiny.from_file(tiny.load(models / "flux.safetensors"), path), path)
     assert own.path == os.path.realpath(path)
     weights[f"{norms[0].rpartition('.')[0]}.{spelling}"] += 1
     safetensors.torch.save_file(weights, path)
-    copied = checkpoint_of(from_file(tiny.load(models / "flux.safetensors"), path), torch.nn.Module())
+    copied = checkpoint_of(tiny.from_file(tiny.load(models / "flux.safetensors"), path), torch.nn.Module())
     assert copied.path.startswith(str(shared)), "its numbers are others"
     path.unlink()
 

@@ -114,3 +114,12 @@ def test_offsets_and_functions():
         encode_patches({"diffusion_model.a.weight": [(*patch[:4], lambda weight: weight)]})
     with pytest.raises(ValueError, match=r"kind 'model_as_lora' to diffusion_model.a.weight"):
         encode_patches({"diffusion_model.a.weight": [(1.0, ("model_as_lora", (weight,)), 1.0, None, None)]})
+
+
+def test_what_workers_leave_out_is_said_as_stock_says_it(models, fake, caplog):
+    name = TARGETS["flux"]
+    change = fake.on_SetPatches
+    fake.on_SetPatches = lambda message: change(message) | {"misfits": [[message.patches[0].key, "is too wide"]]}
+    tiny.sample(with_lora(from_checkpoint(open_checkpoint(str(models / "flux.safetensors"))), "lora", name, 0.5))
+    said = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert said == [f"ERROR lora {name}.weight is too wide"]

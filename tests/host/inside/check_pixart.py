@@ -15,7 +15,7 @@ from comfy_xdit_nodes.patches import encode_patches
 from comfy_xdit_nodes.remote import RemoteModel
 from comfy_xdit_nodes.source import checkpoint_of
 
-from comfy_xdit.messages import SetPatches
+from comfy_xdit.messages import FileStamp, SetPatches
 from comfy_xdit.models.pixart import PIXART
 from comfy_xdit.models.pixart_positions import positions
 from comfy_xdit.weights.header import TensorInfo
@@ -93,7 +93,8 @@ def test_published_sizes(alpha, layout):
         found["pos_embed"] = (1, 64 * 64, 1152)
         config = PIXART.config(weights | {"pos_embed": torch.empty(found["pos_embed"], device="meta")})
     infos = {key: TensorInfo(dtype="F16", shape=shape, begin=0, end=0) for key, shape in found.items()}
-    checkpoint = Checkpoint(path="", prefix="", family=PIXART, infos=infos, config=config, version="")
+    none = FileStamp(size=0, mtime_ns=0, inode=0)
+    checkpoint = Checkpoint(path="", prefix="", family=PIXART, infos=infos, config=config, stamp=none)
     model = skeleton.build(skeleton.config_from_header(checkpoint), checkpoint.meta, RemoteModel())
     kind = "PixArtAlpha" if alpha else "PixArtSigma"
     assert type(model.model_config).__name__ == kind

@@ -19,6 +19,7 @@ from comfy_xdit import messages as m
 from comfy_xdit.bench.vae_checkpoint import random_vae
 from comfy_xdit.pool.network import Network
 from comfy_xdit.vae import load_vae
+from comfy_xdit.weights.stamp import stamp
 
 spec = importlib.util.spec_from_file_location("tiny_vae", Path(__file__).resolve().parents[2] / "tiny_vae.py")
 tiny_vae = importlib.util.module_from_spec(spec)
@@ -53,6 +54,7 @@ class OneRank:
         return m.Result(value=getattr(self, "on_" + type(message).__name__)(message))
 
     def on_LoadVAE(self, message):
+        assert message.stamp == stamp(message.path), "a worker refuses it"
         if message.vae not in self.vaes:
             self.vaes[message.vae] = load_vae(message, "cpu")
 

@@ -8,6 +8,7 @@ import torch
 from comfy_xdit_nodes.parity import models as tiny
 
 from comfy_xdit import messages as m
+from comfy_xdit.weights.stamp import stamp
 
 ADAPTERS = {cls.name: cls for cls in adapters.adapters} | {adapters.BOFTAdapter.name: adapters.BOFTAdapter}
 
@@ -51,10 +52,11 @@ class FakePool:
 
     def on_LoadModel(self, message):
         self.loaded = message
-        if message.model not in self.models:
+        assert message.stamp == stamp(message.path), "a worker refuses it"
+        if message.model not in self.models or self.models[message.model].xdit_stamp != message.stamp:
             storage, compute = (getattr(torch, n) for n in (message.storage_dtype, message.compute_dtype))
             patcher = tiny.load(message.path, storage, compute)
-            patcher.xdit_patches_id = ""
+            patcher.xdit_patches_id, patcher.xdit_stamp = "", message.stamp
             self.models[message.model] = patcher
         return {"patches_id": self.models[message.model].xdit_patches_id}
 
@@ -73,6 +75,7 @@ class FakePool:
             patcher.patches.setdefault(key, []).append(entry)
         patcher.patch_model(torch.device("cpu"))
         patcher.xdit_patches_id = message.patches_id
+        return {"changed": len(message.patches), "misfits": []}
 
     def on_Hold(self, message):
         self.held[message.name] = message.value
