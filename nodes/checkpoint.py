@@ -93,5 +93,5 @@ def open_checkpoint(path: str) -> Checkpoint:
 
 
 def version_of(path: str | None) -> str:
-    """What a loader's IS_CHANGED tells ComfyUI: another text when the file is another one. path: None when it is gone."""
+    """What a loader's IS_CHANGED tells ComfyUI: another text for another file. path: None when it is gone."""
     return "" if path is None else repr(stamp(path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import logging
 import queue
@@ -22,6 +23,10 @@ UNLOAD_PATIENCE_S = 10.0
 """How long freeing waits for another client's job: ComfyUI runs nothing else meanwhile."""
 
 
+EXIT_PATIENCE_S = 2.0
+"""The same when ComfyUI ends."""
+
+
 class Residency:
     """The pools that hold one model or VAE, under which key each.
 
@@ -40,16 +45,18 @@ class Residency:
         """Whether a pool may hold it."""
         return bool(self._held)
 
-    def unload(self) -> None:
+    def unload(self, patience_s: float | None = None) -> None:
         """Free it on every pool that holds it.
 
-        Starts no pool, and gives up after `UNLOAD_PATIENCE_S` on one that is busy: freeing memory must neither fail
-        nor hold up another job. What could not be freed is logged; on a busy pool it stays known, for the next time.
+        Starts no pool, and gives up on one that is busy after a while (by default `UNLOAD_PATIENCE_S`): freeing memory
+        must neither fail nor hold up another job. What could not be freed is logged; on a busy pool it stays known,
+        for the next time.
         """
+        limit_s = UNLOAD_PATIENCE_S if patience_s is None else patience_s
         for name, (pool, key) in list(self._held.items()):
             try:
                 pool.status()  # Refuses when the pool is gone; a call would start it anew.
-                pool.call(m.Unload(keys=[key]), poll=_patience(UNLOAD_PATIENCE_S))
+                pool.call(m.Unload(keys=[key]), poll=_patience(limit_s))
             except TimeoutError as error:
                 log.warning("could not unload a %s from pool %s: %s", self._what, name, error)
                 continue
@@ -59,9 +66,24 @@ class Residency:
                 del self._held[name]
 
     def ends_with(self, owner: Any) -> None:
-        """Unload when `owner` is collected: soon after, when the pool is free. For what nobody can load again."""
+        """Unload when `owner` is collected: soon after, when the pool is free; or when ComfyUI ends.
+
+        For what nobody can load again.
+        """
         # Collected at any moment, perhaps in the midst of another turn: so another thread tells the workers.
         weakref.finalize(owner, _undertaker().put, self).atexit = False
+        _mortal.add(self)
+
+
+_mortal: weakref.WeakSet[Residency] = weakref.WeakSet()
+"""What no other process can load again."""
+
+
+@atexit.register
+def unload_at_exit() -> None:
+    """A pool outlives ComfyUI, and would keep the memory of copies that have no file any more."""
+    for residency in list(_mortal):
+        residency.unload(EXIT_PATIENCE_S)
 
 
 def _patience(limit_s: float) -> Callable[[], None]:

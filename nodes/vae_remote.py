@@ -87,7 +87,7 @@ class RemoteVAE:
 
 
 def _digest(weights: dict[str, Tensor]) -> str:
-    """Of names and numbers: after a restart of ComfyUI the workers know the VAE that they hold already."""
+    """Of names and numbers: a VAE that is loaded twice is resident once."""
     digest = hashlib.blake2b(digest_size=16)
     for name, weight in weights.items():
         digest.update(f"{name} {list(weight.shape)} ".encode())

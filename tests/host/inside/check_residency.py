@@ -201,6 +201,16 @@ def test_unloading_starts_no_pool_and_does_not_hang(what, monkeypatch, caplog):
     assert busy.unloaded == ["b"] and not held
 
 
+def test_what_nobody_can_load_again_goes_with_comfyui(models, fake, monkeypatch):
+    copied, warm = tiny.load(models / "flux.safetensors"), ours(models)
+    tiny.sample(copied, node=XDiTKSampler())
+    key = fake.loaded.model
+    tiny.sample(warm)
+    assert len(fake.models) == 2
+    residency.unload_at_exit()
+    assert len(fake.models) == 1 and key not in fake.models
+
+
 def test_what_is_gone_is_unloaded_when_its_pool_is_free_again(monkeypatch):
     monkeypatch.setattr(residency, "UNLOAD_PATIENCE_S", 0.05)
     held, pool = Residency("model"), APool("busy")

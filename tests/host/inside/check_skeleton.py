@@ -124,6 +124,8 @@ def test_a_weight_may_be_moved_cast_and_copied(models):
     assert isinstance(copy.deepcopy(weight), AbsentWeight)
     assert "AbsentWeight" in repr(weight)
     assert all(isinstance(value, AbsentWeight) for value in model.state_dict().values())
+    moved = ours(models).model.diffusion_model.to(torch.float16)
+    assert all(isinstance(value, AbsentWeight) and value.dtype == torch.float16 for value in moved.parameters())
     with torch.device("cpu"):
         assert weight.new_zeros(2, dtype=torch.float64).tolist() == [0.0, 0.0]
 
