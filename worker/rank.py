@@ -66,6 +66,7 @@ def _serve(link: Link, welcome: dict[str, Any], service: str, interface: str, nu
     import torch
 
     from .loop import Loop
+    from .trial import try_groups
 
     rank, world_size = welcome["rank"], len(welcome["devices"])
     name = welcome["devices"][rank]
@@ -74,6 +75,7 @@ def _serve(link: Link, welcome: dict[str, Any], service: str, interface: str, nu
     link.measure = host_memory
     _join_ranks(device, welcome["store"], rank, world_size)
     link.say("met")
+    try_groups(device, rank, world_size, link.say)
     module, _, cls = service.partition(":")
     made = getattr(importlib.import_module(module), cls)(rank=rank, world_size=world_size, device=device)
     loop = Loop(

@@ -6,36 +6,39 @@ One thread owns all of the state. It moves no tensors: those go straight from th
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-import os
 import time
 from collections.abc import Callable
 from typing import Any
 
+from . import trial
 from .connections import Connections, Line, Newcomer, listener_on
 from .doorstep import Doorstep
-from .environment import Changes, hidden
+from .environment import Changes
 from .errors import PoolError
 from .fields import Malformed, integer, named_texts, table, text, texts
 from .folder import PoolFolder, unwritable
 from .gathering import Gathering
 from .grants import Grants
-from .handshake import Challenge, kept_key
+from .handshake import Challenge, challenges
 from .locks import Lock
 from .network import Network
 from .pace import Pace
+from .report import about, report
 from .roster import Roster, WorkerLine, failure_of
 from .stores import FileStores, SharedStores
 from .transport import RPC, SOCKETS
+from .trial import step_of
 from .turns import ClientLine
-from .wire import versions
 
 log = logging.getLogger("comfy_xdit")
 
 TICK_S = 0.25
 
 MAX_FAILED_STARTS = 3
+
+MAX_RAISED_TRIALS = 2
+"""First exchanges between the ranks in a row that raise, until no other is tried. Wrong numbers count at once."""
 
 
 class Door:
@@ -65,18 +68,18 @@ class Door:
         self.changes = Changes(replaced={}, dropped={})
         """What the workers' environment has not of this process'."""
         self.pace = Pace()
-        self.failed_starts = 0
-        self.last_error = ""
-        self.num_restarts = 0
+        self.failed_starts = self.num_restarts = self._num_raised = 0
+        self.last_error = self.held = ""
+        """held: why no attempt begins until a client asks again, as the devices can't reach each other. Any thread."""
         self._stop, self._kill_starting = stop, kill_starting
-        self._started_at = self._ticked_at = time.monotonic()
+        self.started_at = self._ticked_at = time.monotonic()
         self._message = ""
         self._stopping = False
-        self._connections = Connections(self._challenge(network))
+        self._connections = Connections(challenges(folder.key, network.door) if network else None)
         self._gathering = Gathering(folder.name, devices, network) if network else None
         self._stores = SharedStores(network.address) if network else FileStores(folder)
         self.grants = Grants(
-            folder, self.roster, self._connections, self._stores, self.transport, missing=lambda: self._missing
+            folder, self.roster, self._connections, self._stores, self.transport, missing=lambda: self.missing
         )
         if network is not None:
             self._connections.listen(listener_on(network))
@@ -85,12 +88,6 @@ class Door:
             self._doorstep.open()
         except OSError as error:
             raise unwritable(folder, error) from None
-
-    def _challenge(self, network: Network | None) -> Callable[[], Challenge] | None:
-        if network is None:
-            return None
-        key, place = kept_key(self.folder.key), network.door
-        return lambda: Challenge(key, place)
 
     def run(self) -> None:
         """Serve for ever."""
@@ -109,6 +106,11 @@ class Door:
         self._stopping = True
         if self._gathering is not None:
             self._gathering.dismiss(self.roster.workers)
+
+    def _end(self, why: str) -> None:
+        log.warning("the pool ends: %s", why)
+        self._stopping = True
+        self._stop()
 
     # Connections
 
@@ -168,11 +170,9 @@ class Door:
             wire.send(self.status())
         elif kind == "stop":
             wire.send({"type": "stopping"})
-            log.info("stopping: asked by process %d", wire.peer()[0])
-            self._stopping = True
-            self._stop()
+            self._end(f"asked by process {wire.peer()[0]}")
         elif kind == "client":
-            wire.send({"type": "welcome", **self._about()})
+            wire.send({"type": "welcome", **about(self)})
             return ClientLine(wire=wire, pid=wire.peer()[0])
         elif kind == "worker":
             return self._admit(newcomer, message)
@@ -184,13 +184,13 @@ class Door:
             return None
         try:
             self._welcome_worker(worker, self._stores.for_ranks(self.roster.attempt))
+            return worker
         except PoolError as error:
             self._lose(str(error))
             return None
-        return worker
 
     def _begin_when_gathered(self) -> None:
-        if self._gathering is None or self._stopping or self.roster.workers:
+        if self._gathering is None or self._stopping or self.held or self.roster.workers:
             return
         is_pause = time.monotonic() < self.roster.started_at + self.pace.pause_s
         if is_pause or not (workers := self._gathering.take()):
@@ -239,6 +239,12 @@ class Door:
             worker.status = table(message, "status")
         elif kind == "met":
             worker.has_met = True
+        elif kind == "trying":
+            worker.step = step_of(message, len(self.roster.devices))
+        elif kind == "trial_failed":
+            self._trial_failed(worker, message)
+        elif kind == "tried":
+            worker.has_tried = True
         elif kind == "up":
             worker.is_up = True
             worker.environment = named_texts(message, "environment")
@@ -262,6 +268,32 @@ class Door:
             self.grants.join_when_prepared()
             self.grants.open_when_joined()
 
+    def _trial_failed(self, worker: WorkerLine, message: dict[str, Any]) -> None:
+        raised, devices = text(message, "raised"), self.roster.devices
+        sentence = trial.failed(step_of(message, len(devices)), worker.rank, raised, devices)
+        self._num_raised += 1
+        if raised and self._num_raised < MAX_RAISED_TRIALS:
+            # Perhaps it raised because a peer had just been ended.
+            self._lose(sentence)
+        else:
+            self._hold(sentence)
+
+    def _hold(self, why: str) -> None:
+        """End all workers, and start none before a client asks again: it would end the same way."""
+        self.held = self.last_error = why
+        self.failed_starts = MAX_FAILED_STARTS
+        self._lose(why)
+
+    def _release(self) -> None:
+        if self.held:
+            self.held = self.last_error = ""
+            self.failed_starts = self._num_raised = 0
+            self.roster.started_at = time.monotonic()
+
+    @property
+    def is_failing(self) -> bool:
+        return self.failed_starts >= MAX_FAILED_STARTS
+
     def _judge(self) -> None:
         failure = self.roster.broken(self._message)
         if failure is not None:
@@ -270,7 +302,7 @@ class Door:
     def _advance_when_ready(self) -> None:
         if self.roster.is_ready:
             log.info("all %d workers are up (attempt %d)", len(self.roster.devices), self.roster.attempt)
-            self.failed_starts = 0
+            self.failed_starts = self._num_raised = 0
             self.last_error = ""
             self.grants.advance()
 
@@ -285,7 +317,7 @@ class Door:
         if failure is not None and failure["kind"] == "memory":
             # All of it filled the devices, and would again: only what is in use comes back.
             self.residents = self.residents[-1:]
-        log.warning("%s; the workers are restarted", reason)
+        log.warning("%s; the workers are %s", reason, "ended" if self.held else "restarted")
         workers = list(self.roster.workers.values())
         self.roster.kill()
         self._kill_starting()
@@ -297,7 +329,9 @@ class Door:
         self._refuse_when_hopeless()
 
     def _refuse_when_hopeless(self) -> None:
-        if self.failed_starts >= MAX_FAILED_STARTS:
+        if self.held:
+            self.grants.refuse_all(f"pool {self.folder.name!r} can't work: {self.held} (log: {self.folder.log})")
+        elif self.is_failing:
             why = self.last_error or "they ended before they were up"
             self.grants.refuse_all(
                 f"the workers of pool {self.folder.name!r} failed to start {self.failed_starts} times: {why}; "
@@ -305,7 +339,8 @@ class Door:
             )
 
     @property
-    def _missing(self) -> str:
+    def missing(self) -> str:
+        """Which workers of other machines aren't there, in a sentence; "" when all are."""
         return "" if self._gathering is None or self.roster.workers else self._gathering.missing()
 
     # Clients
@@ -317,6 +352,7 @@ class Door:
             return
         generation, turns = integer(message, "generation"), self.grants.turns
         if kind == "turn":
+            self._release()
             self.grants.asked(client, generation)
             self._refuse_when_hopeless()
         elif kind == "joined" and generation == turns.generation:
@@ -335,11 +371,13 @@ class Door:
             waiting = self._gathering.waiting.values() if self._gathering else ()
             for worker in (*self.roster.workers.values(), *waiting):
                 worker.heard_at += late
-        reason = self.roster.hung() or self.grants.overdue()
-        if reason is not None:
-            self._lose(reason)
-        else:
-            self._judge()
+        if not self.held:
+            if overdue := self.roster.untried():
+                self._hold(overdue)
+            elif reason := self.roster.hung() or self.grants.overdue():
+                self._lose(reason)
+            else:
+                self._judge()
         for line in self._gathering.silent() if self._gathering else ():
             self._closed(line)
         self._connections.drop_slow()
@@ -352,9 +390,7 @@ class Door:
         try:
             self._doorstep.keep(self.grants.turns.generation)
         except PoolError as error:
-            log.error("%s", error)
-            self._stopping = True
-            self._stop()
+            self._end(str(error))
             return
         if self.roster.is_ready and not self._stores.is_whole(self.roster.attempt):
             # The next group that they make would wait for it for ever.
@@ -362,34 +398,6 @@ class Door:
 
     # Reports
 
-    def _about(self) -> dict[str, Any]:
-        return {
-            "name": self.folder.name,
-            "versions": versions(),
-            "pid": os.getpid(),
-            "devices": self.roster.devices,
-            "network": self.network.fields if self.network else None,
-            "transport": self.transport,
-            "log": str(self.folder.log),
-        }
-
     def status(self) -> dict[str, Any]:
         """What `pool status --json` shows."""
-        if self.roster.is_ready:
-            state = "busy" if self.grants.turns.in_turn else "ready"
-        else:
-            state = "failing" if self.failed_starts >= MAX_FAILED_STARTS else "starting"
-        return {
-            "type": "status",
-            **self._about(),
-            "state": state,
-            "uptime_s": round(time.monotonic() - self._started_at, 1),
-            "num_restarts": self.num_restarts,
-            "last_error": self.last_error,
-            "missing": self._missing,
-            "residents": self.residents,
-            "environment": dataclasses.asdict(self.changes),
-            "hidden": hidden(os.environ),
-            **self.grants.turns.describe(),
-            "ranks": self.roster.describe(),
-        }
+        return report(self)

@@ -14,7 +14,7 @@ import os
 import secrets
 import stat
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,12 @@ class Challenge:
         if not hmac.compare_digest(_hex(message, "proof"), _mac(self._key, "worker", self._place, *numbers)):
             raise Malformed(NO_PROOF)
         return {"type": "proof", "proof": _mac(self._key, "door", self._place, *numbers)}
+
+
+def challenges(path: Path, place: str) -> Callable[[], Challenge]:
+    """Makes the challenges of the door at `place`, with the key at `path`. Raises as `kept_key`."""
+    key = kept_key(path)
+    return lambda: Challenge(key, place)
 
 
 def prove(wire: Wire, key: bytes) -> None:

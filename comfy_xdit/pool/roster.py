@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from . import trial
 from .fields import integer, one_of, table, text
 from .network import Network
 from .verdict import LOCAL, SAID_FIRST, STUCK_AFTER_S, groups_survive, worst
@@ -20,6 +21,9 @@ STARTING_HEARTBEAT_TIMEOUT_S = 60.0
 
 START_TIMEOUT_S = 120.0
 """From the start of the processes to their first word; loading what they held comes after that."""
+
+MEET_ALONE_TIMEOUT_S = 300.0
+"""On one machine, from the start of the processes: a cold disk may take long over torch's libraries."""
 
 MEET_TIMEOUT_S = 60.0
 """Between machines: from a complete roster until the ranks have their process groups."""
@@ -38,6 +42,9 @@ class WorkerLine:
     heard_at: float
     machine: str = ""
     has_met: bool = False
+    has_tried: bool = False
+    step: trial.Step | None = None
+    """Of the first exchange between the ranks, the last that it began."""
     is_up: bool = False
     status: dict[str, Any] = dataclasses.field(default_factory=dict)
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -70,7 +77,7 @@ class Roster:
         self.network = network
         self.attempt = -1
         self.workers: dict[int, WorkerLine] = {}
-        self.started_at = time.monotonic()
+        self.started_at = self._met_at = time.monotonic()
 
     @property
     def is_ready(self) -> bool:
@@ -113,6 +120,9 @@ class Roster:
             return self._apart(self.network, now)
         if len(self.workers) < len(self.devices) and now - self.started_at > START_TIMEOUT_S:
             return f"{len(self.devices) - len(self.workers)} workers did not start in {START_TIMEOUT_S:.0f} s"
+        apart = [self.label(worker) for worker in self.workers.values() if not worker.has_met]
+        if apart and now - self.started_at > MEET_ALONE_TIMEOUT_S:
+            return f"{' and '.join(apart)} did not meet the other ranks in {MEET_ALONE_TIMEOUT_S:.0f} s"
         return None
 
     def _apart(self, network: Network, now: float) -> str | None:
@@ -123,6 +133,16 @@ class Roster:
             f"the workers did not reach each other over {network.interface} within {MEET_TIMEOUT_S:.0f} s; let the "
             "machines' firewalls pass every TCP port between them"
         )
+
+    def untried(self) -> str | None:
+        """A sentence when the ranks' first exchange takes too long."""
+        now, workers = time.monotonic(), self.workers.values()
+        if len(workers) < len(self.devices) or not all(worker.has_met for worker in workers):
+            self._met_at = now
+        late = {worker.rank: worker.step for worker in workers if not worker.has_tried}
+        if not late or now - self._met_at <= trial.LIMIT_S:
+            return None
+        return trial.overdue(dict(sorted(late.items())), self.devices)
 
     def broken(self, message: str) -> dict[str, Any] | None:
         """The failure to tell, when the ranks ended `message` in ways that leave their groups unusable."""

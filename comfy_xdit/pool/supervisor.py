@@ -171,6 +171,8 @@ class _Supervisor:
 
     def _wait_for_attempt(self) -> None:
         time.sleep(self.door.pace.pause_s)
+        while self.door.held:
+            time.sleep(MONITOR_INTERVAL_S)
         self.door.pace.began()
 
     def _worker_arguments(self) -> list[str]:
