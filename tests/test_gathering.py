@@ -28,6 +28,7 @@ from comfy_xdit.pool.client import Pool, PoolError
 from comfy_xdit.pool.folder import pool_folder
 from comfy_xdit.pool.handshake import Challenge, kept_key, prove, read_key
 from comfy_xdit.pool.network import network_on
+from comfy_xdit.pool.report import report
 from comfy_xdit.pool.wire import Wire, versions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,7 +51,7 @@ def test_nobody_is_welcomed_before_all_are_there(door):
     welcomes = [zero.hears(), one.hears()]
     assert [welcome["rank"] for welcome in welcomes] == [0, 1]
     assert welcomes[0]["store"] == welcomes[1]["store"]
-    assert [rank["machine"] for rank in door.status()["ranks"]] == ["host-0", "host-1"]
+    assert [rank["machine"] for rank in report(door)["ranks"]] == ["host-0", "host-1"]
 
 
 def test_a_worker_that_waits_outlives_the_others(door):
@@ -125,7 +126,7 @@ def test_over_the_network_nothing_is_taken_but_a_greeting(door, line, proves):
     wire.sock.sendall(line)
     # Nothing, or that it must prove itself.
     assert (said := hears(wire)) is None or (not proves and said["type"] == "refused" and hears(wire) is None)
-    assert not door._stopping and door.status()["state"] == "starting"
+    assert not door._stopping and report(door)["state"] == "starting"
 
 
 def test_a_client_is_told_which_machine_is_missing(door, monkeypatch):
@@ -149,8 +150,8 @@ def test_machines_that_cannot_reach_each_other_are_told_so(door, monkeypatch):
     assert all(worker.hears()["type"] == "welcome" for worker in workers)
     workers[0].say("met")
     assert [worker.hears() for worker in workers] == [None, None]
-    assert "did not reach each other over lo" in door.status()["last_error"]
-    assert "firewalls" in door.status()["last_error"]
+    assert "did not reach each other over lo" in report(door)["last_error"]
+    assert "firewalls" in report(door)["last_error"]
 
 
 def test_a_silent_one_makes_room(door, monkeypatch):

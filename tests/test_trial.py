@@ -21,6 +21,7 @@ from comfy_xdit.pool import trial
 from comfy_xdit.pool.client import Pool, PoolError, status
 from comfy_xdit.pool.fields import Malformed
 from comfy_xdit.pool.folder import pool_folder
+from comfy_xdit.pool.report import report
 from comfy_xdit.pool.trial import ALL_REDUCE, ALL_TO_ALL, SEND_RECEIVE, Step, failed, overdue, step_of
 
 PLANTED = Path(__file__).resolve().parent / "faults" / "planted"
@@ -120,7 +121,7 @@ def test_a_rank_that_hangs_in_it_is_judged_by_time(door, monkeypatch):
     wait_until(lambda: [worker.say("beat", status={}) for worker in workers] and door.held, "the judgement")
     assert all(worker.hears() is None for worker in workers)
     assert door.held.startswith("worker 1 (cpu) and worker 2 (cpu) can't exchange data over NCCL: send and receive did")
-    assert door.status()["state"] == "failing" and "NCCL_P2P_DISABLE=1" in door.status()["last_error"]
+    assert report(door)["state"] == "failing" and "NCCL_P2P_DISABLE=1" in report(door)["last_error"]
     # Those that torchrun starts again wait, until a client asks.
     again = [Played(door, number) for number in range(3)]
     assert all(worker.hears_nothing() for worker in again)

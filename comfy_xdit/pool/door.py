@@ -167,7 +167,7 @@ class Door:
         if self._gathering is not None and wire.is_remote:
             return self._gathering.greet(wire, message, self.roster.workers)
         if kind == "status":
-            wire.send(self.status())
+            wire.send(report(self))
         elif kind == "stop":
             wire.send({"type": "stopping"})
             self._end(f"asked by process {wire.peer()[0]}")
@@ -395,9 +395,3 @@ class Door:
         if self.roster.is_ready and not self._stores.is_whole(self.roster.attempt):
             # The next group that they make would wait for it for ever.
             self._lose("the file through which the workers find each other was deleted")
-
-    # Reports
-
-    def status(self) -> dict[str, Any]:
-        """What `pool status --json` shows."""
-        return report(self)
