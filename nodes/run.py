@@ -12,6 +12,8 @@ from comfy.samplers import CFGGuider
 from comfy_xdit_nodes.export import MODEL_WAY_OUT, require_reachable
 from comfy_xdit_nodes.pool import connect
 from comfy_xdit_nodes.refuse import refuse_inside
+from comfy_xdit_nodes.remote import poll
+from comfy_xdit_nodes.shapes import refuse_shapes
 from torch import Tensor
 
 from comfy_xdit.parallel.spec import ParallelSpec, auto
@@ -28,17 +30,21 @@ def sample_on_pool(executor: Any, *args: Any, **kwargs: Any) -> Any:
     guider = executor.class_obj
     patcher = guider.model_patcher
     refuse_inside(patcher, guider.model_options, guider.conds)
+    refuse_shapes(patcher.model.checkpoint, args[0], guider.conds)
     load = patcher.load_message()
     pool = connect(patcher.setting)
     require_reachable(pool, load.model.path, what="MODEL", way_out=f"{MODEL_WAY_OUT}, from a path that each has")
-    room_bytes = patcher.model.remote.make_room(pool, load)
-    choose = chooser(
-        pool, patcher.setting.requested, patcher.model.checkpoint, noise=args[0], load=load, room_bytes=room_bytes
-    )
-    spec = choose(count_chunks(guider))
-    choose = keeping_weights(choose, spec)
-    with patcher.model.remote.running(pool, load.spread(spec), choose, trace=patcher.setting.trace):
-        return executor(*args, **kwargs)
+    # Degrees are chosen inside the turn: it starts a pool that was stopped, and only then it is sure which pool
+    # runs, on what, and what was measured of it.
+    with pool.turn(poll=poll):
+        room_bytes = patcher.model.remote.make_room(pool, load)
+        choose = chooser(
+            pool, patcher.setting.requested, patcher.model.checkpoint, noise=args[0], load=load, room_bytes=room_bytes
+        )
+        spec = choose(count_chunks(guider))
+        choose = keeping_weights(choose, spec)
+        with patcher.model.remote.running(pool, load.spread(spec), choose, trace=patcher.setting.trace):
+            return executor(*args, **kwargs)
 
 
 def chooser(
@@ -50,7 +56,7 @@ def chooser(
     load: Load,
     room_bytes: int | None = None,
 ) -> Callable[[int], ParallelSpec]:
-    """Number of chunks → degrees: the cheapest for this noise.
+    """Number of chunks → degrees: the cheapest for this noise. To be asked inside the pool's turn.
 
     room_bytes: what every rank has for the model; None: not known.
 

@@ -28,16 +28,15 @@ def measure(pool: Pool) -> tuple[Links, Device]:
 
     Raises PoolError when the pool cannot.
     """
-    found = _read(pool.name)
-    if found is None or found["pool"] != _key(pool):
-        log.info("pool %r measures its links and devices", pool.name)
-        value = pool.call(Probe(), timeout_s=LIMIT_S).value
-        # Now all machines are there.
-        found = {"pool": _key(pool), "measured": value}
-        try:
+    # In a turn: a pool that has ended is started anew by it, and what was measured of the one before is no use.
+    with pool.turn():
+        found, key = _read(pool.name), _key(pool)
+        if found is None or found["pool"] != key:
+            log.info("pool %r measures its links and devices", pool.name)
+            value = pool.call(Probe(), timeout_s=LIMIT_S).value
+            # Now all machines are there.
+            found = {"pool": _key(pool), "measured": value}
             _file(pool.name).write_text(json.dumps(found, indent=2))
-        except OSError as error:
-            log.warning("what pool %r measured can't be kept (%s); it will measure again", pool.name, error)
     return _as_link(pool.name, found)
 
 
@@ -58,7 +57,7 @@ def _key(pool: Pool) -> list[Any]:
     try:
         door = pool_folder(pool.name).door.stat()
     except OSError:
-        raise PoolError(f"pool {pool.name!r} has ended; run again, which starts it anew") from None
+        raise PoolError(f"pool {pool.name!r} ended meanwhile; queue the workflow again, which starts it anew") from None
     key: list[Any] = [door.st_ino, door.st_mtime_ns]
     if pool.network is not None:
         key += [[rank.get("machine", ""), rank["device"], rank["pid"]] for rank in pool.status()["ranks"]]

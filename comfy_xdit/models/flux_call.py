@@ -70,6 +70,12 @@ def inputs(config: Config, call: Call) -> dict[str, Any]:
         wanted_latent=config["in_channels"] // PATCH**2,
         wanted_text=config["joint_attention_dim"],
     )
+    for reference in call.get("ref_latents") or []:
+        if reference.ndim != 4 or reference.shape[1] != x.shape[1]:
+            raise InputError(
+                f"a reference latent of shape {list(reference.shape)} does not fit this Flux.1, which takes "
+                f"[batch, {x.shape[1]}, height, width]; encode the picture with the VAE that belongs to the model"
+            )
     images, ids = [tokens(x)], [token_ids(x)]
     for reference, place in zip(call.get("ref_latents") or [], reference_places(call), strict=True):
         images.append(rows(tokens(reference), batch))
@@ -143,7 +149,7 @@ def reference_places(call: Call) -> list[tuple[int, int, int]]:
     method = call.get("ref_latents_method") or "offset"
     if method == "index_timestep_zero":
         raise InputError(
-            f"Flux.1 on a pool knows no {method!r} for reference latents; use offset, index or uxo"
+            f"Flux.1 on a pool knows no {method!r} for reference latents; use offset, index or uxo/uno"
         )
     places = []
     height = width = 0
