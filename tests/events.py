@@ -10,10 +10,14 @@ OURS = ("/comfy_xdit/", "/worker/", "/diffusers/models", "/distvae/", "/yunchang
 
 
 class Kernel(NamedTuple):
-    """The host launches a kernel on its compute stream. is_first: CUDA may have to load it."""
+    """The host launches a kernel on its compute stream.
+
+    is_first: CUDA may have to load it. is_new_size: so may the library that chooses it by its tensors' sizes.
+    """
 
     name: str
     is_first: bool
+    is_new_size: bool = False
 
 
 class Wait(NamedTuple):

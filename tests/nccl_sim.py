@@ -9,6 +9,7 @@ The model is NCCL and CUDA as far as waiting goes, each rule at its strictest:
 - `eager`: instead of these two, a group has one communicator for all, made with the group: as torch has it where groups
   know their devices.
 - `lazy_loading`: the first launch of each kernel holds the host until all of its device's streams are empty.
+- `lazy_libraries`: so does, where a library chooses kernels by size, the first launch of each size.
 - `held`: at these launches the host waits for the whole device, as in a `cudaFree` of the allocator.
 Each rule only ever lets go of somebody, so the order in which ranks are looked at doesn't matter: one replay decides.
 """
@@ -74,7 +75,9 @@ def brief(record: Record) -> list[Event]:
     found: list[Event] = []
     for event in record:
         if isinstance(event, Kernel) and found and isinstance(found[-1], Kernel):
-            found[-1] = Kernel(found[-1].name, found[-1].is_first or event.is_first)
+            before = found[-1]
+            is_new_size = before.is_new_size or event.is_new_size
+            found[-1] = Kernel(before.name, before.is_first or event.is_first, is_new_size)
         elif not isinstance(event, Block):
             found.append(event)
     return found
@@ -91,10 +94,22 @@ def launches(records: Sequence[Record]) -> list[Place]:
 
 
 def stuck(
-    records: Sequence[Record], *, lazy_loading: bool = False, eager: bool = False, held: Iterable[Place] = ()
+    records: Sequence[Record],
+    *,
+    lazy_loading: bool = False,
+    lazy_libraries: bool = False,
+    eager: bool = False,
+    held: Iterable[Place] = (),
 ) -> dict[int, str]:
     """Who never comes to the end of its record, and where its host is then; {} when all do."""
-    return _Replay(records, lazy_loading, eager, frozenset(held)).run()
+    waits = set(held)
+    for rank, record in enumerate(records):
+        for index, event in enumerate(record):
+            if isinstance(event, Kernel) and (
+                (lazy_loading and event.is_first) or (lazy_libraries and event.is_new_size)
+            ):
+                waits.add((rank, index))
+    return _Replay(records, eager, frozenset(waits)).run()
 
 
 class _Rank:
@@ -116,9 +131,9 @@ class _Rank:
 
 
 class _Replay:
-    def __init__(self, records: Sequence[Record], lazy: bool, eager: bool, held: frozenset[Place]) -> None:
+    def __init__(self, records: Sequence[Record], eager: bool, held: frozenset[Place]) -> None:
         self._ranks = [_Rank(rank, record) for rank, record in enumerate(records)]
-        self._lazy, self._eager, self._held = lazy, eager, held
+        self._eager, self._held = eager, held
         self._there: dict[Any, set[int]] = defaultdict(set)
         self._started: dict[Any, set[int]] = defaultdict(set)
 
@@ -149,9 +164,7 @@ class _Replay:
         return True
 
     def _may(self, rank: _Rank, event: Event) -> bool:
-        if isinstance(event, Kernel):
-            # A kernel runs when its turn comes, which is at once: only what it stands behind counts.
-            return not (self._lazy and event.is_first) or rank.is_idle
+        # A kernel runs when its turn comes, which is at once: only what it stands behind counts.
         if isinstance(event, Wait):
             return rank.is_idle if event.for_all else not rank.streams["compute"]
         if isinstance(event, Meet):

@@ -39,6 +39,9 @@ NUMBERS = ("zeros", "ones", "full", "arange")
 FEW = 64
 """Numbers are followed in tensors of so many, made by the host or by `NUMBERS`."""
 
+BY_SIZE = ("mm", "addmm", "bmm", "baddbmm", "convolution", "_scaled_dot_product_flash_attention")
+"""Operations of libraries that have many kernels, and choose among them by the sizes."""
+
 NO_KERNEL = (
     *("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"),
     *("detach", "lift_fresh", "_unsafe_view"),
@@ -62,7 +65,7 @@ class Device(TorchDispatchMode):
         self.events: list[Event] = []
         self._free_pinned: Counter[int] = Counter()
         self._calls = Calls(self.device)
-        self._known: set[tuple[str, torch.dtype | None]] = set()
+        self._known: set[tuple[Any, ...]] = set()
 
     @contextlib.contextmanager
     def on(self) -> Iterator[Device]:
@@ -147,7 +150,7 @@ class Device(TorchDispatchMode):
         if not is_view(func) and name not in NO_KERNEL:
             outputs = [x for x in leaves(made) if isinstance(x, Tensor)]
             if any(x.numel() for x in outputs):
-                self.kernel(name, outputs[0].dtype)
+                self.kernel(name, outputs[0].dtype, tuple(x.shape for x in wrappers.values()))
         wrapped = mapped(wrap, made)
         self._compute(func, (args, kwargs), wrapped, {id(x) for x in wrappers.values()})
         return wrapped
@@ -168,11 +171,11 @@ class Device(TorchDispatchMode):
         for x, numbers in zip(outputs, leaves(func(*args, **kwargs)), strict=True):
             x.numbers = numbers
 
-    def kernel(self, name: str, dtype: torch.dtype | None) -> None:
+    def kernel(self, name: str, dtype: torch.dtype | None, sizes: tuple[torch.Size, ...] = ()) -> None:
         """A kernel is launched; CUDA may have to load it first."""
-        key = (name, dtype)
-        self.events.append(Kernel(name, key not in self._known))
-        self._known.add(key)
+        key, sized = (name, dtype), (name, dtype, sizes)
+        self.events.append(Kernel(name, key not in self._known, name in BY_SIZE and sized not in self._known))
+        self._known |= {key, sized}
 
     # What is more than its shapes: copies between host and device, looks at numbers, attention.
 
