@@ -79,20 +79,29 @@ def following(where):
     return comfy.samplers.KSAMPLER(sample)
 
 
+def run(model, where):
+    """The latent of SamplerCustom with a sampler that follows the model."""
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 3)
+    inputs = {"add_noise": True, "noise_seed": 7, "cfg": 3.0, "sampler": following(where), "sigmas": sigmas}
+    inputs |= {"positive": tiny.conditioning(), "negative": tiny.conditioning(seed=11), "latent_image": tiny.latent()}
+    if hasattr(custom.SamplerCustom, "define_schema"):
+        return custom.SamplerCustom.execute(model=model, **inputs).result[0]["samples"]
+    return custom.SamplerCustom().sample(model=model, **inputs)[0]["samples"]
+
+
 @pytest.mark.parametrize("where", SAMPLERS)
 def test_samplers_that_follow_the_models_device(where, models, fake):
-    def run(model):
-        sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 3)
-        inputs = {"add_noise": True, "noise_seed": 7, "cfg": 3.0, "sampler": following(where), "sigmas": sigmas}
-        conds = {"positive": tiny.conditioning(), "negative": tiny.conditioning(seed=11)}
-        if hasattr(custom.SamplerCustom, "define_schema"):
-            return custom.SamplerCustom.execute(model=model, latent_image=tiny.latent(), **inputs, **conds).result[0]
-        return custom.SamplerCustom().sample(model=model, latent_image=tiny.latent(), **inputs, **conds)[0]
-
     stock = tiny.load(models / "sd3.safetensors")
-    expected = run(stock)["samples"]
-    assert torch.equal(run(parallelize(stock))["samples"], expected)
-    assert torch.equal(run(ours(models))["samples"], expected)
+    expected = run(stock, where)
+    assert torch.equal(run(parallelize(stock), where), expected)
+    assert torch.equal(run(ours(models), where), expected)
+
+
+@pytest.mark.parametrize("where", SAMPLERS)
+def test_they_do_with_real_workers_too(where, models, pools):
+    expected = run(tiny.load(models / "sd3.safetensors"), where)
+    found = run(parallelize(ours(models), pools(1)), where)
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
 @pytest.mark.parametrize(

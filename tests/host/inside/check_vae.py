@@ -1,6 +1,7 @@
 """The VAE nodes against the stock ones: the same images and latents, on one rank and on a pool of two."""
 
 import contextlib
+import gc
 import importlib.util
 import logging
 from pathlib import Path
@@ -11,12 +12,15 @@ import comfy.taesd.taesd
 import comfy_xdit_nodes.vae_remote as vae_remote
 import pytest
 import torch
+from check_residency import until
+from comfy_xdit_nodes import residency
 from comfy_xdit_nodes.pool import PoolSetting
 from comfy_xdit_nodes.vae import XDiTVAEDecode, XDiTVAEEncode
 
 import nodes
 from comfy_xdit import messages as m
 from comfy_xdit.bench.vae_checkpoint import random_vae
+from comfy_xdit.pool.errors import PoolError
 from comfy_xdit.pool.network import Network
 from comfy_xdit.vae import load_vae
 from comfy_xdit.weights.stamp import stamp
@@ -159,14 +163,32 @@ def test_a_vae_that_is_gone_is_unloaded_with_its_file(pool, flux_vae):
     (key,) = pool.vaes
     path = Path(vae_remote.remote_vae(other, vae_remote.config_of(other)).load.path)
     assert path.exists()
-    mm.unload_all_models()
-    pool.vaes[key] = None
     del other
-    import gc
-
     gc.collect()
     assert not path.exists()
+    until(lambda: key not in pool.vaes)
+    mm.cleanup_models_gc()
     XDiTVAEDecode().decode(vae=flux_vae, samples={"samples": random_latent(flux_vae, 1, 2, 2)})
+
+
+def test_unloading_a_vae_starts_no_pool_and_does_not_hang(flux_vae, pool, monkeypatch, caplog):
+    XDiTVAEDecode().decode(vae=flux_vae, samples={"samples": random_latent(flux_vae, 1, 4, 4)})
+    monkeypatch.setattr(residency, "UNLOAD_PATIENCE_S", 0.05)
+
+    def busy(message, *, poll=None):
+        while True:
+            poll()
+
+    monkeypatch.setattr(pool, "call", busy)
+    mm.unload_all_models()
+    assert "could not unload a VAE" in caplog.text and "busy with another client's job" in caplog.text
+
+    def stopped():
+        raise PoolError("no pool 'fake' runs")
+
+    monkeypatch.setattr(pool, "status", stopped)
+    monkeypatch.setattr(pool, "call", lambda *args, **kwargs: pytest.fail("it would start the pool"))
+    vae_remote.remote_vae(flux_vae, vae_remote.config_of(flux_vae))._residency.unload()
 
 
 def test_other_vaes_are_decoded_by_comfyui_and_the_log_says_so(pool, caplog):
