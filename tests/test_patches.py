@@ -1,13 +1,13 @@
 """Patches as algebra: what holds for every kind of adapter. The host tests compare numbers with ComfyUI."""
 
-import logging
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from comfy_xdit.errors import InputError
 from comfy_xdit.messages import Patch
+from comfy_xdit.weights.fit import check_patch, fitting
 from comfy_xdit.weights.patches import CHANGES, apply_patches
 
 ROWS, COLUMNS, RANK = 24, 8, 3
@@ -154,20 +154,110 @@ def test_padding():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_does_not_fit_is_left_out_and_named(kind, caplog):
+def test_what_does_not_fit_is_left_out_and_named(kind):
+    good = Patch(key=KEY, kind="diff", weights=[rand(10, 6)], strength=1.0)
+    fit, [[key, why]] = fitting((10, 6), [good, patch(kind, 0.5), good])
+    assert fit == [good, good] and key == KEY and why
+
+
+def test_what_is_left_out_still_scales_the_weight_as_comfyui_does():
     weight = rand(10, 6)
-    with caplog.at_level(logging.WARNING, "comfy_xdit"):
-        assert torch.equal(applied(weight, patch(kind, 0.5)), weight)
-    assert f"The {kind} patch of {KEY} doesn't fit" in caplog.text
+    fit, misfits = fitting((10, 6), [patch("lora", 0.5, strength_model=0.25)])
+    assert len(misfits) == 1 and torch.equal(applied(weight, *fit), 0.25 * weight)
 
 
-def test_memory_is_no_misfit(monkeypatch):
-    def full(*args):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+@settings(deadline=None, max_examples=150)
+@given(kind=st.sampled_from(KINDS), data=st.data())
+def test_without_numbers_the_same_patches_fit_as_with_them(kind, data):
+    sizes = st.sampled_from([1, 2, 3, 4, 6, 8, 12, 24])
+    weights = [
+        rand(*data.draw(st.lists(sizes, min_size=1, max_size=4), label="shape"))
+        if isinstance(value, torch.Tensor) and data.draw(st.booleans(), label="another shape")
+        else value
+        for value in values(kind)
+    ]
+    shape = data.draw(st.sampled_from([(ROWS, COLUMNS), (COLUMNS, ROWS), (ROWS, COLUMNS, 1, 1), (ROWS,)]))
+    one = Patch(key=KEY, kind=kind, weights=weights, strength=0.5)
+    fit, misfits = fitting(shape, [one])
+    assert (fit, len(misfits)) in (([one], 0), ([], 1))
+    try:
+        apply_patches(rand(*shape), [one])
+        assert fit
+    except (RuntimeError, IndexError):
+        assert misfits
 
-    monkeypatch.setitem(CHANGES, "loha", full)
-    with pytest.raises(RuntimeError, match="memory"):
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+    ],
+)
+def test_what_a_device_says_is_no_misfit(monkeypatch, error):
+    """It was taken for one on the rank that it happened to, so that ranks differed under one name."""
+
+    def fails(*args):
+        raise error
+
+    monkeypatch.setitem(CHANGES, "loha", fails)
+    with pytest.raises(RuntimeError) as told:
         applied(rand(ROWS, COLUMNS), patch("loha"))
+    assert told.value is error
+
+
+def changed(kind, position, value):
+    weights = values(kind)
+    weights[position] = value
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("kind", "weights"),
+    [
+        ("lora", []),
+        ("lora", values("lora")[:5]),
+        ("lora", changed("lora", 0, None)),
+        ("lora", changed("lora", 0, [1.0, 2.0])),
+        ("lora", changed("lora", 1, torch.zeros(0, COLUMNS))),
+        ("lora", changed("lora", 1, torch.zeros(RANK, COLUMNS, dtype=torch.int64))),
+        ("lora", changed("lora", 1, torch.zeros(RANK, COLUMNS, dtype=torch.complex64))),
+        ("lora", changed("lora", 2, float("nan"))),
+        ("lora", changed("lora", 2, "4")),
+        ("lora", changed("lora", 5, [float("nan"), 8])),
+        ("lora", changed("lora", 5, [-1, 8])),
+        ("lokr", changed("lokr", 0, None)),
+        ("lokr", changed("lokr", 5, None)),
+        ("oft", [None, None, None, None]),
+        ("diff", [torch.zeros(ROWS, COLUMNS), {"pad_weight": "yes"}]),
+        ("set", [None]),
+    ],
+)
+def test_a_damaged_patch_is_a_sentence(kind, weights):
+    """None of them may end in a fault, or on some ranks only."""
+    with pytest.raises(InputError, match=KEY):
+        check_patch(Patch(key=KEY, kind=kind, weights=weights, strength=1.0))
+
+
+@pytest.mark.parametrize("strength", [float("nan"), float("inf")])
+def test_a_strength_is_a_number(strength):
+    with pytest.raises(InputError, match="strength"):
+        check_patch(patch("lora", strength))
+    with pytest.raises(InputError, match="strength"):
+        check_patch(patch("lora", strength_model=strength))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sound_patches_pass(kind):
+    check_patch(patch(kind, dora=rand(ROWS, 1) if kind in CHANGES else None))
+    check_patch(Patch(key=KEY, kind="diff", weights=[rand(26, 9), {"pad_weight": True}], strength=1.0))
+
+
+@pytest.mark.parametrize("offset", [[], [0, 0], [2, 0, 1], [-1, 0, 1], [0, -1, 1], [0, 0, 0], [0, 20, 5], [1, 0, 9]])
+def test_a_part_that_the_weight_has_not(offset):
+    with pytest.raises(InputError, match="give \\[dim, first, number\\] within it"):
+        fitting((ROWS, COLUMNS), [patch("lora", offset=offset)])
 
 
 def test_unknown_words():

@@ -57,3 +57,18 @@ def test_a_job_of_another_spread_is_refused(message) -> None:
     job = Denoise(model="m", patches_id="", spec=ParallelSpec(ulysses=4), calls=[], chunks=[])
     with pytest.raises(ValueError, match="loaded for pipe=4, which spreads its weights otherwise than ulysses=4"):
         worker.handle(job)
+
+
+def test_what_does_not_fit_is_told_by_every_rank_alike(message) -> None:
+    """Also by those that hold nothing of the weight: the client asks one of them."""
+    odd = resident.lora("double_blocks.0.img_mlp.0.weight", torch.Size((7, 5)))
+    good = resident.lora("img_in.weight", torch.Size((32, 16)))
+    for rank in range(2):
+        worker = service(rank, 2)
+        worker.handle(spread(message, pipe=2))
+        answer = worker.handle(SetPatches(model="m", patches_id="p", patches=[odd, good])).value
+        assert answer["changed"] == 1
+        assert [key for key, _ in answer["misfits"]] == ["double_blocks.0.img_mlp.0.weight"]
+        again = worker.handle(SetPatches(model="m", patches_id="p", patches=[odd, good])).value
+        assert again == {"changed": 0, "misfits": answer["misfits"]}
+        assert worker.handle(SetPatches(model="m", patches_id="", patches=[])).value["misfits"] == []

@@ -7,7 +7,6 @@ GLoRA 2306.07967; the order of each adapter's values, and which factors apply wh
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,8 +16,6 @@ from torch import Tensor
 from comfy_xdit.errors import InputError
 from comfy_xdit.messages import Patch
 
-logger = logging.getLogger("comfy_xdit")
-
 Values = Sequence[Any]
 """An adapter's tuple: tensors (already on the weight's device, in its dtype), numbers and None."""
 
@@ -27,21 +24,14 @@ def apply_patches(weight: Tensor, patches: list[Patch]) -> Tensor:
     """The weight with the patches on it, in their order.
 
     weight: fp32, contiguous; it is overwritten. The result is the same tensor unless a patch enlarges it.
-    A patch that doesn't fit is left out with a warning, as in ComfyUI: one odd layer of a LoRA
-    doesn't spoil a job. Raises InputError for unknown kinds and functions.
+    The patches fit (`fit.fitting`): RuntimeError or IndexError for one that doesn't, but also for memory and devices.
+    Raises InputError for unknown kinds and functions.
     """
     for patch in patches:
         part = weight if patch.offset is None else weight.narrow(*patch.offset)
         if patch.strength_model != 1.0:
             part.mul_(patch.strength_model)
-        try:
-            result = _apply(part, patch)
-        except RuntimeError as error:
-            # torch has one type for shapes that don't fit and for memory that is not there.
-            if "memory" in str(error):
-                raise
-            logger.warning("The %s patch of %s doesn't fit and is left out: %s", patch.kind, patch.key, error)
-            continue
+        result = _apply(part, patch)
         if patch.offset is None:
             weight = result
     return weight
@@ -191,8 +181,8 @@ def _rotation(blocks: Tensor, bound: float) -> Tensor:
     skew = blocks - blocks.transpose(-1, -2)
     if bound > 0:
         norm = torch.linalg.vector_norm(skew) + 1e-8
-        if norm > bound:
-            skew = skew * bound / norm
+        # No look at the numbers: a device would have to be waited for.
+        skew = torch.where(norm > bound, skew * bound / norm, skew)
     identity = torch.eye(blocks.shape[-1], device=blocks.device, dtype=blocks.dtype)
     return (identity + skew) @ (identity - skew).inverse()
 

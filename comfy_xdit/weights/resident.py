@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 
 import torch
@@ -15,11 +16,14 @@ from comfy_xdit.models.base import Family
 from comfy_xdit.parallel.spec import ModelShape, WeightShare
 from comfy_xdit.parallel.stages import Absent, block_costs, block_paths, stages
 from comfy_xdit.parallel.tensor import Region, keep_own_heads, regions
+from comfy_xdit.weights.fit import check_patch, fitting
 from comfy_xdit.weights.header import FLOATS
 from comfy_xdit.weights.mapped import MappedFile
 from comfy_xdit.weights.parts import divisible, part_of
-from comfy_xdit.weights.patches import apply_patches, check_words
+from comfy_xdit.weights.patches import apply_patches
 from comfy_xdit.weights.slices import Infos, SliceMap, by_source, is_unused, narrowed, respelled, slice_map
+
+log = logging.getLogger("comfy_xdit")
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS.values()}
@@ -123,6 +127,7 @@ class ResidentModel:
             for source, patches in wanted.items():
                 self._patch(source, patches)
         except BaseException:
+            self.misfits = []
             for source in list(self._patched):
                 self._restore(source)
             self.patches_id = ""
@@ -191,11 +196,18 @@ class ResidentModel:
         wanted: dict[str, list[Patch]] = {}
         for patch in patches:
             # Also of weights that other ranks hold: a fault must be every rank's fault.
-            check_words(patch)
+            check_patch(patch)
             source = self._source(patch.key)
-            if source and self._sources[source][0][0] not in self._unpatched and self._held(source):
+            if source and self._sources[source][0][0] not in self._unpatched:
                 wanted.setdefault(source, []).append(patch)
-        return wanted
+        self.misfits = []
+        for source, of_source in wanted.items():
+            wanted[source], misfits = fitting(self._shapes[source], of_source)
+            self.misfits += misfits
+        if self.misfits:
+            key, why = self.misfits[0]
+            log.warning("%d patches don't fit and are left out (first: %s: %s)", len(self.misfits), key, why)
+        return {source: of_source for source, of_source in wanted.items() if of_source and self._held(source)}
 
     def _source(self, key: str) -> str | None:
         """The weight of ComfyUI's layout that a patch names; None for one that no model uses."""

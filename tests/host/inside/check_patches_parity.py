@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from comfy_xdit.messages import Patch
+from comfy_xdit.weights.fit import fitting
 from comfy_xdit.weights.patches import apply_patches
 
 BOFT = adapters.BOFTAdapter
@@ -94,7 +95,8 @@ def theirs(weight, patches):
 
 def compare(weight, *patches):
     expected = theirs(weight, patches)
-    result = apply_patches(weight.clone(), list(patches))
+    fit, _ = fitting(weight.shape, list(patches))
+    result = apply_patches(weight.clone(), fit)
     assert result.shape == expected.shape
     assert (result - expected).norm() <= 1e-6 * expected.norm()
     return SimpleNamespace(result=result, expected=expected)
