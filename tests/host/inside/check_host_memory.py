@@ -7,11 +7,14 @@ import comfy.model_patcher
 import pytest
 import torch
 from check_lora import TARGETS, with_lora
+from check_residency import until
 from comfy_xdit_nodes import host_memory
 from comfy_xdit_nodes.checkpoint import open_checkpoint
 from comfy_xdit_nodes.parity import models as tiny
 from comfy_xdit_nodes.patcher import from_checkpoint
+from comfy_xdit_nodes.pool import connect
 from comfy_xdit_nodes.residency import Residency
+from comfy_xdit_nodes.samplers import XDiTKSampler
 
 from comfy_xdit.cost import on_pool
 
@@ -172,3 +175,13 @@ def test_parameters_are_priced_as_the_workers_keep_them(models):
     compute = fp8.model.manual_cast_dtype.itemsize
     assert kept(dressed) == pytest.approx(1 + (compute - 1) * touched / total)
     assert kept(with_lora(ours(models, "flux", torch.bfloat16), "lora", TARGETS["flux"], 0.5)) == 2
+
+
+def test_real_workers_tell_what_is_resident(models, pools):
+    setting, model = pools(1), ours(models)
+    tiny.sample(model, node=XDiTKSampler(), pool=setting)
+    pool, key = connect(setting), model.load_message().model.model
+    # Their word is as old as the last sign of life.
+    until(lambda: host_memory.make_room(pool, model.model.residency, key) is None)
+    model.model.residency.unload()
+    assert host_memory.make_room(pool, model.model.residency, key) is not None
