@@ -8,6 +8,7 @@ from comfy_xdit_nodes.checkpoint import open_checkpoint
 from comfy_xdit_nodes.parity import models as tiny
 from comfy_xdit_nodes.patcher import from_checkpoint, parallelize
 from comfy_xdit_nodes.patches import encode_patches
+from comfy_xdit_nodes.samplers import XDiTKSampler
 
 TARGETS = {
     "sd3": "diffusion_model.joint_blocks.0.x_block.mlp.fc1",
@@ -123,3 +124,22 @@ def test_what_workers_leave_out_is_said_as_stock_says_it(models, fake, caplog):
     tiny.sample(with_lora(from_checkpoint(open_checkpoint(str(models / "flux.safetensors"))), "lora", name, 0.5))
     said = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
     assert said == [f"ERROR lora {name}.weight is too wide"]
+
+
+def test_a_layer_that_does_not_fit_is_said_as_stock_says_it(models, pools, caplog):
+    """It is left out, here as there, and ComfyUI's log has the line."""
+    name = TARGETS["sd3"]
+    path = models / "sd3.safetensors"
+    wrong = lora_file("lora", name, 40, 24) | lora_file("lora", name.replace("blocks.0", "blocks.1"), 1024, 256)
+
+    def dressed(patcher):
+        return comfy.sd.load_lora_for_models(patcher, None, wrong, 1.0, 0)[0]
+
+    expected = tiny.sample(dressed(tiny.load(path)))
+    said = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert len(said) == 1 and said[0].startswith(f"ERROR lora {name}.weight ")
+    caplog.clear()
+    ours = tiny.sample(dressed(from_checkpoint(open_checkpoint(str(path)))), node=XDiTKSampler(), pool=pools(1))
+    said = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert len(said) == 1 and said[0].startswith(f"ERROR lora {name}.weight ")
+    assert (ours - expected).abs().max() <= 1e-4 * expected.abs().max()
