@@ -1,5 +1,8 @@
 """Messages survive the wire, and nothing but a message comes out of it."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from hypothesis import given
@@ -56,3 +59,18 @@ def test_what_is_no_tensor_is_refused():
         m.decode('{"$": "Status"}', ["x"])
     with pytest.raises(TypeError, match="cannot carry"):
         m.encode(m.Hold(name="a", value=object()))
+
+
+def test_tensors_go_with_the_last_reference():
+    # Not when the collector comes: until then a worker would keep what each message brought.
+    gc.collect()
+    gc.disable()
+    try:
+        sent, brought = torch.ones(3), torch.ones(3)
+        text, _ = m.encode(m.Result(value=sent))
+        m.decode(text, [brought])
+        gone = [weakref.ref(sent), weakref.ref(brought)]
+        del sent, brought, _
+        assert [ref() for ref in gone] == [None, None]
+    finally:
+        gc.enable()
