@@ -90,3 +90,10 @@ def test_auto_is_valid_and_keeps_what_was_requested(
     assert check(spec, num_ranks=num_ranks, shape=shape) == []
     assert all(getattr(spec, axis) == degree for axis, degree in requested.items() if degree)
     assert set(spec.degrees) == set(AXES)
+
+
+def test_degrees_that_are_all_1_are_told_as_such():
+    requested = dict.fromkeys(AXES, 1)
+    with pytest.raises(ValueError, match=r"all degrees are 1, but the pool has 2 workers; set one to 0 \(chosen\)"):
+        auto(2, requested=requested)
+    assert auto(1, requested=requested) == ParallelSpec()

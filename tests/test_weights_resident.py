@@ -330,7 +330,7 @@ def test_a_model_that_cannot_be_restored_passes_for_none(tmp_path, monkeypatch):
         ({"family": "wan"}, "unknown family 'wan'; known are flux, sd3, pixart"),
         (
             {"family": "sd3"},
-            "model.safetensors: this checkpoint is not a SD3 and SD3.5 model: it has no pos_embed",
+            "model.safetensors: this is no SD3 / SD3.5 checkpoint: it has no pos_embed",
         ),
         ({"prefix": "model."}, "it has no img_in.weight"),
         ({"storage_dtype": "int4"}, "dtype 'int4' is not one of float64, float32"),

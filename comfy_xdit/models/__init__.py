@@ -74,7 +74,7 @@ def comfy_layout(family: Family, infos: Mapping[str, TensorInfo]) -> tuple[Infos
     if all(key in infos for key in family.diffusers_keys):
         return fused(family.table(infos), infos), False
     missing = next(key for key in family.keys if key not in infos)
-    raise InputError(f"this checkpoint is not a {family.title} model: it has no {missing}")
+    raise InputError(f"this is no {family.title} checkpoint: it has no {missing}")
 
 
 def listed(formats: Mapping[str, str]) -> str:

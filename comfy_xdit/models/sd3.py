@@ -105,7 +105,7 @@ def table(infos: Infos) -> Table:
 
 SD3 = Family(
     name="sd3",
-    title="SD3 and SD3.5",
+    title="SD3 / SD3.5",
     keys=KEYS,
     diffusers_keys=DIFFUSERS_KEYS,
     config=config,

@@ -106,7 +106,12 @@ def check(spec: ParallelSpec, *, num_ranks: int, shape: ModelShape | None = None
     Without a shape (before a model is known) only the degrees are checked.
     """
     faults = []
-    if spec.num_ranks != num_ranks:
+    if spec.num_ranks == 1 != num_ranks:
+        faults.append(
+            f"all degrees are 1, but the pool has {num_ranks} workers; set one to 0 (chosen), "
+            f"or use degrees whose product is {num_ranks}"
+        )
+    elif spec.num_ranks != num_ranks:
         faults.append(
             f"{spec} makes {_ranks(spec.num_ranks)}, but the pool has {num_ranks}; "
             f"use degrees whose product is {num_ranks}"
