@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from comfy_xdit.cli import COMMANDS
-from comfy_xdit.pool import client, connections, devices, door, folder, pace, roster, verdict
+from comfy_xdit.pool import client, connections, devices, door, folder, pace, roster, silence, verdict
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md")) + [page for page in [ROOT / "README.md"] if page.is_file()]
@@ -76,6 +76,8 @@ def test_limits_are_the_codes():
     pool, trouble, nodes = text("pool.md"), text("troubleshooting.md"), text("nodes.md")
     assert f"{roster.HEARTBEAT_TIMEOUT_S:.0f} s without a sign of life" in pool
     assert f"{verdict.STUCK_AFTER_S:.0f} s when its peers have failed" in pool
+    assert f"After {silence.TELL_AFTER_S:.0f} s of silence" in pool
+    assert f"After {silence.TAKE_AFTER_S:.0f} s, if somebody waits" in pool
     assert f"its limit ({client.CALL_TIMEOUT_S:.0f} s)" in pool
     assert door.MAX_FAILED_STARTS == 3 and "after three failed starts" in pool
     assert f"up to {pace.LONGEST_PAUSE_S:.0f} s" in pool

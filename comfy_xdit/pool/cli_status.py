@@ -11,6 +11,7 @@ from typing import Any
 from .client import status
 from .devices import describe
 from .network import Network
+from .silence import TELL_AFTER_S
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +35,7 @@ def render(found: dict[str, Any]) -> str:
         f"pool {found['name']!r} is {found['state']}, on {describe(found['devices'], network)}, "
         f"for {_duration(found['uptime_s'])}; {found['num_restarts']} restarts",
         f"generation {found['generation']}, client "
-        + ("none" if client is None else f"pid {client['pid']}{' (in a turn)' if client['in_turn'] else ''}")
+        + ("none" if client is None else f"pid {client['pid']}{_turn(client)}")
         + f", {len(found['queue'])} waiting",
         f"log: {found['log']}",
     ]
@@ -45,6 +46,15 @@ def render(found: dict[str, Any]) -> str:
     lines += _environment(found)
     lines += [_rank_line(rank) for rank in found["ranks"]]
     return "\n".join(lines) + "\n"
+
+
+def _turn(client: dict[str, Any]) -> str:
+    if not client["in_turn"]:
+        return ""
+    text = f"in a turn for {_duration(client['turn_s'])}"
+    if client["silent_s"] > TELL_AFTER_S:
+        text += f", no sign of life for {_duration(client['silent_s'])}"
+    return f" ({text}{', stopped' if client['is_stopped'] else ''})"
 
 
 def _environment(found: dict[str, Any]) -> list[str]:

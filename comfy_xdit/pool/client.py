@@ -8,16 +8,17 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any
 
 from ..messages import Failure, Message, Result, TurnEnded, decode, encode
+from .beat import Beat
 from .errors import PoolError
 from .folder import pool_folder
 from .network import LOOPBACK, Network
 from .start import POLL_S, reach, say
 from .transport import ASIDE, RPC, Answer, ClientGroup, Joiner, Poll, joiner, require_available
-from .verdict import groups_survive, worst
+from .verdict import worst
 from .wire import Wire
 
 __all__ = ["Pool", "PoolError"]
@@ -25,8 +26,8 @@ __all__ = ["Pool", "PoolError"]
 log = logging.getLogger("comfy_xdit")
 
 CALL_TIMEOUT_S = 600.0
-REASON_TIMEOUT_S = 2.0
-"""How long a client whose connection to a worker broke waits for the door to say why."""
+VERDICT_LIMIT_S = 15.0
+"""How long a client whose message failed waits for the door's word; a door that works gives it within 4 s."""
 
 # A turn of any pool in this process excludes the others': two threads that each held one pool and waited for the
 # other's would wait for ever, and torch lets a process be in one RPC group.
@@ -48,6 +49,9 @@ class Pool:
         self._about: dict[str, Any] = {}
         self._group: ClientGroup | None = None
         self._joiner: Joiner | None = None
+        self._beat: Beat | None = None
+        self._lost: dict[str, Any] | None = None
+        """The door's word that the group of this turn is gone, until it was told as an error."""
         self._depth = 0
         self._serial = 0
 
@@ -88,6 +92,8 @@ class Pool:
     def close(self) -> None:
         """Leave the pool; it runs on. The object can be used again."""
         self._drop_group()
+        if self._beat is not None:
+            self._beat.end()
         if self._wire is not None:
             self._wire.close()
             self._wire = None
@@ -121,10 +127,14 @@ class Pool:
         if self._group is not None and self._group.is_current:
             # In line behind a message that was abandoned; nobody waits for the answer.
             self._send(TurnEnded())
+        if self._beat is not None:
+            self._beat.stop()
+        self._lost = None
         self._tell({"type": "end"})
 
     def _acquire(self, poll: Poll) -> None:
         """Wait until this client holds a generation that works."""
+        self._lost = None
         try:
             for attempt in range(3):
                 if self._wire is None:
@@ -148,11 +158,11 @@ class Pool:
         was = self.network if self._about else None
         self._wire, self._about = reach(self.name, devices, start=start, poll=poll, was=was, **options)
         self._group, self._unread = None, []
-        self._joiner = joiner(self._about["transport"])
+        self._joiner, self._beat = joiner(self._about["transport"]), Beat(self._wire)
 
     def _wait_for_grant(self, poll: Poll) -> None:
-        wire, joiner = self._wire, self._joiner
-        assert wire is not None and joiner is not None
+        wire, joiner, beat = self._wire, self._joiner, self._beat
+        assert wire is not None and joiner is not None and beat is not None
         joiner.check(self.network.interface if self.network else LOOPBACK)
         joiner.settle(poll)
         if self._group is not None and not self._group.is_current:
@@ -166,7 +176,10 @@ class Pool:
                 if poll is not None:
                     poll()
             elif kind == "grant" and self._group_is(message["generation"]):
+                beat.start()
                 return
+            elif kind == "waiting":
+                log.info("waiting for pool %r: %s", self.name, message["text"])
             elif kind == "join":
                 self._drop_group()
                 joiner.join(self.name, message, self.num_ranks, self._joined)
@@ -214,6 +227,9 @@ class Pool:
     ) -> list[Result]:
         """Every rank's result; else as `call`."""
         with self.turn(poll):
+            if self._lost is not None:
+                # After an answer that was whole. What was sent before is gone, so going on would be wrong.
+                raise self._error([])
             if self._group is None:
                 self._acquire(poll)
             return self._exchange(message, poll, CALL_TIMEOUT_S if timeout_s is None else timeout_s)
@@ -227,29 +243,31 @@ class Pool:
         if self._group is None:
             return None
         [future] = self._group.send([0], ASIDE, *encode(message))
-        done = threading.Event()
-        future.add_done_callback(lambda _: done.set())
-        done.wait(timeout_s)
+        wait([future], timeout_s)
         answer = _answer(future)
         return answer if isinstance(answer, Result) else None
 
     def _exchange(self, message: Message, poll: Poll, timeout_s: float) -> list[Result]:
         wakeup = threading.Event()
         futures = self._send(message, wakeup)
-        deadline, lost = time.monotonic() + timeout_s, None
-        while not all(future.done() for future in futures):
+        deadline, is_late = time.monotonic() + timeout_s, False
+        while not (is_late or _is_over(futures) or self._is_lost()):
             wakeup.wait(POLL_S)
             wakeup.clear()
-            lost = self._lost(0)
-            if lost is not None:
-                break
-            if time.monotonic() > deadline:
-                self._restart(f"no answer to {type(message).__name__} within {timeout_s:g} s")
-                lost = self._lost(REASON_TIMEOUT_S)
-                break
-            if poll is not None and poll() is True:
+            is_late = time.monotonic() > deadline and not _is_over(futures)
+            if not is_late and poll is not None and poll() is True:
                 deadline = time.monotonic() + timeout_s
-        return self._judge(message, futures, lost)
+        answers = [_answer(future) for future in futures]
+        results = [answer for answer in answers if isinstance(answer, Result)]
+        if len(results) == len(answers):
+            return results
+        assert self._lost is not None or self._group is not None
+        if is_late:
+            self._ask({"type": "restart", "reason": f"no answer to {type(message).__name__} within {timeout_s:g} s"})
+        else:
+            is_broken = any(answer is None for answer in answers)
+            self._ask({"type": "judge", "serial": self._serial, "is_broken": is_broken})
+        raise self._error([answer for answer in answers if isinstance(answer, Failure)])
 
     def _send(self, message: Message, wakeup: threading.Event | None = None) -> list[Future[Answer]]:
         assert self._group is not None
@@ -261,54 +279,61 @@ class Pool:
                 future.add_done_callback(lambda _: wakeup.set())
         return futures
 
-    def _judge(self, message: Message, futures: list[Future[Answer]], lost: dict[str, Any] | None) -> list[Result]:
-        answers = [_answer(future) for future in futures]
-        if all(isinstance(answer, Result) for answer in answers):
-            return answers  # type: ignore[return-value]
-        told = [dataclasses.asdict(a) if isinstance(a, Failure) else None for a in answers]
-        broken = lost is not None or any(answer is None for answer in answers)
-        if broken or not groups_survive(type(message).__name__, told):
-            self._drop_group()
-            if lost is None:
-                lost = self._lost(REASON_TIMEOUT_S)
-        # A worker that lost its peer fails too: then the door's reason says more than its failure.
-        causes = [f for f in told if f is not None and (lost is None or f["kind"] in ("memory", "input"))]
-        if lost is not None and lost.get("failure"):
-            causes.append(lost["failure"])
-        if causes:
-            cause = worst(causes)
-            raise PoolError(cause["message"], kind=cause["kind"], trace=cause["trace"])
-        reason = "a worker ended unexpectedly" if lost is None else str(lost["reason"])
-        raise PoolError(
-            f"{reason}; the pool restarts its workers, so run the job again (log: {self._about['log']})",
-            kind="lost",
-        )
+    def _ask(self, question: dict[str, Any]) -> None:
+        """Have the door judge a message that failed. What it says is in `_lost`: None when the workers go on."""
+        if self._lost is not None or self._group is None:
+            return
+        numbers = {"generation": self._group.generation, "serial": self._serial}
+        self._tell({**question, "generation": numbers["generation"]})
+        deadline = time.monotonic() + VERDICT_LIMIT_S
+        while time.monotonic() < deadline:
+            message = self._notice(POLL_S)
+            if self._lost is not None or message == {"type": "keep", **numbers}:
+                return
+        self._drop_group()
+        self._lost = {"reason": f"the supervisor of pool {self.name!r} does not answer", "restarts": False}
 
-    def _restart(self, reason: str) -> None:
-        assert self._group is not None
-        self._tell({"type": "restart", "generation": self._group.generation, "reason": reason})
+    def _is_lost(self) -> bool:
+        """Whether the door has said, by now, that the group is gone."""
+        while self._lost is None and self._notice(0) is not None:
+            pass
+        return self._lost is not None
+
+    def _notice(self, timeout_s: float) -> dict[str, Any] | None:
+        """The door's next message within a turn; keeps in mind that the group is lost."""
+        try:
+            message = self._hear(timeout_s)
+        except ConnectionError:
+            self.close()
+            message = {"type": "lost", "reason": f"the supervisor of pool {self.name!r} ended", "restarts": True}
+        if message is not None and message.get("type") == "lost":
+            self._drop_group()
+            self._lost = message
+        return message
+
+    def _error(self, failures: list[Failure]) -> PoolError:
+        """The sentence for what failed: of the door, if the workers are lost, else of the ranks themselves."""
+        lost, self._lost = self._lost, None
+        told = [dataclasses.asdict(failure) for failure in failures]
+        if lost is not None:
+            told = [lost["failure"]] if lost.get("failure") else []
+        if told:
+            cause = worst(told)
+            return PoolError(cause["message"], kind=cause["kind"], trace=cause["trace"])
+        what = str(lost["reason"]) if lost is not None else "a worker's answer was lost"
+        then = "the pool restarts its workers, so run" if lost is not None and lost["restarts"] else "run"
+        return PoolError(f"{what}; {then} the job again (log: {self._about['log']})", kind="lost")
 
     def _tell(self, message: dict[str, Any]) -> None:
         if self._wire is not None:
             with contextlib.suppress(ConnectionError):
                 self._wire.send(message)
 
-    def _lost(self, timeout_s: float) -> dict[str, Any] | None:
-        """The door's word that the workers of this generation are gone, if it comes in time."""
-        if self._wire is None:
-            return None
-        deadline = time.monotonic() + timeout_s
-        try:
-            while True:
-                message = self._hear(min(POLL_S, timeout_s))
-                if message is not None and message.get("type") == "lost":
-                    self._drop_group()
-                    return message
-                if time.monotonic() >= deadline:
-                    return None
-        except ConnectionError:
-            self.close()
-            return {"reason": f"the supervisor of pool {self.name!r} ended"}
+
+def _is_over(futures: list[Future[Answer]]) -> bool:
+    """Whether all ranks have answered, or the connection to one has ended."""
+    done = [future for future in futures if future.done()]
+    return len(done) == len(futures) or any(future.exception() is not None for future in done)
 
 
 def _answer(future: Future[Answer]) -> Result | Failure | None:

@@ -21,6 +21,7 @@ from .folder import PoolFolder, unwritable
 from .gathering import Gathering
 from .grants import Grants
 from .handshake import Challenge, challenges
+from .judge import Judge, Keep, Restart
 from .locks import Lock
 from .network import Network
 from .pace import Pace
@@ -73,7 +74,7 @@ class Door:
         """held: why no attempt begins until a client asks again, as the devices can't reach each other. Any thread."""
         self._stop, self._kill_starting = stop, kill_starting
         self.started_at = self._ticked_at = time.monotonic()
-        self._message = ""
+        self._judge = Judge(self.roster)
         self._stopping = False
         self._connections = Connections(challenges(folder.key, network.door) if network else None)
         self._gathering = Gathering(folder.name, devices, network) if network else None
@@ -254,7 +255,7 @@ class Door:
         elif kind == "residents":
             self.residents = texts(message, "messages")
         elif kind == "began":
-            worker.running = self._message = text(message, "message")
+            worker.running = self._judge.message = text(message, "message")
         elif kind == "done":
             failure = failure_of(message, len(self.roster.devices))
             worker.running = None
@@ -262,7 +263,7 @@ class Door:
             worker.failure, worker.done_at = failure, time.monotonic()
             if failure is None:
                 self.pace.worked()
-            self._judge()
+            self._settle()
         elif kind in ("prepared", "joined", "join_failed"):
             setattr(worker, kind, integer(message, "generation"))
             self.grants.join_when_prepared()
@@ -294,10 +295,16 @@ class Door:
     def is_failing(self) -> bool:
         return self.failed_starts >= MAX_FAILED_STARTS
 
-    def _judge(self) -> None:
-        failure = self.roster.broken(self._message)
-        if failure is not None:
-            self._lose(f"rank {failure['rank']} failed in {self._message}", failure=failure)
+    def _settle(self) -> None:
+        """Act on what the judge says."""
+        holder = self.grants.turns.holder
+        if holder is None:
+            self._judge.forget()
+        found = self._judge.look()
+        if isinstance(found, Restart):
+            self._lose(found.reason, failure=found.failure)
+        elif isinstance(found, Keep) and holder is not None:
+            holder.send({"type": "keep", "generation": found.generation, "serial": found.serial})
 
     def _advance_when_ready(self) -> None:
         if self.roster.is_ready:
@@ -318,6 +325,8 @@ class Door:
             # All of it filled the devices, and would again: only what is in use comes back.
             self.residents = self.residents[-1:]
         log.warning("%s; the workers are %s", reason, "ended" if self.held else "restarted")
+        failure = failure or self._judge.cause()
+        self._judge.forget()
         workers = list(self.roster.workers.values())
         self.roster.kill()
         self._kill_starting()
@@ -347,8 +356,10 @@ class Door:
 
     def _client_said(self, client: ClientLine, message: dict[str, Any]) -> None:
         kind = text(message, "type")
+        client.heard_at = time.monotonic()
         if kind == "end":
             self.grants.ended(client)
+        if kind in ("end", "beat"):
             return
         generation, turns = integer(message, "generation"), self.grants.turns
         if kind == "turn":
@@ -360,6 +371,10 @@ class Door:
             self.grants.open_when_joined()
         elif kind == "restart" and client is turns.holder and generation == turns.generation:
             self._lose(text(message, "reason"))
+        elif kind == "judge" and client is turns.holder and generation == turns.generation:
+            serial, is_broken = integer(message, "serial"), bool(message.get("is_broken"))
+            self._judge.ask(generation, serial, is_broken=is_broken)
+            self._settle()
 
     # Time
 
@@ -367,23 +382,25 @@ class Door:
         now = time.monotonic()
         late, self._ticked_at = now - self._ticked_at - TICK_S, now
         if late > 1.0:
-            # We were held up ourselves, so silence says nothing about the workers.
+            # We were held up ourselves, so silence says nothing about the others.
             waiting = self._gathering.waiting.values() if self._gathering else ()
-            for worker in (*self.roster.workers.values(), *waiting):
-                worker.heard_at += late
+            holder = self.grants.turns.holder
+            for line in (*self.roster.workers.values(), *waiting, *([holder] if holder else ())):
+                line.heard_at += late
         if not self.held:
             if overdue := self.roster.untried():
                 self._hold(overdue)
             elif reason := self.roster.hung() or self.grants.overdue():
                 self._lose(reason)
             else:
-                self._judge()
+                self._settle()
         for line in self._gathering.silent() if self._gathering else ():
             self._closed(line)
         self._connections.drop_slow()
         self._stay()
         self._begin_when_gathered()
         self.grants.refuse_in_vain()
+        self.grants.watch()
 
     def _stay(self) -> None:
         """Be where clients look, or end; and have the workers find each other."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,9 +12,12 @@ from .errors import PoolError
 from .folder import PoolFolder, unwritable
 from .network import LOOPBACK
 from .roster import Roster
+from .silence import TAKE_AFTER_S, TELL_AFTER_S, silent_s, who_has_the_turn, why_taken
 from .stores import FileStores, SharedStores
 from .transport import RPC
 from .turns import ClientLine, Turns
+
+log = logging.getLogger("comfy_xdit")
 
 JOIN_LIMIT_S = 15.0
 PREPARE_LIMIT_S = 120.0
@@ -50,8 +54,10 @@ class Grants:
         """A client wants a turn; `generation` is the group that it is in."""
         if self.turns.ask(client, generation):
             client.send({"type": "grant", "generation": self.turns.generation})
-        else:
-            self.advance()
+            return
+        self.advance()
+        if client in self.turns.queue and self.turns.in_turn:
+            client.send({"type": "waiting", "text": who_has_the_turn(self.turns)})
 
     def ended(self, client: ClientLine) -> None:
         """A client's turn is over, or it waits for none any more."""
@@ -144,13 +150,35 @@ class Grants:
             self._connections.drop(holder)
         self.advance()
 
+    # A client that gives no sign of life
+
+    def watch(self) -> None:
+        """Tell those who wait of a client that has the turn and is silent; take the turn from it in the end."""
+        turns, quiet_s = self.turns, silent_s(self.turns)
+        if quiet_s < TELL_AFTER_S:
+            return
+        for client in turns.queue:
+            if not client.is_told:
+                client.is_told = True
+                client.send({"type": "waiting", "text": who_has_the_turn(turns)})
+        if quiet_s > TAKE_AFTER_S and turns.queue:
+            generation, following = turns.generation, turns.queue[0]
+            holder = turns.lose()
+            assert holder is not None
+            log.warning("process %d gave no sign of life for %.0f s and has lost its turn", holder.pid, quiet_s)
+            # It hears of it when it goes on. Its connection stays: it may ask for another turn.
+            reason = why_taken(self._folder.name, quiet_s, following)
+            holder.send({"type": "lost", "reason": reason, "failure": None, "restarts": False})
+            self._roster.broadcast({"type": "leave", "generation": generation})
+            self.advance()
+
     # Who is told that it won't be let in
 
     def lose(self, reason: str, failure: dict[str, Any] | None) -> None:
-        """The workers are gone: tell the holder why."""
+        """The workers are gone: tell the holder why. failure: the fields of the `Failure` that caused it."""
         holder = self.turns.lose()
         if holder is not None:
-            holder.send({"type": "lost", "reason": reason, "failure": failure})
+            holder.send({"type": "lost", "reason": reason, "failure": failure, "restarts": True})
 
     def refuse_all(self, reason: str) -> None:
         """Send all who wait away."""

@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from .environment import hidden
+from .silence import describe
 from .wire import versions
 
 if TYPE_CHECKING:
@@ -44,6 +45,6 @@ def report(door: Door) -> dict[str, Any]:
         "residents": door.residents,
         "environment": dataclasses.asdict(door.changes),
         "hidden": hidden(os.environ),
-        **door.grants.turns.describe(),
+        **describe(door.grants.turns),
         "ranks": door.roster.describe(),
     }

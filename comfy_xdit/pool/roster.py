@@ -12,7 +12,7 @@ from typing import Any
 from . import trial
 from .fields import integer, one_of, table, text
 from .network import Network
-from .verdict import LOCAL, SAID_FIRST, STUCK_AFTER_S, groups_survive, worst
+from .verdict import SAID_FIRST
 from .wire import Wire
 
 HEARTBEAT_TIMEOUT_S = 10.0
@@ -143,21 +143,6 @@ class Roster:
         if not late or now - self._met_at <= trial.LIMIT_S:
             return None
         return trial.overdue(dict(sorted(late.items())), self.devices)
-
-    def broken(self, message: str) -> dict[str, Any] | None:
-        """The failure to tell, when the ranks ended `message` in ways that leave their groups unusable."""
-        workers = list(self.workers.values())
-        last = max((w.done for w in workers), default=(0, 0))
-        ended = [w for w in workers if w.done == last]
-        failed = [w for w in ended if w.failure is not None]
-        if not failed:
-            return None
-        if len(ended) == len(workers):
-            sound = groups_survive(message, [w.failure for w in workers])
-        else:
-            late_s = time.monotonic() - min(w.done_at for w in failed)
-            sound = late_s < STUCK_AFTER_S or message in LOCAL
-        return None if sound else worst([w.failure for w in failed if w.failure is not None])
 
     def kill(self) -> None:
         """End every connected worker at once, also one that is stopped or stuck in a collective.

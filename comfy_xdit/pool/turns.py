@@ -18,6 +18,9 @@ class ClientLine:
     pid: int
     waiting_since: float = 0.0
     joined: int = 0
+    heard_at: float = 0.0
+    is_told: bool = False
+    """That it waits for a client which gives no sign of life."""
 
     def send(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
         try:
@@ -38,6 +41,7 @@ class Turns:
     phase_since: float = 0.0
     holder: ClientLine | None = None
     in_turn: bool = False
+    in_turn_since: float = 0.0
     queue: list[ClientLine] = dataclasses.field(default_factory=list)
 
     def enter(self, phase: str) -> None:
@@ -53,7 +57,7 @@ class Turns:
         is_member = client is self.holder and self.phase == "open" and generation == self.generation
         # Not past the queue: its head has been waiting since before the last turn ended.
         if is_member and not self.queue:
-            self.in_turn = True
+            self._begin_turn(client)
             return True
         if client is self.holder and self.phase == "open":
             # It has lost its group without us, so it is in no turn any more.
@@ -61,7 +65,7 @@ class Turns:
         is_coming = client is self.holder and self.phase in ("preparing", "joining")
         # It asks twice when it learns of a lost group after it has asked.
         if client not in self.queue and not is_coming:
-            client.waiting_since = time.monotonic()
+            client.waiting_since, client.is_told = time.monotonic(), False
             self.queue.append(client)
         return False
 
@@ -74,8 +78,13 @@ class Turns:
         return self.holder
 
     def open(self) -> None:
-        self.in_turn = True
+        assert self.holder is not None
+        self._begin_turn(self.holder)
         self.enter("open")
+
+    def _begin_turn(self, holder: ClientLine) -> None:
+        self.in_turn, self.in_turn_since = True, time.monotonic()
+        holder.heard_at = self.in_turn_since
 
     def forget(self, client: ClientLine) -> bool:
         """Let go of a client; True when the group was its."""
@@ -94,12 +103,3 @@ class Turns:
         self.holder, self.in_turn = None, False
         self.enter("none")
         return holder
-
-    def describe(self) -> dict[str, Any]:
-        now = time.monotonic()
-        return {
-            "generation": self.generation,
-            "phase": self.phase,
-            "client": None if self.holder is None else {"pid": self.holder.pid, "in_turn": self.in_turn},
-            "queue": [{"pid": c.pid, "waiting_s": round(now - c.waiting_since, 1)} for c in self.queue],
-        }

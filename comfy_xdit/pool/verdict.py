@@ -3,6 +3,7 @@
 A rank that raised between two messages to other ranks leaves its peers waiting, or worse: a receive that it
 posted takes what the next job sends, and that job gives wrong numbers or hangs. Then the workers must start
 afresh. When every rank failed before it took part in any message, as with input that is no good, they can stay.
+The door asks here (`judge`).
 """
 
 from __future__ import annotations
