@@ -123,6 +123,36 @@ def test_a_second_pool_object_in_this_process_takes_over_and_gives_back(pool):
     assert pool.call(Reduce(value=1.0)).value == 2.0
 
 
+def anonymous_bytes(pid):
+    """Of RAM, in the kernel's own count: memory of a message is shared, and not among it."""
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith("Anonymous:"):
+            return int(line.split()[1]) << 10
+    raise AssertionError("no such line")
+
+
+def test_many_jobs_and_groups_leave_no_memory_behind(pool):
+    value, other = torch.ones(40_000), Pool.connect(NAME, "auto", start=False)
+
+    def work():
+        with pool.turn():
+            for _ in range(500):
+                pool.call(Echo(value=value))
+        for _ in range(20):
+            other.call(Echo(value=1))
+            pool.call(Echo(value=1))
+
+    try:
+        work()
+        pids = [os.getpid(), *worker_pids(pool)]
+        before = [anonymous_bytes(pid) for pid in pids]
+        work()
+    finally:
+        other.close()
+    # A kilobyte a job would be 500 kB.
+    assert all(anonymous_bytes(pid) - was < 450_000 for pid, was in zip(pids, before, strict=True))
+
+
 def test_a_second_client_queues_and_then_gets_its_turn(pool):
     with client_process("slow") as other:
         with pool.turn():
