@@ -1,6 +1,7 @@
 """Safetensors headers: the sound are read, the others refused with a sentence; nothing large is allocated."""
 
 import json
+import os
 import struct
 import tracemalloc
 
@@ -55,6 +56,7 @@ def test_reads_what_safetensors_writes(tmp_path):
         ({"a": entry(dtype="F33")}, "not a known type"),
         ({"a": entry() | {"dtype": ["F32"]}}, "not a known type"),
         ({"a": entry(end=12)}, "not what its shape takes"),
+        ({"a": entry(shape=(2**40, 2**40, 0), end=0)}, "a shape that no memory holds"),
         ({"a": entry(), "b": entry(begin=4, end=12)}, "overlap"),
         ({"a": entry(shape=(2**40,), end=2**42)}, "cut off"),
         ({"a": entry(begin=8, end=16)}, "cut off"),
@@ -71,6 +73,13 @@ def test_files_that_are_something_else(tmp_path, content):
     (tmp_path / "x").write_bytes(content)
     with pytest.raises(ValueError, match="no safetensors file or is cut off"):
         read_header(str(tmp_path / "x"))
+
+
+def test_a_pipe_is_refused_at_once(tmp_path):
+    """Nobody writes to it."""
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    with pytest.raises(ValueError, match=r"pipe\.safetensors is a pipe or a device, not a file"):
+        read_header(str(tmp_path / "pipe.safetensors"))
 
 
 def test_other_formats_are_named(tmp_path):

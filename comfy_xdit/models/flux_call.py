@@ -11,7 +11,7 @@ from comfy_xdit.errors import InputError
 from comfy_xdit.parallel.plan import AttentionLayer, Cut, Exact, ModelPlan, TensorPlan
 
 from .base import Call, Config
-from .latent import check_channels, cropped, padded, rows
+from .latent import check_channels, check_pooled, cropped, padded, rows
 
 PATCH = 2
 """Latent pixels on a side of one token."""
@@ -83,6 +83,7 @@ def inputs(config: Config, call: Call) -> dict[str, Any]:
     pooled = call.get("y")
     if pooled is None:
         pooled = x.new_zeros((1, config["pooled_projection_dim"]))
+    check_pooled("Flux.1", pooled.shape[1], config["pooled_projection_dim"], may_be_wider=True)
     arguments: dict[str, Any] = {
         "hidden_states": torch.cat(images, 1),
         "encoder_hidden_states": context,
@@ -95,6 +96,9 @@ def inputs(config: Config, call: Call) -> dict[str, Any]:
     }
     mask = call.get("attention_mask")
     if mask is not None:
+        num_tokens = context.shape[1] + arguments["hidden_states"].shape[1]
+        if mask.shape[-1] not in (1, num_tokens) or mask.shape[-2] not in (1, num_tokens):
+            raise InputError(f"an attention mask of {list(mask.shape)} is none for Flux.1's {num_tokens} tokens")
         mask = mask if mask.dim() == 2 else mask.unsqueeze(1)
         arguments["joint_attention_kwargs"] = {"attention_mask": mask}
     if call.get("control") is not None:

@@ -32,8 +32,10 @@ def check_call(title: str, call: Mapping[str, Any], dtype: torch.dtype) -> None:
             _check(title, WORDS.get(name, name), value, num_dims, dtype if name in COMPUTED else None)
         elif name in REQUIRED:
             raise InputError(f"{title} got a call without {WORDS[name]}; connect what gives it")
-    references = call.get("ref_latents") or []
-    if not isinstance(references, list):
+    references = call.get("ref_latents")
+    if references is None:
+        references = []
+    if not isinstance(references, (list, tuple)):
         raise InputError(f"the reference latents for {title} are {_name(references)}; give a list of latents")
     for reference in references:
         _check(title, "a reference latent", reference, (4,), dtype)

@@ -36,3 +36,12 @@ def check_channels(title: str, *, latent: int, text: int, wanted_latent: int, wa
             f"text of {text} channels does not fit this {title}, which takes {wanted_text}; "
             "encode the prompt with the text encoders that belong to the model"
         )
+
+
+def check_pooled(title: str, width: int, wanted: int, *, may_be_wider: bool = False) -> None:
+    """Raises InputError for a pooled text of another width. may_be_wider: the model looks at its first numbers."""
+    if width < wanted or (width > wanted and not may_be_wider):
+        raise InputError(
+            f"a pooled text of {width} numbers does not fit this {title}, which takes {wanted}; "
+            "encode the prompt with the text encoders that belong to the model"
+        )

@@ -10,7 +10,7 @@ from comfy_xdit.errors import InputError
 from comfy_xdit.parallel.plan import AttentionLayer, Cut, ModelPlan, TensorPlan
 
 from .base import Call, Config
-from .latent import check_channels, cropped, padded, rows
+from .latent import check_channels, check_pooled, cropped, padded, rows
 
 BLOCK = "transformer_blocks.*."
 
@@ -63,6 +63,7 @@ def inputs(config: Config, call: Call) -> dict[str, Any]:
         wanted_latent=config["in_channels"],
         wanted_text=config["joint_attention_dim"],
     )
+    check_pooled("SD3", call["y"].shape[1], config["pooled_projection_dim"])
     patch, limit = config["patch_size"], config["pos_embed_max_size"]
     image = padded(x, patch)
     if max(image.shape[-2:]) > limit * patch:

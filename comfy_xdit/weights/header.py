@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import os
+import stat
 from typing import Any
 
 import torch
@@ -71,8 +72,11 @@ def read_metadata(path: str) -> dict[str, str]:
 def _read(path: str) -> tuple[int, int, dict[str, Any]]:
     """Where the weights begin, where the file ends, and the header's entries."""
     name = os.path.basename(path)
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
+    with open(path, "rb", opener=_without_waiting) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise InputError(f"{name} is a pipe or a device, not a file; choose a safetensors file")
+        size = status.st_size
         start = file.read(8)
         if start[:4] == b"GGUF":
             raise InputError(f"{name} is a GGUF file; use a safetensors file in fp32, fp16, bf16 or plain fp8")
@@ -85,6 +89,11 @@ def _read(path: str) -> tuple[int, int, dict[str, Any]]:
             raise InputError(f"{name} says its header has {length} bytes; the limit is {LIMIT_BYTES}")
         text = file.read(length)
     return 8 + length, size, _parse(name, text)
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """A pipe would wait for somebody to write to it."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _parse(name: str, text: bytes) -> dict[str, Any]:
@@ -115,6 +124,9 @@ def _entry(name: str, key: str, value: Any, start: int) -> TensorInfo:
         raise InputError(f"{name} has a damaged entry for {key[:80]!r} in its header; download it again")
     if not isinstance(dtype, str) or dtype not in BITS:
         raise InputError(f"{name} keeps {key[:80]!r} as {str(dtype)[:20]!r}, which is not a known type of number")
+    if math.prod(size for size in shape if size) >= 2**62:
+        # Also beside a size of 0, which makes no bytes of it: torch multiplies all of them.
+        raise InputError(f"{name}: {key[:80]!r} has a shape that no memory holds; download it again")
     if math.prod(shape) * BITS[dtype] != (end - begin) * 8:
         raise InputError(f"{name}: {key[:80]!r} has {end - begin} bytes, which is not what its shape takes")
     return TensorInfo(dtype=dtype, shape=shape, begin=start + begin, end=start + end)
