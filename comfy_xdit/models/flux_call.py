@@ -97,7 +97,7 @@ def inputs(config: Config, call: Call) -> dict[str, Any]:
     mask = call.get("attention_mask")
     if mask is not None:
         num_tokens = context.shape[1] + arguments["hidden_states"].shape[1]
-        if mask.shape[-1] not in (1, num_tokens) or mask.shape[-2] not in (1, num_tokens):
+        if mask.shape[-1] != num_tokens or mask.shape[-2] not in (1, num_tokens):
             raise InputError(f"an attention mask of {list(mask.shape)} is none for Flux.1's {num_tokens} tokens")
         mask = mask if mask.dim() == 2 else mask.unsqueeze(1)
         arguments["joint_attention_kwargs"] = {"attention_mask": mask}
