@@ -215,5 +215,5 @@ def test_sizes_that_contradict(shapes, change, says):
 
 
 def test_a_family_of_the_wrong_checkpoint():
-    with pytest.raises(ValueError, match=r"not a Flux\.1 model: it has no img_in\.weight"):
+    with pytest.raises(ValueError, match=r"this is no Flux\.1 checkpoint: it has no img_in\.weight"):
         comfy_layout(FLUX, header(tiny.sd3_shapes()))
