@@ -146,6 +146,22 @@ def test_a_bug_on_one_rank_is_told_with_its_trace_and_frees_the_others(pool):
     assert_healed(pool, pids, generation)
 
 
+def test_a_bug_that_nobody_waits_for_any_more_restarts_the_workers_all_the_same(pool):
+    """One rank fails and is free for what comes next, while the other waits for it."""
+
+    class GaveUp(Exception):
+        pass
+
+    def give_up():
+        raise GaveUp
+
+    with pytest.raises(GaveUp):
+        pool.call(Raise(error="fault", ranks=[0], meet=True), poll=give_up)
+    pids = worker_pids(pool)
+    wait_until(lambda: not set(worker_pids(pool)) & set(pids), "new workers")
+    assert pool.call(Reduce(value=1.0)).value == 2.0
+
+
 def test_kill_and_heal_again_and_again(pool):
     report = heal(pool, NUM_CYCLES)
     assert len(report.cycles) == NUM_CYCLES and report.orphans == []

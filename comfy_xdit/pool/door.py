@@ -255,12 +255,11 @@ class Door:
         elif kind == "residents":
             self.residents = texts(message, "messages")
         elif kind == "began":
-            worker.running = self._judge.message = text(message, "message")
+            worker.running = text(message, "message")
         elif kind == "done":
             failure = failure_of(message, len(self.roster.devices))
+            self._judge.ended(worker, (integer(message, "generation"), integer(message, "serial")), failure)
             worker.running = None
-            worker.done = (integer(message, "generation"), integer(message, "serial"))
-            worker.failure, worker.done_at = failure, time.monotonic()
             if failure is None:
                 self.pace.worked()
             self._settle()
@@ -326,7 +325,7 @@ class Door:
             self.residents = self.residents[-1:]
         log.warning("%s; the workers are %s", reason, "ended" if self.held else "restarted")
         failure = failure or self._judge.cause()
-        self._judge.forget()
+        self._judge.renew()
         workers = list(self.roster.workers.values())
         self.roster.kill()
         self._kill_starting()

@@ -9,8 +9,8 @@ import dataclasses
 import time
 from typing import Any
 
-from .roster import Roster
-from .verdict import LOCAL, STUCK_AFTER_S, groups_survive, worst
+from .roster import Roster, WorkerLine
+from .verdict import STUCK_AFTER_S, groups_survive, is_local, worst
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,14 +36,31 @@ class _Question:
     asked_at: float
 
 
+@dataclasses.dataclass(frozen=True)
+class _Failed:
+    """A message in which a rank failed. name: of its class; failures: rank → the fields of its `Failure`."""
+
+    name: str
+    since: float
+    failures: dict[int, dict[str, Any]]
+
+
 class Judge:
     """Watches how the ranks of `roster` end their messages."""
 
     def __init__(self, roster: Roster) -> None:
         self._roster = roster
         self._question: _Question | None = None
-        self.message = ""
-        """Class name of the message that a rank began last."""
+        # By number, until all ranks have ended it. A client that gave up sends the next one meanwhile, and a rank may
+        # end that while another still waits for it in this one.
+        self._failed: dict[tuple[int, int], _Failed] = {}
+
+    def ended(self, worker: WorkerLine, number: tuple[int, int], failure: dict[str, Any] | None) -> None:
+        """A rank has ended what it ran. number: generation and serial number; failure: the fields of its `Failure`."""
+        worker.done = number
+        if failure is not None:
+            failed = self._failed.setdefault(number, _Failed(worker.running or "", time.monotonic(), {}))
+            failed.failures[worker.rank] = failure
 
     def ask(self, generation: int, serial: int, *, is_broken: bool) -> None:
         """A client wants to know what becomes of its message. is_broken: the connection to a rank has ended."""
@@ -53,11 +70,19 @@ class Judge:
         """Nobody waits for an answer any more."""
         self._question = None
 
+    def renew(self) -> None:
+        """The workers are gone; what comes is said by others."""
+        self._question = None
+        self._failed.clear()
+
     def look(self) -> Keep | Restart | None:
         """What is known by now; None while all is well, or a rank's report is on its way."""
-        failure = self._broken()
-        if failure is not None:
-            return Restart(f"rank {failure['rank']} failed in {self.message}", failure)
+        for number, failed in list(self._failed.items()):
+            if not self._is_sound(number, failed):
+                failure = worst(list(failed.failures.values()))
+                return Restart(f"rank {failure['rank']} failed in {failed.name}", failure)
+            if self._have_ended(number):
+                del self._failed[number]
         question = self._question
         if question is None:
             return None
@@ -65,7 +90,7 @@ class Judge:
             # Of a worker that ended the door learns at once; it then has a better reason than this one.
             late_s = time.monotonic() - question.asked_at
             return Restart("a connection between client and workers broke", None) if late_s > STUCK_AFTER_S else None
-        if all(worker.done >= question.number for worker in self._roster.workers.values()):
+        if self._have_ended(question.number):
             self._question = None
             return Keep(*question.number)
         return None
@@ -76,26 +101,17 @@ class Judge:
         One that is out of memory, or found a mistake, may have taken the others with it. Else their failures are
         consequences, and how they were lost says more.
         """
-        workers, last = list(self._roster.workers.values()), self._last
-        is_over = self._question is None and all(worker.done == last for worker in workers)
-        told = [worker.failure for worker in workers if worker.done == last and worker.failure is not None]
+        failed = self._failed.get(max((worker.done for worker in self._roster.workers.values()), default=(0, 0)))
+        told = [] if failed is None else failed.failures.values()
         causes = [failure for failure in told if failure["kind"] in ("memory", "input")]
-        return worst(causes) if causes and not is_over else None
+        return worst(causes) if causes else None
 
-    @property
-    def _last(self) -> tuple[int, int]:
-        return max((worker.done for worker in self._roster.workers.values()), default=(0, 0))
+    def _have_ended(self, number: tuple[int, int]) -> bool:
+        """Whether all ranks have ended the message, or one after it."""
+        return all(worker.done >= number for worker in self._roster.workers.values())
 
-    def _broken(self) -> dict[str, Any] | None:
-        """The failure to tell, when the ranks ended a message in ways that leave their groups unusable."""
-        workers, last = list(self._roster.workers.values()), self._last
-        ended = [worker for worker in workers if worker.done == last]
-        failed = [worker for worker in ended if worker.failure is not None]
-        if not failed:
-            return None
-        if len(ended) == len(workers):
-            sound = groups_survive(self.message, [w.failure for w in workers])
-        else:
-            late_s = time.monotonic() - min(worker.done_at for worker in failed)
-            sound = late_s < STUCK_AFTER_S or self.message in LOCAL
-        return None if sound else worst([worker.failure for worker in failed if worker.failure is not None])
+    def _is_sound(self, number: tuple[int, int], failed: _Failed) -> bool:
+        """Whether the ranks' groups are usable, as far as they have ended the message."""
+        if self._have_ended(number):
+            return groups_survive(failed.name, [failed.failures.get(rank) for rank in self._roster.workers])
+        return is_local(failed.name, failed.failures.values()) or time.monotonic() - failed.since < STUCK_AFTER_S

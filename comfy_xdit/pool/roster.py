@@ -54,9 +54,6 @@ class WorkerLine:
     running: str | None = None
     done: tuple[int, int] = (0, 0)
     """Generation and serial number of the last message that it ended."""
-    failure: dict[str, Any] | None = None
-    """The fields of the `Failure` that it ended with."""
-    done_at: float = 0.0
 
     def send(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
         try:
@@ -172,6 +169,7 @@ class Roster:
                     entry["machine"] = worker.machine
             ranks.append(entry)
         return ranks
+
 
 def failure_of(message: dict[str, Any], num_ranks: int) -> dict[str, Any] | None:
     """The fields of the `Failure` with which a worker says that it ended a message; None for a result."""

@@ -8,7 +8,7 @@ The door asks here (`judge`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 STUCK_AFTER_S = 3.0
@@ -26,13 +26,21 @@ def worst(failures: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return min(failures, key=lambda failure: SAID_FIRST.index(failure["kind"]))
 
 
+def is_local(message: str, failures: Iterable[dict[str, Any] | None]) -> bool:
+    """Whether no rank can wait for another in this message, so far as they failed in it.
+
+    A worker whose groups are broken refuses what comes next, whatever it is, and says that it has communicated.
+    """
+    return message in LOCAL and not any(failure and failure["has_communicated"] for failure in failures)
+
+
 def groups_survive(message: str, failures: Sequence[dict[str, Any] | None]) -> bool:
     """False when the workers must be restarted.
 
     message: class name of the message that was run. failures: the fields of each rank's `Failure`, None for success.
     Ranks that are out of memory start afresh too: what others hold, or left in pieces, fills their devices.
     """
-    if len(failures) == 1 or message in LOCAL or not any(failures):
+    if len(failures) == 1 or is_local(message, failures) or not any(failures):
         return True
     return all(
         failure is not None and failure["kind"] != "memory" and not failure["has_communicated"]
