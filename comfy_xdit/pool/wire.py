@@ -5,6 +5,7 @@ A line of the door's may bring descriptors: it says how many ("num_fds"), and it
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -97,7 +98,7 @@ class Wire:
         return self.sock.fileno()
 
     def send(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
-        """Send one object, and copies of `fds` with it; any thread may call."""
+        """Send one object, and copies of `fds` with it; any thread may call. When that fails the connection ends."""
         line = json.dumps({**message, "num_fds": len(fds)} if fds else message).encode() + b"\n"
         try:
             with self._sending:
@@ -105,6 +106,10 @@ class Wire:
                 sent = socket.send_fds(self.sock, [line], fds) if fds else 0
                 self.sock.sendall(line[sent:])
         except OSError as error:
+            # Half a line may have left, and what came next would be taken for its rest. So this is the end, and who
+            # reads from it, here and there, learns of it.
+            with contextlib.suppress(OSError):
+                self.sock.shutdown(socket.SHUT_RDWR)
             raise ConnectionError(str(error)) from None
 
     def read(self) -> list[dict[str, Any]]:
