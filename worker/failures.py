@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from comfy_xdit.errors import InputError, is_out_of_memory
 
+MAX_CHARS = 8000
+"""Of an error's own text. torch lists every key of a state that doesn't fit, and a line to the door has its limit."""
+
 
 def classify(error: BaseException, rank: int) -> tuple[str, str]:
     """A failure's kind, as in `messages.Failure`, and its sentence for the user."""
     text = " ".join(str(error).split())
+    if len(text) > MAX_CHARS:
+        text = f"{text[:MAX_CHARS]}…"
     if is_out_of_memory(error):
         detail = f" ({text.split('. ')[0]})" if text else ""
         return "memory", (
