@@ -19,7 +19,7 @@ FORBIDDEN = {
     "nodes": {"comfy_xdit_worker", "worker"},
 }
 
-LAZY = {"diffusers", "distvae", "yunchang", "flash_attn", "flash_attn_interface"}
+LAZY = {"diffusers", "distvae", "flash_attn", "flash_attn_interface"}
 """Slow to import, or not everywhere: never needed to list the nodes or to read a header."""
 
 

@@ -50,7 +50,7 @@ def test_without_arguments_it_only_looks(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "torch is not installed here" in done.stdout
-    assert "Missing: diffusers, yunchang, distvae" in done.stdout
+    assert "Missing: diffusers, distvae" in done.stdout
     assert not list(tmp_path.iterdir())
 
 

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ranks import Ranks
 
-from comfy_xdit.parallel import kernels
+from comfy_xdit.parallel import flash, kernels
 from comfy_xdit.parallel.attention import Places, merge
 from comfy_xdit.parallel.sequence import shard_sizes, shard_starts
 
@@ -188,6 +188,7 @@ def test_merged_blocks_equal_the_whole(seed: int, cuts: list[int], dead: bool) -
 )
 def test_choice_of_kernel(monkeypatch, device, major, dtype, dim, masked, lse, installed, expected) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
-    monkeypatch.setattr(kernels, "_installed", lambda name: print if int(name[-1]) in installed else None)
+    usable = {f"flash-attn {number}" for number in installed}
+    monkeypatch.setattr(flash, "usable", lambda name, device, dtype: print if name in usable else None)
     q = SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(1, 2, 3, dim))
     assert kernels.choose(q, masked=masked, lse=lse) == expected

@@ -14,6 +14,7 @@ from programs import flow_program
 from ranks import Ranks, plain_denoise, tiny_call, tiny_model
 from staged import PROGRAMS, run_pipefusion, sampled, sampling_job, staged_model
 
+from comfy_xdit.parallel.once import OncePerEvaluation
 from comfy_xdit.parallel.spec import ParallelSpec
 from comfy_xdit.parallel.stale import StaleAttention
 from comfy_xdit.trajectory import Replay
@@ -109,6 +110,36 @@ def test_what_sees_no_streams_tokens_is_computed_once_an_evaluation(kind) -> Non
     # What works on tokens works for each segment.
     assert calls.count(model.module.proj_out) > 2 * 4
     assert "forward" not in vars(modulation)
+
+
+def test_a_modulation_that_differs_by_segment_is_a_fault_that_names_it() -> None:
+    """As of a model that modulates each token by itself."""
+    model = staged_model(**MODELS["sd3"])
+    block, forward = model.module.transformer_blocks[1], type(model.module.transformer_blocks[1]).forward
+
+    def modulated(self, hidden_states, encoder_hidden_states, temb, **others):
+        own = hidden_states.sum() if self is block else 0
+        return forward(self, hidden_states, encoder_hidden_states, temb + own, **others)
+
+    job = sampling_job(MODELS["sd3"], flow_program(steps=4), size=(12, 8))
+    with (
+        mock.patch.object(type(block), "forward", modulated),
+        pytest.raises(RuntimeError, match=r"transformer_blocks\.1\.norm1\S* was given other numbers by segments"),
+    ):
+        sampled(model, job, ParallelSpec(), num_patches=3)
+
+
+def test_an_input_of_another_shape_is_computed() -> None:
+    model = staged_model(**MODELS["sd3"])
+    linear = model.module.transformer_blocks[0].norm1.linear
+    once = OncePerEvaluation(model.module, model.family.plan)
+    with once:
+        once.begin(0, "rows")
+        for tokens in (1, 3, 1):
+            x = torch.ones(1, tokens, linear.in_features, dtype=torch.float64)
+            assert torch.equal(linear(x), torch.nn.functional.linear(x, linear.weight, linear.bias))
+        once.settle()
+    assert "forward" not in vars(linear)
 
 
 def test_texts_of_different_length(ranks) -> None:

@@ -16,6 +16,7 @@ import torch
 from comfy_xdit import messages as m
 from comfy_xdit.errors import InputError
 from comfy_xdit.mailbox import Mailbox
+from comfy_xdit.parallel import kernels
 from comfy_xdit.parallel.context import ParallelContext
 from comfy_xdit.parallel.denoise import denoise
 from comfy_xdit.parallel.groups import GroupCache
@@ -41,6 +42,7 @@ class Service:
         self.rank = rank
         self.world_size = world_size
         self.device = device
+        kernels.prepare(device)
         # As torchrun and the pool's own agent tell every worker.
         self._groups = GroupCache(world_size, num_local=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
         self._residents = Residents(rank=rank, world_size=world_size, device=device)

@@ -33,6 +33,7 @@ class Family:
     table(infos): in either layout → where each weight of ComfyUI's layout lies in the diffusers model.
     inputs(config, call): keyword arguments of the diffusers forward.
     output(out, call): what ComfyUI's own model would have returned; out is the diffusers model's tensor.
+    output_channels(config, call): how many channels that has.
     plan: what is cut, where, and where it is joined again.
     """
 
@@ -45,6 +46,7 @@ class Family:
     table: Callable[[Infos], Table]
     inputs: Callable[[Config, Call], dict[str, Any]]
     output: Callable[[Tensor, Call], Tensor]
+    output_channels: Callable[[Config, Call], int]
     plan: ModelPlan
 
     def shape(self, config: Config) -> ModelShape:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from comfy_xdit.errors import InputError
 from comfy_xdit.models.base import Config, Family
-from comfy_xdit.models.flux_call import PLAN, inputs, output
+from comfy_xdit.models.flux_call import PLAN, inputs, output, output_channels
 from comfy_xdit.weights.slices import Infos, Share, Table, block_numbers, respelled, shape_of, stacked, swapped, whole
 
 DOUBLE = "double_blocks.*."
@@ -114,5 +114,6 @@ FLUX = Family(
     table=table,
     inputs=inputs,
     output=output,
+    output_channels=output_channels,
     plan=PLAN,
 )

@@ -113,6 +113,11 @@ def output(out: Tensor, call: Call) -> Tensor:
     return cropped(image.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3), call["x"])
 
 
+def output_channels(config: Config, call: Call) -> int:
+    """Models that are given more than a latent, as for filling, put out its channels only."""
+    return int(config["out_channels"] or config["in_channels"]) // PATCH**2
+
+
 def guidance(config: Config, call: Call) -> Tensor | None:
     """ComfyUI passes guidance to every Flux.1; only some have a weight for it."""
     if not config["guidance_embeds"]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from comfy_xdit.errors import InputError
 from comfy_xdit.models.base import Config, Family
-from comfy_xdit.models.pixart_call import PLAN, inputs, output
+from comfy_xdit.models.pixart_call import PLAN, inputs, output, output_channels
 from comfy_xdit.models.pixart_positions import PatchesWithPositions
 from comfy_xdit.weights.slices import Infos, Table, block_numbers, shape_of, stacked, whole
 
@@ -133,5 +133,6 @@ PIXART = Family(
     table=table,
     inputs=inputs,
     output=output,
+    output_channels=output_channels,
     plan=PLAN,
 )

@@ -82,6 +82,10 @@ def output(out: Tensor, call: Call) -> Tensor:
     return out[:, : call["x"].shape[1]]
 
 
+def output_channels(config: Config, call: Call) -> int:
+    return int(call["x"].shape[1])
+
+
 def check_size(height: int, width: int, patch: int) -> None:
     """Raises InputError for sides of a latent that PixArt has no tokens or no positions for."""
     if height % patch or width % patch:

@@ -9,7 +9,7 @@ import math
 
 from comfy_xdit.errors import InputError
 from comfy_xdit.models.base import Config, Family
-from comfy_xdit.models.sd3_call import PLAN, inputs, output
+from comfy_xdit.models.sd3_call import PLAN, inputs, output, output_channels
 from comfy_xdit.weights.slices import Infos, Table, block_numbers, shape_of, stacked, swapped, whole
 
 IMAGE = "joint_blocks.*.x_block."
@@ -113,5 +113,6 @@ SD3 = Family(
     table=table,
     inputs=inputs,
     output=output,
+    output_channels=output_channels,
     plan=PLAN,
 )

@@ -82,3 +82,7 @@ def inputs(config: Config, call: Call) -> dict[str, Any]:
 def output(out: Tensor, call: Call) -> Tensor:
     """The image without the padding of odd sizes."""
     return cropped(out, call["x"])
+
+
+def output_channels(config: Config, call: Call) -> int:
+    return int(config["out_channels"])

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from . import kernels
@@ -138,43 +139,59 @@ class Places:
 
 
 def heads_for_sequence(tensors_BHLD: list[Tensor], sizes: list[int], axis: Axis) -> list[Tensor]:
-    """Trade sequence shards for head shards, all tensors in one all-to-all.
+    """Trade sequence shards for head shards, all tensors, which are of one shape, in one all-to-all.
 
     sizes: the ranks' numbers of tokens. Returns [B, h, S, D] each; h by `shard_sizes`, may be 0.
+    Where the degree divides the heads this is one operation before the exchange and one after it.
     Collective: every rank on `axis` must call.
     """
-    num_heads = tensors_BHLD[0].shape[1]
-    heads = shard_sizes(num_heads, axis.degree)
-    flat = [_per_head(tensors_BHLD) * count for count in heads]
-    send = tensors_BHLD[0].new_empty(sum(flat))
-    for start, part, count, first in zip(shard_starts(flat), flat, heads, shard_starts(heads), strict=True):
-        for view, x in _views(send[start : start + part], tensors_BHLD, heads=count):
-            view.copy_(x[:, first : first + count])
+    batch, num_heads, tokens, dim = tensors_BHLD[0].shape
+    assert all(x.shape == tensors_BHLD[0].shape for x in tensors_BHLD), "queries, keys and values are of one shape"
+    num, heads = len(tensors_BHLD), shard_sizes(num_heads, axis.degree)
+    send_sizes = [num * batch * count * tokens * dim for count in heads]
     mine = heads[axis.index]
-    tokens = [[x.narrow(2, 0, 0) for x in tensors_BHLD] for _ in sizes]
-    received_sizes = [_per_token(tensors_BHLD) * mine * size for size in sizes]
-    received = exchange(send, flat, received_sizes, axis)
-    for rank, (start, part) in enumerate(zip(shard_starts(received_sizes), received_sizes, strict=True)):
-        views = _views(received[start : start + part], tensors_BHLD, heads=mine, tokens=sizes[rank])
-        tokens[rank] = [view for view, _ in views]
-    return [torch.cat(parts, 2) for parts in zip(*tokens, strict=True)]
+    receive_sizes = [num * batch * mine * size * dim for size in sizes]
+    received = exchange(_heads_for_ranks(tensors_BHLD, heads), send_sizes, receive_sizes, axis)
+    # From each rank [num, B, L, h, D]; three dims are all that a kernel for many tensors takes.
+    parts = zip(received.split(receive_sizes), sizes, strict=True)
+    joined = torch.cat([part.view(num * batch, size, mine * dim) for part, size in parts], 1)
+    return [x.transpose(1, 2) for x in joined.view(num, batch, sum(sizes), mine, dim).unbind(0)]
+
+
+def _heads_for_ranks(tensors_BHLD: list[Tensor], heads: list[int]) -> Tensor:
+    """A flat buffer of each rank's heads, rank after rank, as [tensor, B, L, h, D]."""
+    batch, _, tokens, dim = tensors_BHLD[0].shape
+    degree, by_token = len(heads), [x.transpose(1, 2) for x in tensors_BHLD]
+    if len(set(heads)) > 1:
+        together = torch.stack(by_token)
+        return torch.cat([part.reshape(part.numel()) for part in together.split(heads, 3)])
+    if all(x.is_contiguous() for x in by_token):
+        # As many dims as a kernel for many tensors takes.
+        rows = [x.view(batch * tokens, degree, heads[0] * dim).transpose(0, 1) for x in by_token]
+    else:
+        rows = [x.unflatten(2, (degree, heads[0])).movedim(2, 0) for x in by_token]
+    return torch.stack(rows, 1).flatten()
 
 
 def sequence_for_heads(x_BhSD: Tensor, sizes: list[int], num_heads: int, axis: Axis) -> Tensor:
-    """Trade head shards back for sequence shards: [B, H, L, D]. Collective over `axis`."""
+    """Trade head shards back for sequence shards: [B, H, L, D]. Collective over `axis`.
+
+    Where the degree divides heads and tokens this is one operation before the exchange, at most, and one after it.
+    """
     batch, own_heads, _, dim = x_BhSD.shape
     heads = shard_sizes(num_heads, axis.degree)
     assert own_heads == heads[axis.index]
     send_sizes = [batch * own_heads * size * dim for size in sizes]
-    send = torch.cat([part.reshape(-1) for part in x_BhSD.split(sizes, 2)])
+    by_token = x_BhSD.transpose(1, 2)
+    if len(set(sizes)) == 1:
+        send = by_token.unflatten(1, (axis.degree, sizes[0])).transpose(0, 1).flatten()
+    else:
+        send = torch.cat([part.reshape(part.numel()) for part in by_token.split(sizes, 1)])
     tokens = sizes[axis.index]
     receive_sizes = [batch * count * tokens * dim for count in heads]
-    received = exchange(send, send_sizes, receive_sizes, axis)
-    parts = [
-        part.view(batch, count, tokens, dim)
-        for part, count in zip(received.split(receive_sizes), heads, strict=True)
-    ]
-    return torch.cat(parts, 1)
+    parts = zip(exchange(send, send_sizes, receive_sizes, axis).split(receive_sizes), heads, strict=True)
+    joined = torch.cat([part.view(batch * tokens, count * dim) for part, count in parts], 1)
+    return joined.view(batch, tokens, num_heads, dim).transpose(1, 2)
 
 
 def ring_attention(
@@ -192,45 +209,50 @@ def ring_attention(
     lengths: the ranks' numbers of keys; masks: for each rank's keys. Blocks travel at their true length.
     Collective: every rank on `axis` must call.
     """
-    from yunchang.ring.utils import RingComm
-
-    ring = RingComm(axis.group)
-    kv = [k_BhLD, v_BhLD]
-    merged: tuple[Tensor, Tensor] | None = None
+    assert k_BhLD.shape == v_BhLD.shape, "keys and values are of one shape"
+    batch, heads, _, dim = k_BhLD.shape
+    kv = torch.stack([k_BhLD.transpose(1, 2), v_BhLD.transpose(1, 2)])
+    out, lse = q_BhLD, q_BhLD
     for step in range(axis.degree):
         block = (axis.index - step) % axis.degree
-        coming = lengths[block - 1]
         last = step + 1 == axis.degree
         if not last:
-            packed = torch.cat([x.reshape(-1) for x in kv])
-            buffer = packed.new_empty(sum(x.shape[0] * x.shape[1] * coming * x.shape[3] for x in kv))
-            ring.send_recv(packed, buffer)
-            # Receiving first, for which yunchang has no switch: see `sequence._exchange_over_network`.
-            ring._ops.reverse()
-            ring.commit()
-        piece = kernels.attention_with_lse(q_BhLD, kv[0], kv[1], mask=masks[block], scale=scale)
-        merged = piece if merged is None else merge(*merged, *piece)
+            coming = kv.new_empty((2, batch, lengths[block - 1], heads, dim))
+            works = _pass_on(kv, coming, axis)
+        k, v = (x.transpose(1, 2) for x in kv.unbind(0))
+        piece, piece_lse = kernels.attention_with_lse(q_BhLD, k, v, mask=masks[block], scale=scale)
+        if step == 0:
+            out, lse = piece.to(piece_lse.dtype), piece_lse
+        else:
+            out = blend(out, lse, piece, piece_lse)
+            lse = lse if last else torch.logaddexp(lse, piece_lse)
         if not last:
-            with axis.traffic.timed("send", packed.nbytes, packed.device):
-                ring.wait()
-            sizes = [x.shape[0] * x.shape[1] * coming * x.shape[3] for x in kv]
-            kv = [
-                part.view(*x.shape[:2], coming, x.shape[3])
-                for part, x in zip(buffer.split(sizes), kv, strict=True)
-            ]
-    assert merged is not None
-    return merged[0].to(q_BhLD.dtype)
+            with axis.traffic.timed("send", kv.nbytes, kv.device):
+                for work in works:
+                    work.wait()
+            kv = coming
+    return out.to(q_BhLD.dtype)
+
+
+def _pass_on(x: Tensor, coming: Tensor, axis: Axis) -> list[dist.Work]:
+    """Send `x` to the next rank and receive `coming` from the one before."""
+    before, after = axis.ranks[axis.index - 1], axis.ranks[(axis.index + 1) % axis.degree]
+    # Receiving first: see `sequence._exchange_over_network`.
+    todo = [(dist.irecv, coming, before), (dist.isend, x, after)]
+    group = axis.group
+    return dist.batch_isend_irecv([dist.P2POp(run, tensor, peer, group) for run, tensor, peer in todo])
 
 
 def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Output and LSE over the keys of both; exact also where one or both saw no key (LSE -inf).
+    """Output and LSE over the keys of both, in the LSE's dtype; exact also where one or both saw no key (LSE -inf)."""
+    return blend(out, lse, other, other_lse), torch.logaddexp(lse, other_lse)
 
-    Kept in the LSE's dtype, fp32 or wider, until the ring is closed.
-    """
-    total = torch.logaddexp(lse, other_lse)
-    finite = total.masked_fill(total == -torch.inf, 0)  # -inf minus -inf is not a number
-    weight, other_weight = ((x - finite).exp().unsqueeze(-1) for x in (lse, other_lse))
-    return out.to(lse.dtype) * weight + other.to(lse.dtype) * other_weight, total
+
+def blend(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> Tensor:
+    """As `merge`, the output alone. In the LSE's dtype, fp32 or wider, in which it is kept until the ring is closed."""
+    # What saw no key has no weight; where both did, both are 0, and -inf minus -inf is not a number.
+    weight = torch.sigmoid(lse - other_lse).nan_to_num(0.5).unsqueeze(-1)
+    return torch.lerp(other.to(lse.dtype), out.to(lse.dtype), weight)
 
 
 def heads_of_mask(mask: Tensor, num_heads: int, axis: Axis) -> Tensor:
@@ -238,22 +260,3 @@ def heads_of_mask(mask: Tensor, num_heads: int, axis: Axis) -> Tensor:
         return mask
     sizes = shard_sizes(num_heads, axis.degree)
     return mask.narrow(1, shard_starts(sizes)[axis.index], sizes[axis.index])
-
-
-def _per_token(tensors: list[Tensor]) -> int:
-    return sum(x.shape[0] * x.shape[3] for x in tensors)
-
-
-def _per_head(tensors: list[Tensor]) -> int:
-    return sum(x.shape[0] * x.shape[2] * x.shape[3] for x in tensors)
-
-
-def _views(
-    flat: Tensor, tensors: list[Tensor], *, heads: int, tokens: int | None = None
-) -> list[tuple[Tensor, Tensor]]:
-    """`flat` as one [B, heads, tokens, D] view for each of `tensors`, with that tensor."""
-    shapes = [(x.shape[0], heads, x.shape[2] if tokens is None else tokens, x.shape[3]) for x in tensors]
-    sizes = [b * h * s * d for b, h, s, d in shapes]
-    return [
-        (part.view(shape), x) for part, shape, x in zip(flat.split(sizes), shapes, tensors, strict=True)
-    ]

@@ -91,7 +91,7 @@ def evaluate(model: Model, calls: list[Call], context: ParallelContext) -> list[
         outputs = drained(cast("PipelineModel", model), mine, context)
     else:
         outputs = [_run(model, call) for call in mine]
-    return share(calls, lanes, outputs, model.compute_dtype, context)
+    return share(calls, lanes, outputs, output_channels(model, calls[0]), model.compute_dtype, context)
 
 
 def deal(batches: list[int], *, cfg: int, dp: int) -> list[list[Piece]]:
@@ -160,20 +160,26 @@ def arguments_of(model: Model, call: Call) -> dict[str, Any]:
     return model.family.inputs(dict(config), call)
 
 
+def output_channels(model: Model, call: Call) -> int:
+    """Channels of ComfyUI's output for a call: ranks that have not seen it know its shape."""
+    config: Any = model.module.config
+    return model.family.output_channels(dict(config), call)
+
+
 def share(
-    calls: list[Call], lanes: list[list[Piece]], outputs: list[Tensor], dtype: torch.dtype, context: ParallelContext
+    calls: list[Call],
+    lanes: list[list[Piece]],
+    outputs: list[Tensor],
+    num_channels: int,
+    dtype: torch.dtype,
+    context: ParallelContext,
 ) -> list[Tensor]:
     """The whole outputs, on every rank. Lanes send their pieces to each other; a lane's ranks hold the same."""
     axis = context.axis("lanes")
     if axis.degree == 1:
         return outputs
-    channels = torch.tensor([outputs[0].shape[1] if outputs else 0])
-    if not all(lanes):
-        # A lane without rows has not seen an output; the first lane always has.
-        channels = channels.to(calls[0]["x"].device)
-        dist.broadcast(channels, axis.ranks[0], group=axis.group)
     shapes = [
-        [(piece.stop - piece.start, int(channels), *calls[piece.call]["x"].shape[2:]) for piece in pieces]
+        [(piece.stop - piece.start, num_channels, *calls[piece.call]["x"].shape[2:]) for piece in pieces]
         for pieces in lanes
     ]
     sizes = [sum(math.prod(shape) for shape in of_lane) for of_lane in shapes]

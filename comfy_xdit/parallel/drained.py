@@ -12,8 +12,8 @@ from torch import Tensor
 
 from comfy_xdit.models.base import Call
 
-from .context import Axis, ParallelContext
-from .denoise import Piece, arguments_of, rows_of
+from .context import ParallelContext
+from .denoise import Piece, arguments_of, output_channels, rows_of
 from .stage import PipelineModel, Stage
 
 
@@ -26,8 +26,7 @@ def drained(model: PipelineModel, calls: list[Call], context: ParallelContext) -
             parts = [_forward(model, stage, row) for row in rows]
             outputs.append(torch.cat([part for part in parts if part is not None]) if stage.is_last else None)
         # What the last stage has, the first has sent: nothing is under way after this.
-        axis, dtype = context.axis("pipe"), model.compute_dtype
-        whole = [_from_last(output, call["x"], dtype, axis) for output, call in zip(outputs, calls, strict=True)]
+        whole = [_from_last(output, call, model, context) for output, call in zip(outputs, calls, strict=True)]
         stage.settle()
         stage.settle()
     return whole
@@ -43,15 +42,14 @@ def _forward(model: PipelineModel, stage: Stage, call: Call) -> Tensor | None:
     return None if out is None else model.family.output(out, call)
 
 
-def _from_last(output: Tensor | None, x: Tensor, dtype: torch.dtype, axis: Axis) -> Tensor:
-    """The last stage's output on every stage; they know its shape but for the channels."""
-    last = axis.ranks[-1]
-    channels = torch.tensor([0 if output is None else output.shape[1]], device=x.device)
-    dist.broadcast(channels, last, group=axis.group)
+def _from_last(output: Tensor | None, call: Call, model: PipelineModel, context: ParallelContext) -> Tensor:
+    """The last stage's output on every stage."""
+    x, axis = call["x"], context.axis("pipe")
     if output is None:
-        output = x.new_empty((x.shape[0], int(channels), *x.shape[2:]), dtype=dtype)
+        shape = (x.shape[0], output_channels(model, call), *x.shape[2:])
+        output = x.new_empty(shape, dtype=model.compute_dtype)
     output = output.contiguous()
     sent = output.nbytes * (axis.degree - 1) if axis.index == axis.degree - 1 else 0
     with axis.traffic.timed("broadcast", sent, x.device):
-        dist.broadcast(output, last, group=axis.group)
+        dist.broadcast(output, axis.ranks[-1], group=axis.group)
     return output

@@ -6,14 +6,14 @@ Tensors are [batch, heads, sequence, head dim]. The log-sum-exp (LSE), which rin
 
 from __future__ import annotations
 
-import functools
-import importlib
-import inspect
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from . import flash
+from .flash_try import attend
 
 aten = torch.ops.aten
 
@@ -31,7 +31,7 @@ def attention(
     if q.numel() == 0 or k.shape[2] == 0:
         return q.new_zeros((*q.shape[:-1], v.shape[-1]))
     name = choose(q, masked=mask is not None, lse=False)
-    if name in _FLASH:
+    if name in flash.MODULES:
         return _flash(name, q, k, v, scale)[0]
     if mask is not None and mask.dtype != torch.bool and q.dtype == torch.float64:
         # torch 2.13 takes an fp32 mask too, and on a CPU reads it as fp64.
@@ -75,7 +75,7 @@ def choose(q: Tensor, *, masked: bool, lse: bool) -> str:
     major = torch.cuda.get_device_capability(q.device)[0]
     if half and even and not masked:
         for name, usable in (("flash-attn 3", major == 9), ("flash-attn 2", major >= 8)):
-            if usable and _installed(name) is not None:
+            if usable and flash.usable(name, q.device, q.dtype) is not None:
                 return name
     if not lse:
         return "sdpa"
@@ -86,27 +86,17 @@ def choose(q: Tensor, *, masked: bool, lse: bool) -> str:
     return "math"
 
 
-_FLASH = {"flash-attn 3": "flash_attn_interface", "flash-attn 2": "flash_attn"}
-
-
-@functools.cache
-def _installed(name: str) -> Callable[..., object] | None:
-    """flash-attn's function, or None when it isn't installed or was built for another torch."""
-    try:
-        return importlib.import_module(_FLASH[name]).flash_attn_func
-    except (ImportError, OSError, RuntimeError, AttributeError):
-        return None
+def prepare(device: torch.device) -> None:
+    """Try what `choose` may take on `device`: a trial takes seconds and memory, which a model may not leave it."""
+    if device.type == "cuda" and any(map(flash.is_installed, flash.MODULES)):
+        for dtype in (torch.float16, torch.bfloat16):
+            choose(torch.empty(1, 1, 1, 64, dtype=dtype, device=device), masked=False, lse=True)
 
 
 def _flash(name: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
-    kernel = _installed(name)
+    kernel = flash.usable(name, q.device, q.dtype)
     assert kernel is not None
-    # The first releases of flash-attn 3 return the LSE without being asked, later ones take the argument.
-    known = inspect.signature(kernel).parameters
-    wanted = {"return_attn_probs": True} if "return_attn_probs" in known else {}
-    parts = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
-    out, lse = kernel(*parts, softmax_scale=scale, **wanted)[:2]  # type: ignore[index]
-    return out.transpose(1, 2), lse
+    return attend(kernel, q, k, v, scale)
 
 
 def _cpu(

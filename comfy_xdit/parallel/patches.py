@@ -162,10 +162,17 @@ class LastStage:
     """The sampler's state of each patch. Every lane has that of all rows, as lanes share their outputs."""
 
     def __init__(
-        self, message: Sample, patches: Patches, replies: Replies, link: Outbox | Shelf, context: ParallelContext
+        self,
+        message: Sample,
+        patches: Patches,
+        replies: Replies,
+        link: Outbox | Shelf,
+        context: ParallelContext,
+        num_channels: int,
     ) -> None:
+        """num_channels: of the model's output."""
         self._message, self._patches, self._replies, self._link = message, patches, replies, link
-        self._context = context
+        self._context, self._num_channels = context, num_channels
         self._replays = [self._replay(patch) for patch, _ in enumerate(patches.rows)]
 
     def finish(self, evaluation: Evaluation, patch: int, outputs: Sequence[Tensor]) -> None:
@@ -179,7 +186,8 @@ class LastStage:
         spec = self._context.spec
         lanes = deal([x.shape[0]] * len(call.conds), cfg=spec.cfg, dp=spec.dp)
         parts = [self._patches.cut(output, patch) for output in outputs]
-        whole = share([{"x": x} for _ in call.conds], lanes, parts, self._replies.x_dtype, self._context)
+        calls = [{"x": x} for _ in call.conds]
+        whole = share(calls, lanes, parts, self._num_channels, self._replies.x_dtype, self._context)
         replay.answer(evaluation.number, whole)
         shown = iter(replay.previews(evaluation.number))
         for what in self._replies.to(evaluation):

@@ -24,7 +24,7 @@ from comfy_xdit.trajectory import SamplerProgram
 from .agreement import Agreement
 from .apply import Application, applied
 from .context import ParallelContext
-from .denoise import Piece, arguments_of, deal, rows_of
+from .denoise import Piece, arguments_of, deal, output_channels, rows_of
 from .links import Inbox, Outbox, Shelf
 from .once import OncePerEvaluation
 from .patches import Evaluation, FirstStage, LastStage, Patches, Replies
@@ -69,6 +69,7 @@ def pipefusion(
         pipeline = _Pipeline(model, message, conds, context, patches, keys, once, run, stage, post)
         if Agreement(wish_to_stop, context.world).go_on():
             result = pipeline.run(wish_to_stop)
+            once.settle()
         report["buffer_bytes"] = keys.most_bytes_held
     return result, {**context.report(), **report}
 
@@ -138,7 +139,10 @@ class _Pipeline:
         replies, back = Replies.of(model, message, context), context.axis("pipe back")
         alone = Shelf() if back.degree == 1 else None
         self._sent = (alone or Outbox(back, 0)) if stage.is_last else None
-        self._last = LastStage(message, patches, replies, self._sent, context) if self._sent is not None else None
+        self._last = None
+        if self._sent is not None:
+            channels = output_channels(model, {"x": message.noise})
+            self._last = LastStage(message, patches, replies, self._sent, context, channels)
         self._first = None
         if stage.is_first:
             link = alone or Inbox(back, back.degree - 1)

@@ -27,7 +27,7 @@ def torchs_own(module: nn.Module) -> Iterator[None]:
     from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
 
     native = AttentionBackendName.NATIVE
-    processors = [getattr(child, "processor", None) for child in module.modules()]
+    processors: list[Any] = [getattr(child, "processor", None) for child in module.modules()]
     named = [processor for processor in processors if getattr(processor, "_attention_backend", native) is not native]
     before = [processor._attention_backend for processor in named]
     with attention_backend(native):
