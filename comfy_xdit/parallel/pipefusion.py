@@ -165,9 +165,7 @@ class _Pipeline:
             # Asked for before the computing, so that the next step's messages come beside it.
             following = next(steps, None)
             self._expect(following)
-            # A segment's sender needs what this stage made of the patch an evaluation ago. A whole evaluation's needs
-            # all of the one before, of which this step is the end.
-            if following is not None and not following.evaluation.is_exact:
+            if following is not None and self._comes_beside(following):
                 self._stage.post()
             if step.begins:
                 self._context.begin_evaluation(self._message.noise.device)
@@ -188,6 +186,16 @@ class _Pipeline:
             self._first.take(previous, patch)
         is_done = previous.number + 1 == len(self._program.calls)
         return self._first.result if is_done and self._context.rank == 0 else None
+
+    def _comes_beside(self, following: _Step) -> bool:
+        """Whether the next step's messages may come while this rank computes the step before.
+
+        A segment's sender needs what this stage made of the patch an evaluation ago. A whole evaluation's needs all of
+        the one before, of which that step is the end. And not with NCCL: were two stages to wait for their devices at
+        once, each with a receive posted whose sender is the other, neither would come to its send. Posted after the
+        launch, a receive waits for steps before its own only, so some stage can always go on.
+        """
+        return self._message.noise.device.type == "cpu" and not following.evaluation.is_exact
 
     def _settle(self) -> None:
         """An evaluation is over: what was sent in the one before has arrived, or none of this could have."""
