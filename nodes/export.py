@@ -11,13 +11,16 @@ import stat
 import uuid
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from comfy_xdit_nodes.checkpoint import Checkpoint, open_checkpoint
 from torch import Tensor
 
 from comfy_xdit.weights.header import FLOATS
+
+if TYPE_CHECKING:
+    from comfy_xdit.pool.locks import Lock
 
 log = logging.getLogger("comfy_xdit")
 
@@ -69,22 +72,22 @@ def export_file(owner: Any, weights: dict[str, Tensor], *, what: str, way_out: s
     free = shutil.disk_usage(folder).free
     if needed + MARGIN_BYTES > free:
         raise ValueError(
-            f"handing this {what} to the workers takes {needed} bytes of {root}, which has {free} free; "
+            f"handing this {what} to the workers takes {needed} bytes of shared memory, which has {free} free; "
             f"{way_out}, or make shared memory larger"
         )
-    path = folder / f"{os.getpid()}-{uuid.uuid4().hex}.safetensors"
-    weakref.finalize(owner, _remove, path)
-    log.info("handing %.2f GB of weights to the workers through %s", needed / 1e9, path)
+    held = _new_file(folder)
+    finalizer = weakref.finalize(owner, _remove, held, os.getpid())
+    log.info("handing %.2f GB of weights to the workers through %s", needed / 1e9, held.path)
     try:
-        write(path, weights)
+        write(held.path, weights)
     except BaseException:
-        _remove(path)
+        finalizer()
         raise
-    return path
+    return held.path
 
 
 def write(path: Path, weights: dict[str, Tensor]) -> None:
-    """Write a safetensors file, tensor after tensor: no second copy of the model in memory."""
+    """Fill a safetensors file, tensor after tensor: no second copy of the model in memory."""
     entries, end = {}, 0
     for key, weight in weights.items():
         if weight.dtype not in NAMES:
@@ -94,7 +97,7 @@ def write(path: Path, weights: dict[str, Tensor]) -> None:
         entries[key] = {"dtype": NAMES[weight.dtype], "shape": shape, "data_offsets": [begin, end]}
     header = json.dumps(entries).encode()
     header += b" " * (-len(header) % 8)
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for weight in weights.values():
             flat = weight.detach().cpu().contiguous().flatten()
@@ -105,14 +108,14 @@ def _private_folder(root: Path, what: str, way_out: str) -> Path:
     """Our folder under `root`, which nobody else may enter. Raises ValueError when it is somebody else's."""
     if not root.is_dir():
         raise ValueError(
-            f"this {what} has no file that the workers could read, and this machine has no {root}; {way_out}"
+            f"this {what} has no file that the workers could read, and this machine has no shared memory; {way_out}"
         )
     folder = _folder(root)
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
     status = folder.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
-        raise ValueError(f"{folder} is not a private folder of this user; remove it")
+        raise ValueError(f"{folder.name} in shared memory is not a private folder of this user; remove it")
     return folder
 
 
@@ -120,13 +123,34 @@ def _folder(root: Path) -> Path:
     return root / f"comfy-xdit-{os.getuid()}"
 
 
+def _new_file(folder: Path) -> Lock:
+    """A new file that this process holds a lock on, as long as it lives: so others know that it is in use."""
+    # Here, not at import: like the pool it takes modules that only Linux has.
+    from comfy_xdit.pool.locks import Lock
+
+    while True:
+        held = Lock(folder / f"{uuid.uuid4().hex}.safetensors")
+        if held.take():
+            return held
+        # Another process took it for a leftover, between its making and its lock.
+        held.release()
+
+
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what processes left that were killed."""
-    for path in folder.glob("*-*.safetensors"):
-        owner = path.name.split("-")[0]
-        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
-            _remove(path)
+    """Remove what processes left that were killed. Not told by process ids: containers that share the folder don't
+    see each other's.
+    """
+    from comfy_xdit.pool.locks import Lock
+
+    for path in folder.glob("*.safetensors"):
+        lock = Lock(path)
+        if lock.take():
+            path.unlink(missing_ok=True)
+        lock.release()
 
 
-def _remove(path: Path) -> None:
-    path.unlink(missing_ok=True)
+def _remove(held: Lock, pid: int) -> None:
+    """pid: whose file it is; in a fork of that process it stays."""
+    if os.getpid() == pid:
+        held.path.unlink(missing_ok=True)
+    held.release()

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy_xdit_nodes.trace import NotAProgram
 from torch import Tensor
 
 MAX_OBJECTS = 10_000
-"""More is a model's or a file's, which no sampler counts its steps in."""
+"""With more to look through and to put back, each run takes noticeably longer to begin."""
 
 LEFT_ALONE = (Tensor, torch.nn.Module, ModelPatcher, types.ModuleType, type, str, bytes, int, float, complex)
 
@@ -29,7 +30,8 @@ def as_it_was(device: torch.device, *roots: Any) -> Iterator[Moved]:
     """After an error, what the block moved is where it was before.
 
     That is: torch's, Python's and NumPy's own random generators, those of the sampler's that are found, and the
-    plain state of objects that can be reached from `roots`.
+    plain state of objects that can be reached from `roots`. Raises NotAProgram, before the block, when these are too
+    many.
     """
     moved = Moved(device, roots)
     try:
@@ -53,8 +55,12 @@ class Moved:
         if numpy is not None:
             self._keep(numpy.random.get_state, numpy.random.set_state)
         waiting = list(roots)
-        while waiting and len(self._known) < MAX_OBJECTS:
+        while waiting:
             waiting += self._meet(waiting.pop())
+            if len(self._known) > MAX_OBJECTS:
+                raise NotAProgram(
+                    f"the sampler reaches more than {MAX_OBJECTS} objects, too many to put back after an attempt"
+                )
 
     def meet(self, generator: torch.Generator) -> None:
         """To be called before a generator is drawn from, wherever it was kept."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import functools
 import logging
+import os
 import queue
 import threading
 import time
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from comfy_xdit import messages as m
+from comfy_xdit.pool.errors import PoolError
 
 if TYPE_CHECKING:
     from comfy_xdit.pool.client import Pool
@@ -36,6 +38,9 @@ class Residency:
     def __init__(self, what: str) -> None:
         self._what = what
         self._held: dict[str, tuple[Pool, str]] = {}
+        self._told: dict[str, tuple[str, str]] = {}
+        """Of each pool that was busy: the key, and what the log says already."""
+        self._pid = os.getpid()
 
     def add(self, pool: Pool, key: str) -> None:
         """To be called before it is loaded: a load that fails half-way leaves something too."""
@@ -50,7 +55,7 @@ class Residency:
 
         Starts no pool, and gives up on one that is busy after a while (by default `UNLOAD_PATIENCE_S`): freeing memory
         must neither fail nor hold up another job. What could not be freed is logged; on a busy pool it stays known,
-        for the next time.
+        for the next time, and is logged once.
         """
         limit_s = UNLOAD_PATIENCE_S if patience_s is None else patience_s
         for name, (pool, key) in list(self._held.items()):
@@ -58,12 +63,27 @@ class Residency:
                 pool.status()  # Refuses when the pool is gone; a call would start it anew.
                 pool.call(m.Unload(keys=[key]), poll=_patience(limit_s))
             except TimeoutError as error:
-                log.warning("could not unload a %s from pool %s: %s", self._what, name, error)
+                if self._told.get(name) != (key, str(error)):
+                    self._told[name] = (key, str(error))
+                    self._warn(name, error)
                 continue
-            except RuntimeError as error:  # PoolError
-                log.warning("could not unload a %s from pool %s: %s", self._what, name, error)
+            except PoolError as error:
+                self._warn(name, error)
+            except Exception as error:
+                # Whatever it is (no descriptor left, say): the other pools, and other models later, have their turn.
+                self._warn(name, error, trace=True)
+            self._told.pop(name, None)
             if self._held.get(name) == (pool, key):
                 del self._held[name]
+
+    def _warn(self, name: str, error: Exception, *, trace: bool = False) -> None:
+        shown = error if trace else None
+        log.warning("could not unload a %s from pool %s: %s", self._what, name, error, exc_info=shown)
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this process made it; else this is a fork of that process, and what is held is not its to free."""
+        return self._pid == os.getpid()
 
     def ends_with(self, owner: Any) -> None:
         """Unload when `owner` is collected: soon after, when the pool is free; or when ComfyUI ends.
@@ -83,7 +103,8 @@ _mortal: weakref.WeakSet[Residency] = weakref.WeakSet()
 def unload_at_exit() -> None:
     """A pool outlives ComfyUI, and would keep the memory of copies that have no file any more."""
     for residency in list(_mortal):
-        residency.unload(EXIT_PATIENCE_S)
+        if residency.is_ours:
+            residency.unload(EXIT_PATIENCE_S)
 
 
 def _patience(limit_s: float) -> Callable[[], None]:

@@ -161,7 +161,8 @@ class Follower:
                 self._peek()
                 self._next = time.monotonic() + PEEK_EVERY_S
         except BaseException:
-            self._pool.aside(m.Cancel(job=self._job))
+            # Not waited for: rank 0 may stand still, and the user waits.
+            self._pool.aside(m.Cancel(job=self._job), timeout_s=0)
             raise
         return self._num_shown > num_shown
 
@@ -175,7 +176,7 @@ class Follower:
             )
 
     def _peek(self) -> None:
-        answer = self._pool.aside(m.Peek(job=self._job), timeout_s=PEEK_TIMEOUT_S)
+        answer = self._pool.aside(m.Peek(job=self._job), poll=poll, timeout_s=PEEK_TIMEOUT_S)
         for entry in [] if answer is None else answer.value:
             self._show(entry["step"], entry["total"], entry["denoised"])
             self._num_shown += 1

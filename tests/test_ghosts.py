@@ -187,10 +187,11 @@ def test_a_crowded_door_is_a_pool_that_runs_and_its_log_stays(monkeypatch):
                 one = crowd.enter_context(socket.socket(socket.AF_UNIX))
                 one.setblocking(False)
                 one.connect(str(folder.door))
-        with pytest.raises(PoolError, match=r"pool 'test' does not answer at .*; end it with `comfy-xdit pool stop"):
+        with pytest.raises(PoolError, match=r"pool 'test' does not answer; end it with `comfy-xdit pool stop"):
             start_module.say(folder, {"type": "status"}, timeout_s=0.5)
-        with pytest.raises(PoolError, match="ended while it started: another pool 'test' runs, or is just ending"):
+        with pytest.raises(PoolError, match="it started: another pool 'test' runs, or is just ending") as told:
             start_module.spawn(folder, ["cpu"], **OPTIONS)
+        assert str(folder.path) not in str(told.value)
         assert folder.log.read_text() == said
         os.kill(supervisor, 18)
         assert pool.call(Reduce(value=1.0)).value == 2.0

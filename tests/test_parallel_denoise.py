@@ -50,7 +50,7 @@ def test_rows_of_nested_values() -> None:
         ("flux", {"control": {}}, 1, "takes no ControlNet yet"),
         ("flux", {"ref_latents_method": "index_timestep_zero"}, 1, "use offset, index or uxo/uno"),
         ("flux", {"ref_latents": [torch.zeros(1, 7, 8, 8)]}, 1, "latent of shape [1, 7, 8, 8] does not fit"),
-        ("sd3", {"y": None}, 1, "SD3 needs pooled text"),
+        ("sd3", {"y": None}, 1, "SD3 / SD3.5 needs pooled text"),
         ("sd3", {"x": torch.zeros(3, 4, 26, 8)}, 1, "use 24 or less on each side (192 pixels)"),
         ("pixart", {"x": torch.zeros(3, 4, 33, 40)}, 1, "a latent of 40x33 does not divide into PixArt's patches"),
         ("pixart", {"x": torch.zeros(3, 4, 32, 32)}, 1, "use 528 pixels or more, both sides together"),

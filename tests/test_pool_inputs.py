@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+
 import pytest
 
-from comfy_xdit.pool.client import Pool, PoolError
+from comfy_xdit.pool import cli_status
+from comfy_xdit.pool.client import Pool, PoolError, status
 from comfy_xdit.pool.devices import describe, parse_devices
 from comfy_xdit.pool.folder import pool_folder
 from comfy_xdit.pool.verdict import groups_survive, worst
@@ -83,20 +86,33 @@ def test_a_pools_folder_is_private_even_when_it_was_not(home):
 def test_a_link_in_place_of_the_folder_is_refused(home, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     home.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(PoolError, match="belongs to someone else; set COMFY_XDIT_HOME"):
+    with pytest.raises(PoolError, match="belongs to someone else; set COMFY_XDIT_HOME") as told:
         pool_folder("test")
+    assert str(home) not in str(told.value)
 
 
 def test_a_folder_that_cannot_be_made_is_told(home):
     home.write_text("a file is in the way")
-    with pytest.raises(PoolError, match=r"cannot use .* for the pool .*; set COMFY_XDIT_HOME"):
+    with pytest.raises(PoolError, match=r"cannot use the folder .* \(File exists\); set COMFY_XDIT_HOME") as told:
         pool_folder("test")
+    assert str(home) not in str(told.value)
+
+
+def test_the_log_of_a_pool_that_has_ended_is_told_by_the_command_line_alone(home):
+    log = pool_folder("test").log
+    log.write_text("why it ended")
+    with pytest.raises(PoolError, match="no pool 'test' runs") as told:
+        status("test")
+    assert str(log) not in str(told.value)
+    with pytest.raises(PoolError, match=rf"no pool 'test' runs.*; log: {log}$"):
+        cli_status.run(argparse.Namespace(name="test", json=False))
 
 
 def test_a_path_too_long_for_a_socket_is_told(monkeypatch, tmp_path):
     monkeypatch.setenv("COMFY_XDIT_HOME", str(tmp_path / ("x" * 100)))
-    with pytest.raises(PoolError, match="a socket's path may have 107; set COMFY_XDIT_HOME"):
+    with pytest.raises(PoolError, match="a socket's path may have 107; set COMFY_XDIT_HOME") as told:
         pool_folder("test")
+    assert str(tmp_path) not in str(told.value)
 
 
 def test_a_torch_without_what_a_pool_needs_is_told(home, monkeypatch):

@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -240,6 +241,26 @@ def test_a_door_that_does_not_answer_is_told(played, monkeypatch):
     with pytest.raises(PoolError, match="the supervisor of pool 'test' does not answer; run the job again") as told:
         pool.call(Raise(error="input", ranks=[0, 1]))
     assert told.value.kind == "lost"
+    assert "`comfy-xdit pool status --name test` tells where the log is" in str(told.value)
+    assert "/" not in str(told.value)
+
+
+def test_who_waits_for_an_answer_aside_is_asked_meanwhile(played, monkeypatch):
+    _, _, pool = played
+    asked = []
+
+    def poll():
+        asked.append(True)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+
+    with pool.turn():
+        monkeypatch.setattr(pool._group, "send", lambda *message: [Future()])
+        with pytest.raises(KeyboardInterrupt):
+            pool.aside(Status(), poll=poll, timeout_s=600)
+        assert pool.aside(Status(), poll=poll, timeout_s=0) is None
+        monkeypatch.undo()
+    assert len(asked) == 3
 
 
 def test_workers_lost_right_after_an_answer_are_told_at_the_next_call_of_the_turn(played):

@@ -53,22 +53,22 @@ def inputs(config: Config, call: Call) -> dict[str, Any]:
     """Arguments of `SD3Transformer2DModel.forward`; InputError for what it cannot do."""
     x, batch = call["x"], call["x"].shape[0]
     if call.get("y") is None:
-        raise InputError("SD3 needs pooled text beside the tokens; encode the prompt with its text encoders")
+        raise InputError("SD3 / SD3.5 needs pooled text beside the tokens; encode the prompt with its text encoders")
     if call.get("control") is not None:
-        raise InputError("SD3 on a pool takes no ControlNet yet; remove the ControlNet node")
+        raise InputError("SD3 / SD3.5 on a pool takes no ControlNet yet; remove the ControlNet node")
     check_channels(
-        "SD3",
+        "SD3 / SD3.5",
         latent=x.shape[1],
         text=call["context"].shape[-1],
         wanted_latent=config["in_channels"],
         wanted_text=config["joint_attention_dim"],
     )
-    check_pooled("SD3", call["y"].shape[1], config["pooled_projection_dim"])
+    check_pooled("SD3 / SD3.5", call["y"].shape[1], config["pooled_projection_dim"])
     patch, limit = config["patch_size"], config["pos_embed_max_size"]
     image = padded(x, patch)
     if max(image.shape[-2:]) > limit * patch:
         raise InputError(
-            f"a latent of {x.shape[-1]}x{x.shape[-2]} is beyond SD3's table of positions; "
+            f"a latent of {x.shape[-1]}x{x.shape[-2]} is beyond the table of positions of SD3 / SD3.5; "
             f"use {limit * patch} or less on each side ({limit * patch * 8} pixels)"
         )
     return {

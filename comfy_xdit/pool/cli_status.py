@@ -10,6 +10,8 @@ from typing import Any
 
 from .client import status
 from .devices import describe
+from .errors import PoolError
+from .folder import pool_folder
 from .network import Network
 from .silence import TELL_AFTER_S
 
@@ -21,8 +23,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Show the pool; status 1 when it does not run."""
-    found = status(args.name)
+    """Show the pool. Raises PoolError when it does not run: with the log that it left, which may say why."""
+    try:
+        found = status(args.name)
+    except PoolError as error:
+        log = pool_folder(args.name).log
+        raise PoolError(f"{error}; log: {log}" if log.exists() else str(error), kind=error.kind) from None
     sys.stdout.write(json.dumps(found, indent=2) + "\n" if args.json else render(found))
     return 0
 

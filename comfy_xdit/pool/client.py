@@ -14,7 +14,7 @@ from typing import Any
 from ..messages import Failure, Message, Result, TurnEnded, decode, encode
 from .beat import Beat
 from .errors import PoolError
-from .folder import pool_folder
+from .folder import pool_folder, where_log
 from .network import LOOPBACK, Network
 from .start import POLL_S, reach, say
 from .transport import ASIDE, RPC, Answer, ClientGroup, Joiner, Poll, joiner, require_available
@@ -147,7 +147,7 @@ class Pool:
                     if attempt == 2:
                         raise PoolError(
                             f"pool {self.name!r} closed the connection again and again; "
-                            f"see {pool_folder(self.name).log}"
+                            f"{where_log(self.name)}"
                         ) from None
         except BaseException:
             self._tell({"type": "end"})
@@ -234,16 +234,21 @@ class Pool:
                 self._acquire(poll)
             return self._exchange(message, poll, CALL_TIMEOUT_S if timeout_s is None else timeout_s)
 
-    def aside(self, message: Message, *, timeout_s: float = 5.0) -> Result | None:
+    def aside(self, message: Message, *, poll: Poll = None, timeout_s: float = 5.0) -> Result | None:
         """Rank 0's answer to a message that is answered at once, beside the one that runs (`Peek`, `Cancel`).
 
-        For the `poll` of a `call`, or after it was given up. None when no answer comes in time: the call
-        itself tells what is wrong.
+        For the `poll` of a `call`, or after it was given up. poll: called about every 50 ms while no answer is there;
+        what it raises ends the wait, and the answer is lost. None when no answer comes in time (with 0 it is sent, and
+        not waited for): the call itself tells what is wrong.
         """
         if self._group is None:
             return None
         [future] = self._group.send([0], ASIDE, *encode(message))
-        wait([future], timeout_s)
+        deadline = time.monotonic() + timeout_s
+        while not future.done() and (left_s := deadline - time.monotonic()) > 0:
+            wait([future], min(POLL_S, left_s))
+            if poll is not None and not future.done():
+                poll()
         answer = _answer(future)
         return answer if isinstance(answer, Result) else None
 
@@ -322,7 +327,7 @@ class Pool:
             return PoolError(cause["message"], kind=cause["kind"], trace=cause["trace"])
         what = str(lost["reason"]) if lost is not None else "a worker's answer was lost"
         then = "the pool restarts its workers, so run" if lost is not None and lost["restarts"] else "run"
-        return PoolError(f"{what}; {then} the job again (log: {self._about['log']})", kind="lost")
+        return PoolError(f"{what}; {then} the job again ({where_log(self.name)})", kind="lost")
 
     def _tell(self, message: dict[str, Any]) -> None:
         if self._wire is not None:

@@ -17,7 +17,7 @@ from .doorstep import Doorstep
 from .environment import Changes
 from .errors import PoolError
 from .fields import Malformed, integer, named_texts, table, text, texts
-from .folder import PoolFolder, unwritable
+from .folder import PoolFolder, unwritable, where_log
 from .gathering import Gathering
 from .grants import Grants
 from .handshake import Challenge, challenges
@@ -338,12 +338,12 @@ class Door:
 
     def _refuse_when_hopeless(self) -> None:
         if self.held:
-            self.grants.refuse_all(f"pool {self.folder.name!r} can't work: {self.held} (log: {self.folder.log})")
+            self.grants.refuse_all(f"pool {self.folder.name!r} can't work: {self.held} ({where_log(self.folder.name)})")
         elif self.is_failing:
             why = self.last_error or "they ended before they were up"
             self.grants.refuse_all(
                 f"the workers of pool {self.folder.name!r} failed to start {self.failed_starts} times: {why}; "
-                f"see {self.folder.log}"
+                f"{where_log(self.folder.name)}"
             )
 
     @property

@@ -113,18 +113,23 @@ def pool_folder(name: str) -> PoolFolder:
     length = len(os.fsencode(folder.door))
     if length > MAX_SOCKET_PATH_BYTES:
         raise PoolError(
-            f"the pool's socket {folder.door} has {length} bytes, and a socket's path may have "
+            f"the path of the pool's socket has {length} bytes, and a socket's path may have "
             f"{MAX_SOCKET_PATH_BYTES}; set COMFY_XDIT_HOME to a shorter folder"
         )
     folder.make()
     return folder
 
 
+def where_log(name: str) -> str:
+    """How to find the log of the pool `name`, for sentences: those name no path of the machine."""
+    return f"`comfy-xdit pool status --name {name}` tells where the log is"
+
+
 def unwritable(folder: PoolFolder, error: OSError) -> PoolError:
     """What to tell when the folder can't be written."""
     return PoolError(
-        f"cannot write to {folder.path}, where the pool keeps its files ({error.strerror or error}); make room there, "
-        "or set COMFY_XDIT_HOME to another folder"
+        f"cannot write to the folder where pool {folder.name!r} keeps its files ({error.strerror or 'unknown error'}); "
+        "make room there, or set COMFY_XDIT_HOME to another folder"
     )
 
 
@@ -135,12 +140,10 @@ def _make_private(path: Path) -> None:
         # lstat: in /tmp, somebody else could have left a link here that leads to a folder of theirs.
         found = path.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-            raise PoolError(
-                f"{path}, where the pool would keep its socket, belongs to someone else; {way_out}"
-            )
+            raise PoolError(f"the folder where the pool would keep its socket belongs to someone else; {way_out}")
         if stat.S_IMODE(found.st_mode) != 0o700:
             path.chmod(0o700)
     except OSError as error:
-        raise PoolError(f"cannot use {path} for the pool ({error.strerror}); {way_out}") from None
+        raise PoolError(f"cannot use the folder of the pool's socket ({error.strerror}); {way_out}") from None
     if not os.access(path, os.W_OK | os.X_OK):
-        raise PoolError(f"cannot write to {path}, where the pool keeps its socket; {way_out}")
+        raise PoolError(f"cannot write to the folder of the pool's socket; {way_out}")

@@ -17,7 +17,7 @@ from typing import Any
 from .devices import describe, parse_devices
 from .environment import hidden
 from .errors import PoolError
-from .folder import PoolFolder, pool_folder, unwritable
+from .folder import PoolFolder, pool_folder, unwritable, where_log
 from .locks import holders
 from .network import Network
 from .transport import RPC, SOCKETS, Poll
@@ -69,7 +69,7 @@ def say(
             raise ConnectionError(str(error)) from None
         wire.close()
     raise PoolError(
-        f"pool {folder.name!r} does not answer at {folder.door}; "
+        f"pool {folder.name!r} does not answer; "
         f"end it with `comfy-xdit pool stop --name {folder.name}` and run again"
     )
 
@@ -150,8 +150,8 @@ def _start(
             earlier = holders(folder.lock("alive").path) if free else []
             if earlier and time.monotonic() > began + EARLIER_LIMIT_S:
                 raise PoolError(
-                    f"an earlier pool {folder.name!r} (process {earlier[0]}) still runs, but can't be reached at "
-                    f"{folder.door}; end it with `comfy-xdit pool stop --name {folder.name}` and run again"
+                    f"an earlier pool {folder.name!r} (process {earlier[0]}) still runs, but can't be reached; "
+                    f"end it with `comfy-xdit pool stop --name {folder.name}` and run again"
                 )
             # One whose folder was deleted makes it anew, and one that ends is soon gone.
             if free and not earlier:
@@ -162,7 +162,7 @@ def _start(
                 return say(folder, {"type": "client"})
         time.sleep(POLL_S)
     raise PoolError(
-        f"pool {folder.name!r} is still being started after {START_TIMEOUT_S:.0f} s; see {folder.log}"
+        f"pool {folder.name!r} is still being started after {START_TIMEOUT_S:.0f} s; {where_log(folder.name)}"
     )
 
 
@@ -208,20 +208,22 @@ def spawn(
         process.wait(START_TIMEOUT_S)
         answer = os.read(read_end, 4096) if select.select([read_end], [], [], START_TIMEOUT_S)[0] else b""
     except OSError as error:
-        raise unwritable(folder, error) if error.errno == errno.ENOSPC else _cannot_start(folder, error) from None
-    except subprocess.TimeoutExpired as error:
-        raise _cannot_start(folder, error) from None
+        if error.errno == errno.ENOSPC:
+            raise unwritable(folder, error) from None
+        raise _cannot_start(folder, error.strerror or "unknown error") from None
+    except subprocess.TimeoutExpired:
+        raise _cannot_start(folder, f"its first process still runs after {START_TIMEOUT_S:.0f} s") from None
     finally:
         os.close(read_end)
         if write_end >= 0:
             os.close(write_end)
     if answer != b"ready\n":
         why = answer.decode(errors="replace").strip() or log_end(folder)
-        raise PoolError(f"pool {folder.name!r} ended while it started: {why}; see {folder.log}")
+        raise PoolError(f"pool {folder.name!r} ended while it started: {why}; {where_log(folder.name)}")
 
 
-def _cannot_start(folder: PoolFolder, error: Exception) -> PoolError:
-    return PoolError(f"cannot start pool {folder.name!r}: {error}")
+def _cannot_start(folder: PoolFolder, why: str) -> PoolError:
+    return PoolError(f"cannot start pool {folder.name!r}: {why}")
 
 
 def log_end(folder: PoolFolder) -> str:

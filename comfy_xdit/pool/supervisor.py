@@ -60,7 +60,8 @@ def main() -> None:
             supervisor = _Supervisor(folder, lock, devices, network, args.transport, args.service, args.path)
         except (PoolError, OSError) as error:
             # Not by the log: it may be another pool's, or on a full disk.
-            ready.write(f"{error}\n")
+            why = error.strerror if isinstance(error, OSError) else None  # Without the path, which str(error) names.
+            ready.write(f"{why or error}\n")
             sys.exit(1)
         supervisor.run(ready)
 

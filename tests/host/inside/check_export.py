@@ -3,6 +3,9 @@
 import gc
 import os
 import stat
+import subprocess
+import sys
+import weakref
 
 import pytest
 import safetensors.torch
@@ -58,8 +61,9 @@ def test_no_room(models, shared, monkeypatch):
     monkeypatch.setattr(exporting, "MARGIN_BYTES", 2**60)
     stock = tiny.load(models / "sd3.safetensors")
     needed = sum(weight.numel() * weight.element_size() for weight in pristine(stock).values())
-    with pytest.raises(ValueError, match=rf"takes {needed} bytes .* has \d+ free; load it with"):
+    with pytest.raises(ValueError, match=rf"takes {needed} bytes .* has \d+ free; load it with") as told:
         parallelize(stock)
+    assert str(shared) not in str(told.value)
     assert not list(shared.rglob("*.safetensors"))
 
 
@@ -72,10 +76,36 @@ def test_a_folder_that_others_can_enter(models, shared):
 def test_leftovers_of_killed_processes_go(models, shared):
     folder = shared / f"comfy-xdit-{os.getuid()}"
     folder.mkdir(mode=0o700)
-    leftover = folder / f"{2**22 + 1}-0.safetensors"
+    leftover = folder / "0.safetensors"
     leftover.write_bytes(b"")
     parallelize(tiny.load(models / "sd3.safetensors"))
     assert not leftover.exists()
+
+
+def test_a_copy_in_use_is_no_leftover(shared):
+    """Also to a process that does not see its owner's, as in another container."""
+    owner = torch.nn.Module()
+    path = exporting.export_file(owner, {"a": torch.ones(3)}, what="MODEL", way_out="-", root=shared)
+    code = "import sys, fcntl; fcntl.flock(open(sys.argv[1]), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    other = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
+    assert "BlockingIOError" in other.stderr
+    exporting._remove_leftovers(path.parent)
+    assert path.exists()
+
+
+def test_a_forked_child_that_ends_leaves_its_parents_copy(shared):
+    owner = torch.nn.Module()
+    path = exporting.export_file(owner, {"a": torch.ones(3)}, what="MODEL", way_out="-", root=shared)
+    pid = os.fork()
+    if not pid:
+        weakref.finalize._exitfunc()  # As sys.exit does.
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert path.exists()
+    exporting._remove_leftovers(path.parent)
+    assert path.exists(), "the child let go of the lock"
+    del owner
+    assert not path.exists()
 
 
 def test_the_models_own_file_when_it_says_so(models, shared):

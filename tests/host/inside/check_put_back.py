@@ -14,6 +14,7 @@ from check_trace import arguments, none, start, toy
 from comfy_xdit_nodes.checkpoint import open_checkpoint
 from comfy_xdit_nodes.parity import models as tiny
 from comfy_xdit_nodes.patcher import from_checkpoint, parallelize
+from comfy_xdit_nodes.put_back import MAX_OBJECTS
 from comfy_xdit_nodes.samplers import XDiTSamplerCustomAdvanced
 from comfy_xdit_nodes.trace import NotAProgram
 from comfy_xdit_nodes.trajectory import plan, why_step_mode
@@ -151,6 +152,21 @@ def test_step_mode_after_an_attempt_ends_as_stock(make, models, fake, monkeypatc
     found = XDiTSamplerCustomAdvanced().sample(**inputs)
     assert "looks at the latent's numbers" in caplog.text or "abs on the latent" in caplog.text
     assert torch.equal(found[0]["samples"], expected[0]["samples"])
+
+
+def test_a_sampler_that_reaches_too_much_is_not_tried():
+    drawn, kept = [], [[] for _ in range(MAX_OBJECTS)]
+
+    def draw(x, i):
+        drawn.append(len(kept))
+        return 0.0
+
+    guider, begin = toy.guider("flow"), start()
+    given = [begin.noise, begin.latent, None]
+    sampler = comfy.samplers.KSAMPLER(euler(draw))
+    with pytest.raises(NotAProgram, match="more than 10000 objects"):
+        plan(sampler, guider, toy.sigmas(guider, 6), arguments(guider), *given, constants=none)
+    assert not drawn
 
 
 def test_an_interruption_is_heard_while_a_run_is_recorded():

@@ -165,7 +165,7 @@ def test_a_model_with_a_file_stays_warm(models, fake):
 
 
 class APool:
-    """A pool that is stopped, or busy for ever with somebody else's job."""
+    """A pool that is stopped, busy for ever with somebody else's job, or out of the reach of this process."""
 
     name = "other"
 
@@ -175,6 +175,8 @@ class APool:
     def status(self):
         if self.state == "stopped":
             raise PoolError("no pool 'other' runs")
+        if self.state == "broken":
+            raise OSError("Too many open files")
         return {}
 
     def call(self, message, *, poll=None, timeout_s=None):
@@ -196,6 +198,13 @@ def test_unloading_starts_no_pool_and_does_not_hang(what, monkeypatch, caplog):
     held.unload()
     assert "busy with another client's job" in caplog.text
     assert held, "it is still there"
+    caplog.clear()
+    held.unload()
+    assert not caplog.text, "it is said already"
+    held.add(busy, "c")
+    held.unload()
+    assert len(caplog.records) == 1
+    held.add(busy, "b")
     busy.state = "free"
     held.unload()
     assert busy.unloaded == ["b"] and not held
@@ -220,3 +229,26 @@ def test_what_is_gone_is_unloaded_when_its_pool_is_free_again(monkeypatch):
     del owner
     pool.state = "free"
     until(lambda: pool.unloaded == ["a"])
+
+
+def test_an_error_of_any_kind_ends_no_unloading(caplog):
+    broken, free = APool("broken"), APool("free")
+    for pool in (broken, free):
+        held, owner = Residency("model"), torch.nn.Module()
+        held.add(pool, "a")
+        held.ends_with(owner)
+        del owner
+    until(lambda: free.unloaded == ["a"])
+    assert "Too many open files" in caplog.text
+
+
+def test_a_forked_child_that_ends_unloads_nothing(monkeypatch):
+    held, pool, owner = Residency("model"), APool("free"), torch.nn.Module()
+    held.add(pool, "a")
+    held.ends_with(owner)
+    with monkeypatch.context() as child:
+        child.setattr(residency.os, "getpid", lambda: 1)
+        residency.unload_at_exit()
+    assert not pool.unloaded
+    residency.unload_at_exit()
+    assert pool.unloaded == ["a"]

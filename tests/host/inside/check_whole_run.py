@@ -350,6 +350,23 @@ def test_lost_reports_are_said():
         follower.finish(2)
 
 
+def test_cancel_is_heard_while_rank_0_stands_still():
+    class Still:
+        cancelled = None
+
+        def aside(self, message, *, poll=None, timeout_s=5.0):
+            if isinstance(message, Cancel):
+                self.cancelled = timeout_s
+            else:
+                comfy.model_management.interrupt_current_processing()
+                poll()
+
+    pool = Still()
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        Follower(pool, "job", print).poll()
+    assert pool.cancelled == 0, "it is told, and not waited for"
+
+
 def test_a_pipeline_step_by_step_says_what_it_costs(loaded, pools, log):
     """Four rows go through two stages, which takes the time of five."""
     stock, ours = loaded("flux")
