@@ -76,6 +76,30 @@ def test_beats_come_while_the_driver_is_busy_and_tell_the_last_that_was_known(en
     assert device.asked_by == {threading.main_thread()}
 
 
+def fails(*_):
+    raise ZeroDivisionError("of the worker's own")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("what", ["on_order", "measure"])
+def test_a_worker_that_is_deaf_or_dumb_ends_and_tells_why(ends, monkeypatch, caplog, what):
+    statuses = []
+
+    def end(status):
+        statuses.append(status)
+        sys.exit()
+
+    monkeypatch.setattr(link_module.os, "_exit", end)
+    link = Link(ends[0])
+    setattr(link, what, fails)
+    ends[1].send({"type": "leave", "generation": 1})
+    link.start()
+    wait_until(lambda: statuses, "the end of the process")
+    assert statuses == [1]
+    [record] = [record for record in caplog.records if record.exc_info]
+    assert "the worker ends" in record.getMessage() and record.exc_info[0] is ZeroDivisionError
+
+
 def beat_after(wire):
     """The status in the next beat that knows of the device."""
 

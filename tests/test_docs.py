@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from comfy_xdit.cli import COMMANDS
-from comfy_xdit.pool import client, connections, devices, door, folder, pace, roster, silence, verdict
+from comfy_xdit.pool import client, connections, devices, folder, pace, roster, silence, starts, verdict
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md")) + [page for page in [ROOT / "README.md"] if page.is_file()]
@@ -79,7 +79,7 @@ def test_limits_are_the_codes():
     assert f"After {silence.TELL_AFTER_S:.0f} s of silence" in pool
     assert f"After {silence.TAKE_AFTER_S:.0f} s, if somebody waits" in pool
     assert f"its limit ({client.CALL_TIMEOUT_S:.0f} s)" in pool
-    assert door.MAX_FAILED_STARTS == 3 and "after three failed starts" in pool
+    assert starts.MAX_FAILED_STARTS == 3 and "after three failed starts" in pool
     assert f"up to {pace.LONGEST_PAUSE_S:.0f} s" in pool
     assert f"who is silent for {connections.NEWCOMER_LIMIT_S:.0f} s is dropped" in pool
     assert devices.MAX_AUTO_CPU_RANKS == 4

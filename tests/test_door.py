@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import resource
 import socket
 import sys
 from pathlib import Path
@@ -296,6 +297,35 @@ def hears_end(wire):
         return wire.wait(0.1) and False
     except ConnectionError:
         return True
+
+
+def test_without_room_for_a_descriptor_the_door_pauses_and_says_so_once(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(connections, "PAUSE_S", 1e9)
+    listener = connections.listener_at(tmp_path / "door")
+    open_ones = connections.Connections()
+    open_ones.listen(listener)
+    client = Wire.connect(tmp_path / "door")
+    client.send({"type": "status"})
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        for _ in range(2):
+            assert list(open_ones.wait(10)) == []
+            # Nothing is reported any more, so the next wait really waits.
+            assert open_ones._selector.select(0) == []
+            open_ones._paused[listener] = 0.0
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert [record.getMessage() for record in caplog.records] == [
+        "door: cannot let anybody in (Too many open files); tried again every 1e+09 s"
+    ]
+    assert list(open_ones.wait(10)) == []
+    [newcomer] = open_ones.wait(10)
+    assert open_ones.read(newcomer) == [{"type": "status"}]
+    open_ones._pause(listener, OSError())
+    open_ones.unlisten(listener)
+    open_ones.drop(newcomer)
+    client.close()
 
 
 def test_a_connection_that_is_reset_at_once_is_forgotten(network_door):

@@ -19,11 +19,14 @@ import pytest
 import torch
 
 from comfy_xdit.pool import parcel
+from comfy_xdit.pool.client import Pool
 from comfy_xdit.pool.connections import pairs
+from comfy_xdit.pool.descriptor import Descriptor
 from comfy_xdit.pool.errors import PoolError
-from comfy_xdit.pool.parcel import F_ADD_SEALS, INLINE_BYTES, SEALS, Descriptor, Parcel, pack, unpack
+from comfy_xdit.pool.parcel import F_ADD_SEALS, INLINE_BYTES, SEALS, Parcel, pack, unpack
 from comfy_xdit.pool.sockets import HEAD, MAGIC, MAX_TEXT_BYTES, SocketClient, SocketWorker
 from comfy_xdit.pool.transport import ASIDE
+from comfy_xdit.pool.wire import Wire
 
 LIMIT_S = 60
 LARGE = INLINE_BYTES // 4 + 1
@@ -47,13 +50,17 @@ def threads():
     return [thread for thread in threading.enumerate() if thread.name.startswith("comfy-xdit-")]
 
 
+def duplicate(sock):
+    return Descriptor(os.dup(sock.fileno()))
+
+
 class Link:
     """A client and its workers in this process. `serve` takes (rank, request)."""
 
     def __init__(self, num_ranks, serve):
         with pairs(num_ranks) as (client_ends, worker_ends):
-            mine = [os.dup(end.fileno()) for end in client_ends]
-            theirs = [os.dup(end.fileno()) for end in worker_ends]
+            mine = [duplicate(end) for end in client_ends]
+            theirs = [duplicate(end) for end in worker_ends]
         self.workers = [
             SocketWorker(1, fd, lambda request, rank=rank: serve(rank, request)) for rank, fd in enumerate(theirs)
         ]
@@ -88,7 +95,7 @@ def link():
 def bare():
     """A client's group whose one peer is the bare socket that the test has."""
     with pairs(1) as ([client_end], [worker_end]):
-        client = SocketClient(1, [os.dup(client_end.fileno())])
+        client = SocketClient(1, [duplicate(client_end)])
         peer = worker_end.dup()
     yield client, peer
     client.leave()
@@ -278,7 +285,7 @@ def test_a_peer_that_talks_nonsense_fails_the_future_at_once(bare, junk):
 def test_a_worker_lets_go_of_a_client_that_talks_nonsense(link):
     served = queue.SimpleQueue()
     with pairs(1) as ([client_end], [worker_end]):
-        worker = SocketWorker(1, os.dup(worker_end.fileno()), served.put)
+        worker = SocketWorker(1, duplicate(worker_end), served.put)
         peer = client_end.dup()
     with peer:
         peer.sendall(b"x" * HEAD.size)
@@ -313,7 +320,7 @@ def test_a_worker_that_is_killed_fails_the_future_and_its_half_answer_is_dropped
 def test_a_client_that_is_killed_in_mid_message_is_dropped_with_it():
     served = queue.SimpleQueue()
     with pairs(1) as ([client_end], [worker_end]):
-        worker = SocketWorker(1, os.dup(worker_end.fileno()), served.put)
+        worker = SocketWorker(1, duplicate(worker_end), served.put)
         peer = client_end.dup()
     whole = head(call=1, serial=1) + b"[]"
     child = killed_child(lambda: peer.sendall(whole + head(call=2, serial=2, text=1000) + b"[]" + b"half"))
@@ -326,7 +333,7 @@ def test_a_client_that_is_killed_in_mid_message_is_dropped_with_it():
 def test_a_worker_waits_for_no_client_that_does_not_read():
     requests = queue.SimpleQueue()
     with pairs(1) as ([client_end], [worker_end]):
-        worker = SocketWorker(1, os.dup(worker_end.fileno()), requests.put)
+        worker = SocketWorker(1, duplicate(worker_end), requests.put)
         peer = client_end.dup()
     with peer:
         peer.sendall(head(serial=1) + b"[]")
@@ -427,11 +434,27 @@ def test_a_program_that_is_started_meanwhile_has_no_descriptor_of_ours(link):
 
 def test_a_socket_of_another_kind_or_another_user_is_not_taken(monkeypatch):
     with socket.socket(socket.AF_INET) as other, pytest.raises(ValueError, match="no unix socket"):
-        SocketWorker(1, other.detach(), print)
+        SocketWorker(1, Descriptor(other.detach()), print)
     one, two = socket.socketpair()
     monkeypatch.setattr(os, "getuid", lambda: 12345)
     with one, pytest.raises(ValueError, match="of another user"):
-        SocketWorker(1, two.detach(), print)
+        SocketWorker(1, Descriptor(two.detach()), print)
+
+
+def test_the_sockets_of_an_order_that_nobody_took_are_closed():
+    one, two = socket.socketpair()
+    door, pool = Wire(one), Pool("p", "cpu", False, {})
+    pool._wire = Wire(two, takes_fds=True)
+    before = descriptors()
+    with pairs(2) as (client_ends, _):
+        door.send({"type": "waiting"})
+        door.send({"type": "join"}, [end.fileno() for end in client_ends])
+    pool._unread = pool._wire.wait(LIMIT_S)
+    assert [message["type"] for message in pool._unread] == ["waiting", "join"]
+    assert len(descriptors() - before) == 2
+    pool.close()
+    door.close()
+    assert descriptors() < before
 
 
 def test_credentials_are_read_as_the_kernel_writes_them():

@@ -293,3 +293,21 @@ def test_a_client_that_stops_while_it_joins_costs_no_restart(played, monkeypatch
     assert pool.call(Echo(value=1)).value == 1
     assert door.num_restarts == 0
     stopped.close()
+
+
+def test_an_answer_beyond_the_limit_is_a_failure_and_the_connection_stays(played, services, monkeypatch):
+    door, _, pool = played
+    with pool.turn():
+        generation = pool.generation
+        with monkeypatch.context() as patch:
+            patch.setattr("comfy_xdit.pool.sockets.MAX_TEXT_BYTES", 4000)
+            for service in services:
+                patch.setattr(service, "aside", lambda message: Result(value="x" * 5000))
+                patch.setattr(service, "handle", service.aside)
+            assert pool.aside(Status()) is None
+            assert pool._group.is_current
+            with pytest.raises(PoolError, match=r"an answer's text of \d+ bytes; the limit is 4000") as told:
+                pool.call(Echo(value="long"))
+        assert told.value.kind == "input"
+        assert pool.call(Echo(value="next")).value == "next"
+        assert pool.generation == generation and door.num_restarts == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -9,6 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 from comfy_xdit.pool.wire import Wire
+
+log = logging.getLogger("comfy_xdit")
 
 BEAT_S = 1.0
 MAX_REASON_CHARS = 2000
@@ -27,8 +30,8 @@ class Link:
 
     def start(self) -> None:
         """Begin to read and to beat."""
-        threading.Thread(target=self._read, name="door", daemon=True).start()
-        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+        for name, body in (("door", self._read), ("heartbeat", self._beat)):
+            threading.Thread(target=_for_life, args=(body,), name=name, daemon=True).start()
 
     def say(self, kind: str, **fields: Any) -> None:
         """Send a message to the door; a worker without a door ends."""
@@ -42,23 +45,34 @@ class Link:
         self.say("failed", message=f"{type(error).__name__}: {error}"[:MAX_REASON_CHARS])
 
     def _read(self) -> None:
-        try:
-            while True:
-                for order in self._wire.wait(60.0):
-                    if order.get("type") == "end":
-                        # The pool was stopped: with this status torchrun ends too, and starts nobody anew.
-                        os._exit(0)
-                    if self.on_order is not None:
-                        self.on_order(order)
-        except (ConnectionError, ValueError):
-            # The supervisor is gone: nobody would ever stop this process. The main thread may be
-            # stuck in a collective, so it is not asked.
-            os._exit(1)
+        while True:
+            for order in self._wire.wait(60.0):
+                if order.get("type") == "end":
+                    # The pool was stopped: with this status torchrun ends too, and starts nobody anew.
+                    os._exit(0)
+                if self.on_order is not None:
+                    self.on_order(order)
 
     def _beat(self) -> None:
         while True:
             self.say("beat", status=self.measure())
             time.sleep(BEAT_S)
+
+
+def _for_life(body: Callable[[], None]) -> None:
+    """Run what must go on as long as this process does, and end the process with it.
+
+    Without the supervisor nobody would ever stop it, and one that only beats, or only reads, would pass for sound. The
+    main thread may be stuck in a collective, so it is not asked.
+    """
+    try:
+        body()
+    except ConnectionError as error:
+        log.info("the worker ends with its door: %s", error)
+    except Exception:
+        log.exception("the worker ends, as it can't listen to its door any more or report to it")
+    finally:
+        os._exit(1)
 
 
 def host_memory() -> dict[str, Any]:

@@ -185,17 +185,18 @@ class Loop:
         if generation <= self._closed:
             job.answer(self._dropped())
         elif request.serial == ASIDE:
-            job.answer(self._aside(request))
+            self._aside(request)
         else:
             self._inbox.put(job)
 
-    def _aside(self, request: Request) -> Message:
-        """Beside the job that runs: the service must not touch what the main thread uses."""
+    def _aside(self, request: Request) -> None:
+        """Answer beside the job that runs: the service must not touch what the main thread uses."""
         try:
-            return self._service.aside(decode(request.text, request.tensors))
+            send = request.pack(*encode(self._service.aside(decode(request.text, request.tensors))))
         except Exception as error:
             kind, sentence = classify(error, self._rank)
-            return Failure(rank=self._rank, kind=kind, message=sentence)
+            send = request.pack(*encode(Failure(rank=self._rank, kind=kind, message=sentence)))
+        send()
 
     def _run(self, job: Job) -> None:
         """Run a message, report its end to the door, and answer.

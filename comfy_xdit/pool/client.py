@@ -97,6 +97,8 @@ class Pool:
         if self._wire is not None:
             self._wire.close()
             self._wire = None
+        # With the sockets of a group that was to be joined.
+        self._unread = []
 
     # Turns
 

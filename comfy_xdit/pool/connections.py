@@ -25,6 +25,9 @@ log = logging.getLogger("comfy_xdit")
 NEWCOMER_LIMIT_S = 15.0
 """How long a connection may take to say who it is."""
 
+PAUSE_S = 0.5
+"""Until a listener that could not let anybody in is tried again."""
+
 MAX_NEWCOMERS = 64
 """Connections at each door that have not said who they are."""
 
@@ -52,6 +55,10 @@ class Connections:
         self._selector = selectors.DefaultSelector()
         self._challenge = challenge
         self._newcomers: list[Newcomer] = []
+        self._paused: dict[socket.socket, float] = {}
+        """Listeners that are not listened to, each with the time when they are again."""
+        self._is_short = False
+        """Whether the last who came could not be let in."""
 
     def listen(self, listener: socket.socket) -> None:
         """Let in who comes to `listener`."""
@@ -59,11 +66,13 @@ class Connections:
 
     def unlisten(self, listener: socket.socket) -> None:
         """Let nobody in there any more; who is in stays."""
-        self._selector.unregister(listener)
+        if self._paused.pop(listener, None) is None:
+            self._selector.unregister(listener)
         listener.close()
 
     def wait(self, timeout_s: float) -> Iterator[Line]:
         """The lines on which something came within `timeout_s`."""
+        self._resume()
         ready = [key.data for key, _ in self._selector.select(timeout_s)]
         # Workers first: a client that acts on a worker's answer must find its report already judged.
         for line in sorted(ready, key=lambda line: not isinstance(line, WorkerLine)):
@@ -73,13 +82,35 @@ class Connections:
                 yield line
 
     def _accept(self, listener: socket.socket) -> None:
-        with contextlib.suppress(OSError):
+        try:
             sock, _ = listener.accept()
+        except ConnectionError:
+            # It went away while it waited.
+            return
+        except OSError as error:
+            self._pause(listener, error)
+            return
+        self._is_short = False
+        with contextlib.suppress(OSError):
             wire = Wire(sock)
             if not wire.is_remote and wire.peer()[1] != os.getuid():
                 wire.close()
                 return
             self._enter(Newcomer(wire=wire, since=time.monotonic()))
+
+    def _pause(self, listener: socket.socket, error: OSError) -> None:
+        """No room for a descriptor, say. Who waits goes on waiting, and would be reported again and again."""
+        if not self._is_short:
+            log.warning("door: cannot let anybody in (%s); tried again every %g s", error.strerror, PAUSE_S)
+        self._is_short = True
+        self._selector.unregister(listener)
+        self._paused[listener] = time.monotonic() + PAUSE_S
+
+    def _resume(self) -> None:
+        now = time.monotonic()
+        for listener in [listener for listener, until in self._paused.items() if until <= now]:
+            del self._paused[listener]
+            self.listen(listener)
 
     def _enter(self, newcomer: Newcomer) -> None:
         alike = [other for other in self._newcomers if other.wire.is_remote == newcomer.wire.is_remote]

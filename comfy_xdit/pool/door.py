@@ -17,7 +17,7 @@ from .doorstep import Doorstep
 from .environment import Changes
 from .errors import PoolError
 from .fields import Malformed, integer, named_texts, table, text, texts
-from .folder import PoolFolder, unwritable, where_log
+from .folder import PoolFolder, unwritable
 from .gathering import Gathering
 from .grants import Grants
 from .handshake import Challenge, challenges
@@ -27,6 +27,7 @@ from .network import Network
 from .pace import Pace
 from .report import about, report
 from .roster import Roster, WorkerLine, failure_of
+from .starts import Starts
 from .stores import FileStores, SharedStores
 from .transport import RPC, SOCKETS
 from .trial import step_of
@@ -35,11 +36,6 @@ from .turns import ClientLine
 log = logging.getLogger("comfy_xdit")
 
 TICK_S = 0.25
-
-MAX_FAILED_STARTS = 3
-
-MAX_RAISED_TRIALS = 2
-"""First exchanges between the ranks in a row that raise, until no other is tried. Wrong numbers count at once."""
 
 
 class Door:
@@ -68,10 +64,8 @@ class Door:
         self.residents: list[str] = []
         self.changes = Changes(replaced={}, dropped={})
         """What the workers' environment has not of this process'."""
-        self.pace = Pace()
-        self.failed_starts = self.num_restarts = self._num_raised = 0
-        self.last_error = self.held = ""
-        """held: why no attempt begins until a client asks again, as the devices can't reach each other. Any thread."""
+        self.pace, self.starts = Pace(), Starts()
+        self.num_restarts = 0
         self._stop, self._kill_starting = stop, kill_starting
         self.started_at = self._ticked_at = time.monotonic()
         self._judge = Judge(self.roster)
@@ -191,7 +185,7 @@ class Door:
             return None
 
     def _begin_when_gathered(self) -> None:
-        if self._gathering is None or self._stopping or self.held or self.roster.workers:
+        if self._gathering is None or self._stopping or self.starts.held or self.roster.workers:
             return
         is_pause = time.monotonic() < self.roster.started_at + self.pace.pause_s
         if is_pause or not (workers := self._gathering.take()):
@@ -210,7 +204,7 @@ class Door:
                 "store": store,
                 "rank": worker.rank,
                 "devices": self.roster.devices,
-                "residents": self.residents if self.failed_starts < MAX_FAILED_STARTS - 1 else [],
+                "residents": self.residents if self.starts.loads_residents else [],
             }
         )
 
@@ -251,7 +245,7 @@ class Door:
             worker.environment = named_texts(message, "environment")
             self._advance_when_ready()
         elif kind == "failed":
-            self.last_error = text(message, "message")
+            self.starts.last_error = text(message, "message")
         elif kind == "residents":
             self.residents = texts(message, "messages")
         elif kind == "began":
@@ -271,28 +265,19 @@ class Door:
     def _trial_failed(self, worker: WorkerLine, message: dict[str, Any]) -> None:
         raised, devices = text(message, "raised"), self.roster.devices
         sentence = trial.failed(step_of(message, len(devices)), worker.rank, raised, devices)
-        self._num_raised += 1
-        if raised and self._num_raised < MAX_RAISED_TRIALS:
-            # Perhaps it raised because a peer had just been ended.
-            self._lose(sentence)
-        else:
+        if not raised or self.starts.has_raised_too_often():
             self._hold(sentence)
+        else:
+            self._lose(sentence)
 
     def _hold(self, why: str) -> None:
         """End all workers, and start none before a client asks again: it would end the same way."""
-        self.held = self.last_error = why
-        self.failed_starts = MAX_FAILED_STARTS
+        self.starts.hold(why)
         self._lose(why)
 
     def _release(self) -> None:
-        if self.held:
-            self.held = self.last_error = ""
-            self.failed_starts = self._num_raised = 0
+        if self.starts.release():
             self.roster.started_at = time.monotonic()
-
-    @property
-    def is_failing(self) -> bool:
-        return self.failed_starts >= MAX_FAILED_STARTS
 
     def _settle(self) -> None:
         """Act on what the judge says."""
@@ -308,8 +293,7 @@ class Door:
     def _advance_when_ready(self) -> None:
         if self.roster.is_ready:
             log.info("all %d workers are up (attempt %d)", len(self.roster.devices), self.roster.attempt)
-            self.failed_starts = self._num_raised = 0
-            self.last_error = ""
+            self.starts.worked()
             self.grants.advance()
 
     def _lose(self, reason: str, *, failure: dict[str, Any] | None = None) -> None:
@@ -317,13 +301,12 @@ class Door:
         if self._stopping:
             return
         if not self.roster.is_ready:
-            self.failed_starts += 1
-            self.last_error = self.last_error or reason
+            self.starts.failed(reason)
         self.num_restarts += 1
         if failure is not None and failure["kind"] == "memory":
             # All of it filled the devices, and would again: only what is in use comes back.
             self.residents = self.residents[-1:]
-        log.warning("%s; the workers are %s", reason, "ended" if self.held else "restarted")
+        log.warning("%s; the workers are %s", reason, "ended" if self.starts.held else "restarted")
         failure = failure or self._judge.cause()
         self._judge.renew()
         workers = list(self.roster.workers.values())
@@ -337,14 +320,8 @@ class Door:
         self._refuse_when_hopeless()
 
     def _refuse_when_hopeless(self) -> None:
-        if self.held:
-            self.grants.refuse_all(f"pool {self.folder.name!r} can't work: {self.held} ({where_log(self.folder.name)})")
-        elif self.is_failing:
-            why = self.last_error or "they ended before they were up"
-            self.grants.refuse_all(
-                f"the workers of pool {self.folder.name!r} failed to start {self.failed_starts} times: {why}; "
-                f"{where_log(self.folder.name)}"
-            )
+        if reason := self.starts.hopeless(self.folder.name):
+            self.grants.refuse_all(reason)
 
     @property
     def missing(self) -> str:
@@ -386,7 +363,7 @@ class Door:
             holder = self.grants.turns.holder
             for line in (*self.roster.workers.values(), *waiting, *([holder] if holder else ())):
                 line.heard_at += late
-        if not self.held:
+        if not self.starts.held:
             if overdue := self.roster.untried():
                 self._hold(overdue)
             elif reason := self.roster.hung() or self.grants.overdue():

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .descriptor import Descriptor
+
 INLINE_BYTES = 1 << 16
 """Up to so many bytes of tensors, a copy through the socket is faster than a memfd."""
 
@@ -40,16 +42,6 @@ _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 MAP_FAILED = ctypes.c_void_p(-1).value
-
-
-class Descriptor:
-    """A file descriptor that is closed with the last reference to it."""
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-
-    def __del__(self) -> None:
-        os.close(self.fd)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

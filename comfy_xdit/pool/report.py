@@ -33,14 +33,14 @@ def report(door: Door) -> dict[str, Any]:
     if door.roster.is_ready:
         state = "busy" if door.grants.turns.in_turn else "ready"
     else:
-        state = "failing" if door.is_failing else "starting"
+        state = "failing" if door.starts.is_failing else "starting"
     return {
         "type": "status",
         **about(door),
         "state": state,
         "uptime_s": round(time.monotonic() - door.started_at, 1),
         "num_restarts": door.num_restarts,
-        "last_error": door.last_error,
+        "last_error": door.starts.last_error,
         "missing": door.missing,
         "residents": door.residents,
         "environment": dataclasses.asdict(door.changes),

@@ -21,9 +21,11 @@ from typing import Any
 
 from torch import Tensor
 
+from ..errors import InputError
+from .descriptor import Descriptor
 from .errors import PoolError
 from .forks import close_in_children
-from .parcel import INLINE_BYTES, Descriptor, Parcel, pack, unpack
+from .parcel import INLINE_BYTES, Parcel, pack, unpack
 from .transport import Answer, ClientGroup, Poll, Request, Serve
 
 log = logging.getLogger("comfy_xdit")
@@ -51,11 +53,12 @@ class Frame:
 class Channel:
     """One end of a pair of sockets."""
 
-    def __init__(self, fd: int, read: Callable[[Frame], None], ended: Callable[[str], None]) -> None:
-        """Takes over `fd`. read: is given each frame, and ended, once, the reason of the end: both on the reading
+    def __init__(self, end: Descriptor, read: Callable[[Frame], None], ended: Callable[[str], None]) -> None:
+        """Takes over `end`. read: is given each frame, and ended, once, the reason of the end: both on the reading
         thread. Raises OSError or ValueError for what is no socket of this user's.
         """
-        self._sock = socket.socket(fileno=fd)
+        self._sock = socket.socket(fileno=end.fd)
+        end.release()
         close_in_children(self._sock)
         self._sock.setblocking(True)
         _check_peer(self._sock)
@@ -165,6 +168,14 @@ class Channel:
         self._sock.sendall(data[sent:])
 
 
+def _raw(whose: str, text: str) -> bytes:
+    """A text as it travels. Raises InputError for one that the other end would take for no message."""
+    raw = text.encode()
+    if len(raw) > MAX_TEXT_BYTES:
+        raise InputError(f"{whose} text of {len(raw)} bytes; the limit is {MAX_TEXT_BYTES}, so ask for less at once")
+    return raw
+
+
 def _check_peer(sock: socket.socket) -> None:
     """Raises ValueError when it is no unix socket, or not made by a process of this user."""
     if sock.family != socket.AF_UNIX:
@@ -177,28 +188,29 @@ def _check_peer(sock: socket.socket) -> None:
 class SocketClient:
     """A client's connections to all workers of a generation."""
 
-    def __init__(self, generation: int, fds: Sequence[int]) -> None:
-        """fds: of the sockets, a rank's each; they are taken over."""
+    def __init__(self, generation: int, ends: Sequence[Descriptor]) -> None:
+        """ends: of the sockets, a rank's each; they are taken over."""
         self.generation = generation
         self._calls = itertools.count(1)
         self._lock = threading.Lock()
-        self._waiting: list[dict[int, Future[Answer]]] = [{} for _ in fds]
+        self._waiting: list[dict[int, Future[Answer]]] = [{} for _ in ends]
         self._lost: set[int] = set()
-        self._channels = [self._channel(rank, fd) for rank, fd in enumerate(fds)]
+        self._channels = [self._channel(rank, end) for rank, end in enumerate(ends)]
         for channel in self._channels:
             channel.start()
 
-    def _channel(self, rank: int, fd: int) -> Channel:
-        return Channel(fd, lambda frame: self._answered(rank, frame), lambda reason: self._ended(rank, reason))
+    def _channel(self, rank: int, end: Descriptor) -> Channel:
+        return Channel(end, lambda frame: self._answered(rank, frame), lambda reason: self._ended(rank, reason))
 
     @property
     def is_current(self) -> bool:
         return not self._lost
 
     def send(self, ranks: Sequence[int], serial: int, text: str, tensors: list[Tensor]) -> list[Future[Answer]]:
-        raw = text.encode()
-        if len(raw) > MAX_TEXT_BYTES:
-            raise PoolError(f"a message's text of {len(raw)} bytes; the limit is {MAX_TEXT_BYTES}", kind="input")
+        try:
+            raw = _raw("a message's", text)
+        except InputError as error:
+            raise PoolError(str(error), kind="input") from None
         try:
             # Once, whatever the number of ranks: they share its memory.
             parcel = pack(tensors)
@@ -245,11 +257,11 @@ class SocketClient:
 class SocketWorker:
     """A worker's connection to the client of a generation; `handler` is given what comes."""
 
-    def __init__(self, generation: int, fd: int, handler: Serve) -> None:
+    def __init__(self, generation: int, end: Descriptor, handler: Serve) -> None:
         self.generation = generation
         self._is_over = False
         self._handler = handler
-        self._channel = Channel(fd, self._requested, self._ended)
+        self._channel = Channel(end, self._requested, self._ended)
         self._channel.start()
 
     @property
@@ -258,7 +270,7 @@ class SocketWorker:
 
     def _requested(self, frame: Frame) -> None:
         def pack_answer(text: str, tensors: list[Tensor]) -> Callable[[], None]:
-            answer = Frame(frame.call, 0, text.encode(), pack(tensors))
+            answer = Frame(frame.call, 0, _raw("an answer's", text), pack(tensors))
             return lambda: self._channel.put(answer)
 
         self._handler(Request(frame.serial, frame.text.decode(), unpack(frame.parcel), pack_answer))

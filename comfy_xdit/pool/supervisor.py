@@ -8,7 +8,6 @@ agent here: the torchrun of each machine starts and restarts the workers, and th
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import logging
 import logging.handlers
@@ -64,6 +63,19 @@ def main() -> None:
             ready.write(f"{why or error}\n")
             sys.exit(1)
         supervisor.run(ready)
+
+
+def kill_child(pid: int) -> None:
+    """SIGKILL to a process that this one started; to nobody when it has ended and was waited for.
+
+    The agent keeps the numbers of an attempt until the next one begins, and by then they may be other processes'.
+    """
+    try:
+        # Not waited for: the agent's own waiting is to find it.
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        os.kill(pid, signal.SIGKILL)
+    except (ChildProcessError, ProcessLookupError):
+        return
 
 
 class _Supervisor:
@@ -145,8 +157,7 @@ class _Supervisor:
         workers = [] if self.agent is None else self.agent.get_worker_group().workers
         for worker in workers:
             if isinstance(worker.id, int):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(worker.id, signal.SIGKILL)
+                kill_child(worker.id)
 
     def _run_door(self) -> None:
         try:
@@ -172,7 +183,7 @@ class _Supervisor:
 
     def _wait_for_attempt(self) -> None:
         time.sleep(self.door.pace.pause_s)
-        while self.door.held:
+        while self.door.starts.held:
             time.sleep(MONITOR_INTERVAL_S)
         self.door.pace.began()
 

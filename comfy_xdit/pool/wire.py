@@ -1,13 +1,13 @@
 """One JSON object a line over a socket: how clients and workers talk to the pool's door.
 
-A line of the door's may bring descriptors: it says how many ("num_fds"), and its reader finds them in "fds".
+A line of the door's may bring descriptors: it says how many ("num_fds"), and its reader finds them in "fds",
+as `Descriptor`s: those that nobody uses close with the message.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import select
 import socket
 import struct
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from .descriptor import Descriptor
 from .forks import close_in_children
 
 MAX_LINE_BYTES = 1 << 20
@@ -57,7 +58,7 @@ class Wire:
         self._sending = threading.Lock()
         self._buffer = b""
         self._takes_fds = takes_fds
-        self._fds: list[int] = []
+        self._fds: list[Descriptor] = []
         # A peer that was stopped must not stop us: its buffer fills up, and then we let go of it.
         sock.settimeout(SEND_TIMEOUT_S)
         if self.is_remote:
@@ -143,10 +144,10 @@ class Wire:
         if not self._takes_fds:
             return self.sock.recv(num_bytes)
         data, fds, _, _ = socket.recv_fds(self.sock, num_bytes, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
-        self._fds += fds
+        self._fds += map(Descriptor, fds)
         return data
 
-    def _take_fds(self, number: object) -> list[int]:
+    def _take_fds(self, number: object) -> list[Descriptor]:
         if not isinstance(number, int) or not 0 < number <= len(self._fds):
             # The kernel drops those for which this process has no room.
             raise ConnectionError(f"{len(self._fds)} descriptors came, not {number}; perhaps too many files are open")
@@ -168,5 +169,4 @@ class Wire:
 
     def close(self) -> None:
         self.sock.close()
-        while self._fds:
-            os.close(self._fds.pop())
+        self._fds.clear()
