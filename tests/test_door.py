@@ -193,7 +193,7 @@ START = {
 
 @pytest.mark.parametrize("way", ["local", "remote"])
 @pytest.mark.parametrize("start", START)
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(said=st.lists(MESSAGES, min_size=1, max_size=4))
 def test_no_message_ends_the_door(fuzzed, way, start, said):
     door, connect = fuzzed[way]
@@ -206,7 +206,7 @@ def test_no_message_ends_the_door(fuzzed, way, start, said):
 
 
 @pytest.mark.parametrize("way", ["local", "remote"])
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.binary(max_size=200))
 def test_no_bytes_end_the_door(fuzzed, way, data):
     door, connect = fuzzed[way]

@@ -249,7 +249,7 @@ tensors = st.builds(
 values = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | tensors
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
 @given(
     name=st.sampled_from(["x", "timestep", "context", "y", "guidance", "attention_mask", "ref_latents"]), value=values
 )
