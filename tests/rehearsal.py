@@ -186,7 +186,8 @@ def conditioning(case: Case, number: int) -> dict[str, Any]:
     if case.family == "flux":
         found["guidance"] = torch.full((1,), 3.5, dtype=dtype)
         if case.mask:
-            found["attention_mask"] = torch.ones((1, 16 + prod(case.size) // 4), dtype=torch.bool)
+            num_tokens = 16 + prod(case.size) // 4
+            found["attention_mask"] = torch.ones((1, num_tokens, num_tokens), dtype=torch.bool)
     return found
 
 
