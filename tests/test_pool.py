@@ -325,7 +325,7 @@ def test_rpc_on_one_machine_is_started_with_its_risk_in_a_sentence(capsys):
 
 def test_workers_that_cannot_start_are_told_with_the_reason():
     with private_pool(service="fault_service:BrokenService") as pool:
-        with pytest.raises(PoolError, match=r"failed to start.*the driver is too old.*/log"):
+        with pytest.raises(PoolError, match=r"failed to start.*the driver is too old.*the log is"):
             pool.call(Echo(value=1))
         assert pool.status()["state"] == "failing"
 

@@ -80,7 +80,7 @@ def test_a_worker_killed_in_a_job(pool, rank, job):
         pool.call(job)
     assert told.value.kind == "lost"
     sentence = str(told.value)
-    assert "\n" not in sentence and "run the job again" in sentence and "/log" in sentence
+    assert "\n" not in sentence and "run the job again" in sentence and "the log is" in sentence
     assert_healed(pool, pids, generation)
 
 
