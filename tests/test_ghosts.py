@@ -95,7 +95,7 @@ def test_a_ghost_that_hangs_is_told_and_can_be_stopped(monkeypatch, capsys):
         delete_folder(pool_folder(NAME))
         assert holders(pool_folder(NAME).lock("alive").path) == pids[:1]
         sentence = (
-            rf"an earlier pool 'test' \(process {pids[0]}\) still runs, but can't be reached .*`comfy-xdit pool stop"
+            rf"an earlier pool 'test' \(process {pids[0]}\) still runs, but can't be reached.*`comfy-xdit pool stop"
         )
         with pytest.raises(PoolError, match=sentence):
             Pool.connect(NAME, "cpu:1", **OPTIONS)
