@@ -47,7 +47,17 @@ def descriptors():
 
 
 def threads():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("comfy-xdit-")]
+    return {thread for thread in threading.enumerate() if thread.name.startswith("comfy-xdit-")} - OTHERS
+
+
+OTHERS: set[threading.Thread] = set()
+"""What another file's tests left running in this process."""
+
+
+@pytest.fixture(autouse=True)
+def others():
+    OTHERS.clear()
+    OTHERS.update(threads())
 
 
 def duplicate(sock):
