@@ -268,6 +268,8 @@ def test_a_full_disk_hinders_no_job_and_workers_that_need_room_say_so():
 
 def test_a_pool_that_has_no_room_to_start_says_so():
     with private_home() as home, small_disk(home / NAME, size="16k"), filled(home / NAME):
+        pool = Pool.connect(NAME, "cpu:1", **OPTIONS)
         with pytest.raises(PoolError, match=r"No space left on device\); make room there"):
-            Pool.connect(NAME, "cpu:1", **OPTIONS).call(Echo(value=1))
+            pool.call(Echo(value=1))
+        pool.close()
         cli.main(["pool", "stop", "--name", NAME])

@@ -433,9 +433,10 @@ def links_of(pid):
 
 def test_a_program_that_is_started_meanwhile_has_no_descriptor_of_ours(link):
     link.ask(tensors=[torch.randn(LARGE)])[0].result(LIMIT_S)
-    # Not closed by who starts it, but by the kernel.
-    with subprocess.Popen([sys.executable, "-c", "input()"], close_fds=False, stdin=subprocess.PIPE) as program:
-        until(lambda: "python" in os.readlink(f"/proc/{program.pid}/exe"), "the program")
+    # Not closed by who starts it, but by the kernel, which does so while it starts: the program says when it is there.
+    command, pipe = [sys.executable, "-c", "print(flush=True); input()"], subprocess.PIPE
+    with subprocess.Popen(command, close_fds=False, stdin=pipe, stdout=pipe) as program:
+        program.stdout.readline()
         found = set(links_of(program.pid))
         program.communicate(b"\n")
     assert not {f"socket:[{inode}]" for inode in inodes(link)} & found

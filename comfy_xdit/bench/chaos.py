@@ -9,6 +9,7 @@ import faulthandler
 import os
 import random
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -276,6 +277,8 @@ def run(args: argparse.Namespace) -> int:
     """Print the table; status 1 when a round was bad."""
     ranks = [int(part) for part in args.ranks.split(",")]
     rounds = []
+    # The pool and the small disk end with us, also when someone ends us.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     for entry in chaos(args.rounds, ranks=ranks, seed=args.seed, faults=args.only or tuple(FAULTS)):
         rounds.append(entry)
         mark = "" if entry.is_good else "BAD "

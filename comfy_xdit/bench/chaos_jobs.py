@@ -17,6 +17,7 @@ from comfy_xdit.messages import Cancel, LoadModel, Sample
 from comfy_xdit.parallel.spec import ParallelSpec, check
 from comfy_xdit.pool.client import Pool
 from comfy_xdit.weights.resident import load
+from comfy_xdit.weights.stamp import stamp
 
 from .bench_pool import relative_difference, run_here
 from .modes import modes
@@ -125,6 +126,7 @@ class Models:
             storage_dtype="float32",
             compute_dtype="float32",
             spec=job.spec,
+            stamp=stamp(path),
         )
 
     def is_right(self, job: Job, samples: Tensor, version: str) -> bool:
@@ -140,7 +142,7 @@ class Models:
 
     def _on_one_rank(self, job: Job, version: str) -> Tensor:
         plain = dataclasses.replace(
-            self.load_message(job), path=str(self._kept(job.family, version)), spec=ParallelSpec()
+            self.load_message(job), path=str(self._kept(job.family, version)), spec=ParallelSpec(), stamp=None
         )
         torch.set_num_threads(1)
         return run_here(load(plain, "cpu"), job.message())
