@@ -118,6 +118,10 @@ class Ranks:
         self.irecv(*args, **kwargs).wait()
 
     def batch_isend_irecv(self, ops: list[Any]) -> list[Work]:
+        if not any(isinstance(op.tensor, DeviceTensor) for op in ops):
+            # Of the hosts only all together do it so far.
+            number = self._meet("batch", ops[0].group or self.world, (len(ops),), wait=False)
+            return [Work(self._device, number, False)]
         messages = tuple(
             (self._going if op.op.__name__ == "isend" else self._coming)(op.tensor, op.peer, op.group, op.group_peer)
             for op in ops

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -12,9 +13,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "faults"))
 
 import torch
 from comfy_xdit_worker import trial as worker_trial
+from events import Launch, Meet, Wait
 from fault_service import Reduce
 from harness import NAME, OPTIONS, private_home, private_pool, wait_until, wait_until_gone, worker_pids
+from nccl_sim import differences, stuck
 from played import Played, played_door
+from pretend_cuda import pretending
 
 from comfy_xdit import cli
 from comfy_xdit.pool import trial
@@ -215,6 +219,25 @@ def test_a_lone_rank_has_nothing_to_try():
     assert told.said == [("tried", {})]
 
 
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_it_leaves_no_connection_behind(num_ranks):
+    """On a GPU each takes memory of the device for as long as its group lives."""
+    records = []
+    for rank in range(num_ranks):
+        with pretending(rank, num_ranks) as device, mock.patch.object(torch, "equal", lambda a, b: a.shape == b.shape):
+            worker_trial.try_groups(device.device, rank, num_ranks, Told())
+            records.append(device.events)
+    for record in records:
+        last = max(place for place, event in enumerate(record) if isinstance(event, Launch))
+        used = {event.group for event in record if isinstance(event, Launch)}
+        after = [event for event in record[last:] if isinstance(event, Meet | Wait)]
+        freed = {event.group for event in after if isinstance(event, Meet) and event.kind == "destroy_process_group"}
+        assert used and used == freed
+        # What is under way on the device would be cut off.
+        assert any(isinstance(event, Wait) and event.for_all for event in after)
+    assert not differences(records) and not stuck(records) and not stuck(records, lazy_loading=True)
+
+
 def test_no_two_ranks_exchange_the_same_numbers():
     cpu = torch.device("cpu")
     seen = {tuple(worker_trial._numbers(cpu, a, b)[:4].tolist()) for a in range(8) for b in range(8)}
@@ -227,7 +250,7 @@ def test_no_two_ranks_exchange_the_same_numbers():
 def test_every_pair_is_tried_by_every_way(num_ranks):
     pairs = set()
     for rank in range(num_ranks):
-        steps = list(worker_trial._steps(torch.device("cpu"), rank, num_ranks))
+        steps = list(worker_trial._steps(torch.device("cpu"), rank, num_ranks, None))
         assert [name for name, _, _ in steps[-2:]] == [ALL_REDUCE, ALL_TO_ALL]
         pairs |= {(peers[0], rank) for name, peers, _ in steps if name == SEND_RECEIVE}
     assert pairs == {(a, b) for a in range(num_ranks) for b in range(num_ranks) if a != b}

@@ -139,6 +139,16 @@ class GroupCache:
             axis: self._line(key) for axis, key in keys.items()
         }
 
+    def make_for_all(self) -> dist.ProcessGroup:
+        """A group of all ranks that is nobody else's, until `close`. Collective over all ranks.
+
+        Raises RuntimeError, on every rank, when some could not be connected.
+        """
+        key: Key = ("", (tuple(range(self.world_size)),))
+        self._kept[key] = line = self._make(key)
+        assert line.group is not None
+        return line.group
+
     def close(self) -> None:
         """Free all groups. Collective over all ranks."""
         self._free(list(self._kept))

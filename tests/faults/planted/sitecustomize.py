@@ -38,7 +38,7 @@ def _plant(module: Any, rank: str, kind: str) -> None:
         return
     exchange = module._send_receive
 
-    def planted(place: Any, rank: int, after: int, before: int) -> Any:
+    def planted(place: Any, rank: int, after: int, before: int, group: Any) -> Any:
         if kind == "raises":
             raise RuntimeError("unhandled system error")
         if kind == "silent":
@@ -46,7 +46,7 @@ def _plant(module: Any, rank: str, kind: str) -> None:
         numbers = module._numbers
         module._numbers = lambda place, source, target: numbers(place, source, target) + (source == rank)
         try:
-            return exchange(place, rank, after, before)
+            return exchange(place, rank, after, before, group)
         finally:
             module._numbers = numbers
 
