@@ -211,6 +211,20 @@ def test_bad_input_is_refused_before_the_first_message(ranks, degrees) -> None:
         assert rank or (output[0] - want).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("batch", [2, 12])
+def test_a_mask_of_queries_and_keys_is_not_dealt_as_rows(ranks, batch) -> None:
+    """A rank that has one row of the batch would take the one query of its mask for all, one that has several fail."""
+    model = {"family": "flux", "heads": 4}
+    good = tiny_call("flux", seed=0, batch=batch, size=(8, 4), text=4)
+    bad = {**good, "attention_mask": torch.zeros(batch, 12)}
+    (want,) = plain_denoise(model, [good])
+    answers = here(ranks, "refused_then_right", degrees={"cfg": 2, "ulysses": 2}, model=model, good=good, bad=bad)
+    for rank, (sentence, has_communicated, output) in enumerate(answers):
+        assert f"has the shape [{batch}, 12]; give [1, keys], or [batch, queries, keys]" in sentence
+        assert not has_communicated
+        assert rank or (output[0] - want).abs().max() <= 1e-5
+
+
 def test_a_job_of_one_rank_sends_nothing() -> None:
     cache = GroupCache(1)
     for _ in range(2):

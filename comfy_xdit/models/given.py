@@ -42,6 +42,12 @@ def check_call(title: str, call: Mapping[str, Any], dtype: torch.dtype) -> None:
     mask = call.get("attention_mask")
     if mask is not None:
         _check(title, "the attention mask", mask, (2, 3), torch.bool if _is_bool(mask) else None)
+        # Of queries and keys, so it has no rows of the batch that could be dealt: a rank would get some of its queries.
+        if mask.dim() == 2 and mask.shape[0] != 1:
+            raise InputError(
+                f"the attention mask for {title} has the shape {list(mask.shape)}; give [1, keys], or "
+                "[batch, queries, keys]"
+            )
     _check_rows(title, call)
 
 
