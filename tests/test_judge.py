@@ -39,7 +39,8 @@ def test_a_failure_is_not_forgotten_for_what_its_rank_did_next(ranks, monkeypatc
     assert judge.look() is None
     at_once(monkeypatch)
     found = judge.look()
-    assert isinstance(found, Restart) and found.reason == "rank 0 failed in Denoise" and found.failure["rank"] == 0
+    assert isinstance(found, Restart) and found.reason == "rank 0 failed in Denoise"
+    assert found.cause.failure["rank"] == 0 and (found.cause.generation, found.cause.serial) == (1, 1)
 
 
 def test_a_message_keeps_its_name_when_a_rank_began_the_next(ranks):
@@ -68,7 +69,7 @@ def test_a_failed_load_waits_for_slower_ranks(ranks, monkeypatch):
     judge.ask(1, 1, is_broken=False)
     ends(0, 1, "LoadModel", "memory")
     assert judge.look() is None
-    assert judge.cause()["kind"] == "memory"
+    assert judge.cause().failure["kind"] == "memory" and judge.cause().serial == 1
     ends(1, 1, "LoadModel")
     assert judge.look() == Keep(1, 1) and judge.look() is None
     assert judge.cause() is None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import signal
 import sys
 import threading
@@ -146,15 +148,35 @@ def test_a_bug_on_one_rank_is_told_with_its_trace_and_frees_the_others(pool):
     assert_healed(pool, pids, generation)
 
 
+class GaveUp(Exception):
+    pass
+
+
+def give_up():
+    raise GaveUp
+
+
+@pytest.mark.parametrize("error", ["fault", "memory"])
+@pytest.mark.parametrize("in_one_turn", [True, False])
+def test_a_job_is_not_told_the_fault_of_one_that_was_given_up_as_its_own(pool, error, in_one_turn):
+    """One rank fails, the other waits for it, and the next job for both."""
+    pids, generation = worker_pids(pool), pool.generation
+    with pool.turn() if in_one_turn else contextlib.nullcontext():
+        with pytest.raises(GaveUp):
+            pool.call(Raise(error=error, ranks=[0], meet=True), poll=give_up)
+        with pytest.raises(PoolError) as told:
+            pool.call(Echo(value=1))
+    assert told.value.kind == "lost"
+    assert re.fullmatch(
+        r"the run before this one, which was given up, failed later: worker 0 .*(a bug|out of memory).*; "
+        "the pool restarts its workers for that, so run the job again",
+        str(told.value),
+    )
+    assert_healed(pool, pids, generation)
+
+
 def test_a_bug_that_nobody_waits_for_any_more_restarts_the_workers_all_the_same(pool):
     """One rank fails and is free for what comes next, while the other waits for it."""
-
-    class GaveUp(Exception):
-        pass
-
-    def give_up():
-        raise GaveUp
-
     with pytest.raises(GaveUp):
         pool.call(Raise(error="fault", ranks=[0], meet=True), poll=give_up)
     pids = worker_pids(pool)

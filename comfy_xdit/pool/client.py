@@ -231,7 +231,7 @@ class Pool:
         with self.turn(poll):
             if self._lost is not None:
                 # After an answer that was whole. What was sent before is gone, so going on would be wrong.
-                raise self._error([])
+                raise self._error([], self._serial + 1)
             if self._group is None:
                 self._acquire(poll)
             return self._exchange(message, poll, CALL_TIMEOUT_S if timeout_s is None else timeout_s)
@@ -274,7 +274,7 @@ class Pool:
         else:
             is_broken = any(answer is None for answer in answers)
             self._ask({"type": "judge", "serial": self._serial, "is_broken": is_broken})
-        raise self._error([answer for answer in answers if isinstance(answer, Failure)])
+        raise self._error([answer for answer in answers if isinstance(answer, Failure)], self._serial)
 
     def _send(self, message: Message, wakeup: threading.Event | None = None) -> list[Future[Answer]]:
         assert self._group is not None
@@ -318,14 +318,23 @@ class Pool:
             self._lost = message
         return message
 
-    def _error(self, failures: list[Failure]) -> PoolError:
-        """The sentence for what failed: of the door, if the workers are lost, else of the ranks themselves."""
+    def _error(self, failures: list[Failure], serial: int) -> PoolError:
+        """The sentence for what failed: of the door, if the workers are lost, else of the ranks themselves.
+
+        serial: of the message that won't have an answer.
+        """
         lost, self._lost = self._lost, None
         told = [dataclasses.asdict(failure) for failure in failures]
         if lost is not None:
             told = [lost["failure"]] if lost.get("failure") else []
         if told:
             cause = worst(told)
+            if lost is not None and (lost["generation"], lost["serial"]) != (self.generation, serial):
+                sentence = (
+                    f"the run before this one, which was given up, failed later: {cause['message']}; the pool restarts "
+                    "its workers for that, so run the job again"
+                )
+                return PoolError(sentence, kind="lost", trace=cause["trace"])
             return PoolError(cause["message"], kind=cause["kind"], trace=cause["trace"])
         what = str(lost["reason"]) if lost is not None else "a worker's answer was lost"
         then = "the pool restarts its workers, so run" if lost is not None and lost["restarts"] else "run"

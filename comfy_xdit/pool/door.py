@@ -21,7 +21,7 @@ from .folder import PoolFolder, unwritable
 from .gathering import Gathering
 from .grants import Grants
 from .handshake import Challenge, challenges
-from .judge import Judge, Keep, Restart
+from .judge import Cause, Judge, Keep, Restart
 from .locks import Lock
 from .network import Network
 from .pace import Pace
@@ -286,7 +286,7 @@ class Door:
             self._judge.forget()
         found = self._judge.look()
         if isinstance(found, Restart):
-            self._lose(found.reason, failure=found.failure)
+            self._lose(found.reason, cause=found.cause)
         elif isinstance(found, Keep) and holder is not None:
             holder.send({"type": "keep", "generation": found.generation, "serial": found.serial})
 
@@ -296,18 +296,18 @@ class Door:
             self.starts.worked()
             self.grants.advance()
 
-    def _lose(self, reason: str, *, failure: dict[str, Any] | None = None) -> None:
+    def _lose(self, reason: str, *, cause: Cause | None = None) -> None:
         """End all workers, so that new ones are started, and tell the holder why."""
         if self._stopping:
             return
         if not self.roster.is_ready:
             self.starts.failed(reason)
         self.num_restarts += 1
-        if failure is not None and failure["kind"] == "memory":
+        if cause is not None and cause.failure["kind"] == "memory":
             # All of it filled the devices, and would again: only what is in use comes back.
             self.residents = self.residents[-1:]
         log.warning("%s; the workers are %s", reason, "ended" if self.starts.held else "restarted")
-        failure = failure or self._judge.cause()
+        cause = cause or self._judge.cause()
         self._judge.renew()
         workers = list(self.roster.workers.values())
         self.roster.kill()
@@ -316,7 +316,7 @@ class Door:
             self._connections.drop(worker)
         self.roster.workers = {}
         self.roster.started_at = time.monotonic()
-        self.grants.lose(reason, failure)
+        self.grants.lose(reason, cause)
         self._refuse_when_hopeless()
 
     def _refuse_when_hopeless(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 from .connections import Connections, pairs
 from .errors import PoolError
 from .folder import PoolFolder, unwritable
+from .judge import Cause
 from .network import LOOPBACK
 from .roster import Roster
 from .silence import TAKE_AFTER_S, TELL_AFTER_S, silent_s, who_has_the_turn, why_taken
@@ -174,11 +176,12 @@ class Grants:
 
     # Who is told that it won't be let in
 
-    def lose(self, reason: str, failure: dict[str, Any] | None) -> None:
-        """The workers are gone: tell the holder why. failure: the fields of the `Failure` that caused it."""
+    def lose(self, reason: str, cause: Cause | None) -> None:
+        """The workers are gone: tell the holder why. cause: the failure that caused it, if one did."""
         holder = self.turns.lose()
         if holder is not None:
-            holder.send({"type": "lost", "reason": reason, "failure": failure, "restarts": True})
+            told = {"failure": None} if cause is None else dataclasses.asdict(cause)
+            holder.send({"type": "lost", "reason": reason, "restarts": True, **told})
 
     def refuse_all(self, reason: str) -> None:
         """Send all who wait away."""

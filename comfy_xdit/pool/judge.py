@@ -22,11 +22,23 @@ class Keep:
 
 
 @dataclasses.dataclass(frozen=True)
+class Cause:
+    """The failure that says why the workers are lost. failure: the fields of its `Failure`.
+
+    generation, serial: of the message that failed. Its client may have given it up, and sent another since.
+    """
+
+    generation: int
+    serial: int
+    failure: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
 class Restart:
-    """The workers must be started anew. failure: the fields of the `Failure` that caused it, if one did."""
+    """The workers must be started anew. cause: the failure that caused it, if one did."""
 
     reason: str
-    failure: dict[str, Any] | None
+    cause: Cause | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +92,7 @@ class Judge:
         for number, failed in list(self._failed.items()):
             if not self._is_sound(number, failed):
                 failure = worst(list(failed.failures.values()))
-                return Restart(f"rank {failure['rank']} failed in {failed.name}", failure)
+                return Restart(f"rank {failure['rank']} failed in {failed.name}", Cause(*number, failure))
             if self._have_ended(number):
                 del self._failed[number]
         question = self._question
@@ -95,16 +107,17 @@ class Judge:
             return Keep(*question.number)
         return None
 
-    def cause(self) -> dict[str, Any] | None:
+    def cause(self) -> Cause | None:
         """The failure to tell when the workers are lost in a message of which a rank has told why it failed.
 
         One that is out of memory, or found a mistake, may have taken the others with it. Else their failures are
         consequences, and how they were lost says more.
         """
-        failed = self._failed.get(max((worker.done for worker in self._roster.workers.values()), default=(0, 0)))
+        number = max((worker.done for worker in self._roster.workers.values()), default=(0, 0))
+        failed = self._failed.get(number)
         told = [] if failed is None else failed.failures.values()
         causes = [failure for failure in told if failure["kind"] in ("memory", "input")]
-        return worst(causes) if causes else None
+        return Cause(*number, worst(causes)) if causes else None
 
     def _have_ended(self, number: tuple[int, int]) -> bool:
         """Whether all ranks have ended the message, or one after it."""
