@@ -19,11 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "faults"))
 
 import torch
 from fault_service import Echo, FaultService, Raise
-from harness import client_process, private_pool, says, wait_until
+from harness import WAIT_S, client_process, private_pool, says, stop_process, thread_states, wait_until
 from played_pool import add_workers, played_pool
 
 from comfy_xdit.messages import Result, Status
-from comfy_xdit.pool import cli_status, client, silence
+from comfy_xdit.pool import cli_status, client, grants, silence
 from comfy_xdit.pool.client import Pool, PoolError
 
 
@@ -186,6 +186,45 @@ def test_a_stopped_process_is_told_as_such_and_goes_on_rightly_when_it_is_contin
             os.kill(other.pid, signal.SIGCONT)
         says(other, "done")
         assert pool.call(Echo(value=1)).value == 1
+
+
+@pytest.mark.parametrize("where", ["between jobs", "in a job"])
+def test_the_turn_of_a_stopped_process_is_given_on_and_it_is_told_when_it_goes_on(played, services, monkeypatch, where):
+    door, _, pool = played
+    monkeypatch.setattr(silence, "TELL_AFTER_S", 1.5)
+    for module in (silence, grants):
+        monkeypatch.setattr(module, "TAKE_AFTER_S", 3.0)
+    monkeypatch.setattr(grants, "TELL_AFTER_S", 1.5)
+
+    deadline = time.monotonic() + WAIT_S
+
+    def finish():
+        """The workers' job of the client that is lost ends."""
+        assert time.monotonic() < deadline, "waited in vain for the turn"
+        if door.grants.turns.holder is not silent:
+            for service in services:
+                service.go.set()
+
+    with client_process(where) as other:
+        says(other, "connected")
+        says(other, "turn")
+        if where == "in a job":
+            wait_until(lambda: {w.running for w in door.roster.workers.values()} == {"Status"}, "the job on both ranks")
+        silent = door.grants.turns.holder
+        assert silent.pid == other.pid
+        stop_process(other.pid)
+        try:
+            assert pool.call(Echo(value="next"), poll=finish).value == "next"
+            assert other.poll() is None and set(thread_states(other.pid)) == {"T"}
+        finally:
+            os.kill(other.pid, signal.SIGCONT)
+        sentence = says(other, "told")
+        assert re.match(r"this process gave no sign of life for \d+ s while others waited for pool 'test'", sentence)
+        assert f"was given to process {os.getpid()}" in sentence and "run the job again" in sentence
+        says(other, "done")
+        assert pool.call(Echo(value="again")).value == "again"
+    assert door.num_restarts == 0
+    assert [service.journal.count("Echo") for service in services] == [3, 3], "the late message ran nowhere"
 
 
 # Who judges

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import runpy
+import signal
 import sys
+import threading
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -15,7 +17,8 @@ runpy.run_path(str(HERE.parent.parent / "comfy_xdit" / "mount.py"))["mount"](
 from fault_service import Echo, Keep, Sleep  # noqa: E402
 from harness import NAME, OPTIONS  # noqa: E402
 
-from comfy_xdit.pool.client import Pool  # noqa: E402
+from comfy_xdit.messages import Message, Status  # noqa: E402
+from comfy_xdit.pool.client import Pool, PoolError  # noqa: E402
 
 
 def say(text: str) -> None:
@@ -23,7 +26,17 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
+def tell(pool: Pool, message: Message) -> None:
+    """Say in which words `message` fails."""
+    try:
+        pool.call(message)
+    except PoolError as error:
+        say(f"told {error}")
+
+
 def main(action: str) -> None:
+    continued = threading.Event()
+    signal.signal(signal.SIGCONT, lambda *_: continued.set())
     pool = Pool.connect(NAME, "cpu:2", **OPTIONS)
     say(f"connected {pool.status()['pid']}")
     if action == "connect":
@@ -38,6 +51,13 @@ def main(action: str) -> None:
             pool.call(Sleep(seconds=1.0))
         if action == "hold":
             sys.stdin.readline()
+        if action == "between jobs":
+            # Until it was stopped, and goes on. The signal may meet another thread, which does not wake this one.
+            while not continued.wait(0.1):
+                pass
+            tell(pool, Echo(value="late"))
+        if action == "in a job":
+            tell(pool, Status())
     pool.call(Echo(value=1))
     say("done")
 
