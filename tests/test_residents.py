@@ -1,0 +1,203 @@
+"""What a rank holds: who leaves when memory is short, and files that change under it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import weakref
+
+import pytest
+import tiny
+import tiny_vae
+import torch
+from comfy_xdit_worker import service as services
+from comfy_xdit_worker.service import Service
+from programs import flow_program
+from test_sample import job
+
+from comfy_xdit import vae
+from comfy_xdit.bench.vae_checkpoint import write_vae
+from comfy_xdit.errors import InputError, is_out_of_memory
+from comfy_xdit.messages import Denoise, LoadModel, LoadVAE, Sample, VAEDecode, VAEEncode
+from comfy_xdit.parallel.spec import ParallelSpec
+from comfy_xdit.vae.resident import ResidentVAE
+from comfy_xdit.weights import resident
+from comfy_xdit.weights.stamp import stamp
+
+NAMES = ("a", "b", "c")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    tiny.write(folder / "model.safetensors", tiny.random_weights(tiny.flux_shapes()))
+    write_vae(folder / "vae.safetensors", tiny_vae.config())
+    return folder
+
+
+@pytest.fixture
+def loads(files, tmp_path):
+    """A load of each name; "vae" is one of a VAE. Each has a file of its own."""
+    names = {"storage_dtype": "float32", "compute_dtype": "float32"}
+    found = {}
+    for name in (*NAMES, "vae"):
+        path = shutil.copy(files / ("vae.safetensors" if name == "vae" else "model.safetensors"), tmp_path / name)
+        found[name] = (
+            LoadVAE(vae=name, path=str(path), dtype="float32", stamp=stamp(str(path)))
+            if name == "vae"
+            else LoadModel(model=name, path=str(path), prefix="", family="flux", stamp=stamp(str(path)), **names)
+        )
+    return found
+
+
+@pytest.fixture
+def rank():
+    return Service(rank=0, world_size=1, device=torch.device("cpu"))
+
+
+class Memory:
+    """Memory for `limit` models and VAEs: a load that finds more alive fails as torch does, with its own half done."""
+
+    def __init__(self, monkeypatch, limit):
+        self.limit, self._alive = limit, weakref.WeakSet()
+        self.num_tries = 0
+        for place, name in ((resident, "load"), (vae, "load_vae")):
+            monkeypatch.setattr(place, name, self._limited(getattr(place, name)))
+
+    def _limited(self, load):
+        def limited(*args, **kwargs):
+            self.num_tries += 1
+            made = load(*args, **kwargs)
+            self._alive.add(made)
+            if len(self._alive) > self.limit:
+                raise torch.OutOfMemoryError("Tried to allocate 20.00 GiB.")
+            return made
+
+        return limited
+
+
+def held(rank):
+    return [message.vae if isinstance(message, LoadVAE) else message.model for message in rank.residents()]
+
+
+def test_the_least_recently_used_makes_room_for_a_load(rank, loads, monkeypatch):
+    memory = Memory(monkeypatch, 2)
+    rank.handle(loads["a"])
+    rank.handle(loads["b"])
+    rank.handle(loads["a"])
+    assert held(rank) == ["b", "a"] and memory.num_tries == 2
+    rank.handle(loads["c"])
+    assert held(rank) == ["a", "c"] and memory.num_tries == 4
+    # A job is a use too.
+    with pytest.raises(InputError, match="1 numbers of chunks"):
+        rank.handle(Denoise(model="a", patches_id="", spec=ParallelSpec(), calls=[], chunks=[1]))
+    rank.handle(loads["vae"])
+    assert held(rank) == ["a", "vae"]
+    rank.handle(loads["b"])
+    assert held(rank) == ["vae", "b"]
+
+
+def test_as_many_leave_as_the_load_needs(rank, loads, monkeypatch):
+    memory = Memory(monkeypatch, 3)
+    for name in NAMES:
+        rank.handle(loads[name])
+    memory.limit = 1
+    rank.handle(loads["vae"])
+    assert held(rank) == ["vae"] and memory.num_tries == 7
+
+
+def test_a_load_for_which_there_is_never_room_is_out_of_memory(rank, loads, monkeypatch):
+    memory = Memory(monkeypatch, 2)
+    rank.handle(loads["a"])
+    rank.handle(loads["vae"])
+    memory.limit = 0
+    with pytest.raises(torch.OutOfMemoryError) as told:
+        rank.handle(loads["b"])
+    assert is_out_of_memory(told.value) and held(rank) == []
+
+
+def test_nobody_leaves_for_a_load_that_fails_otherwise(rank, loads, monkeypatch):
+    def fails(*args, **kwargs):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    rank.handle(loads["a"])
+    monkeypatch.setattr(resident, "load", fails)
+    with pytest.raises(RuntimeError, match="illegal"):
+        rank.handle(loads["b"])
+    assert held(rank) == ["a"]
+
+
+def touch(message):
+    """The file is written to in place."""
+    with open(message.path, "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x01")
+    os.utime(message.path, ns=(0, 0))  # whatever the grain of the file system's clock
+
+
+def denoise(load):
+    run = job("run", flow_program(steps=2), degrees={})
+    calls = [{**run.conds[0], "x": run.noise, "timestep": torch.ones(run.noise.shape[0])}]
+    return Denoise(model=load.model, patches_id="", spec=ParallelSpec(), calls=calls, chunks=[1])
+
+
+def sample(load):
+    return dataclasses.replace(job("run", flow_program(steps=2), degrees={}), model=load.model, spec=ParallelSpec())
+
+
+def decode(load):
+    return VAEDecode(vae=load.vae, latent=torch.zeros(1, 4, 8, 8))
+
+
+def encode(load):
+    return VAEEncode(vae=load.vae, image=torch.zeros(1, 3, 32, 32))
+
+
+JOBS = {
+    Denoise: ("a", denoise, services, "denoise"),
+    Sample: ("a", sample, services, "sample"),
+    VAEDecode: ("vae", decode, ResidentVAE, "decode"),
+    VAEEncode: ("vae", encode, ResidentVAE, "encode"),
+}
+
+
+@pytest.mark.parametrize("kind", JOBS)
+def test_a_file_that_changes_in_a_job_gives_no_result(rank, loads, monkeypatch, kind):
+    """Half of the weights may be the old ones."""
+    name, make, place, function = JOBS[kind]
+    load = loads[name]
+    rank.handle(load)
+    assert rank.handle(make(load)).value is not None
+    run = getattr(place, function)
+
+    def changes(*args, **kwargs):
+        result = run(*args, **kwargs)
+        touch(load)
+        return result
+
+    monkeypatch.setattr(place, function, changes)
+    with pytest.raises(InputError, match=f"the file {name} was changed after it was loaded"):
+        rank.handle(make(load))
+    monkeypatch.setattr(place, function, run)
+    # Not used again either, until it is loaded anew.
+    with pytest.raises(InputError, match="was changed after it was loaded"):
+        rank.handle(make(load))
+    rank.handle(dataclasses.replace(load, stamp=stamp(load.path)))
+    assert rank.handle(make(load)).value is not None
+
+
+@pytest.mark.parametrize("name", ["a", "vae"])
+def test_a_file_that_changes_in_its_load_is_not_held(rank, loads, monkeypatch, name):
+    place, function = (vae, "load_vae") if name == "vae" else (resident, "load")
+    run = getattr(place, function)
+
+    def changes(*args, **kwargs):
+        made = run(*args, **kwargs)
+        touch(loads[name])
+        return made
+
+    monkeypatch.setattr(place, function, changes)
+    with pytest.raises(InputError, match="was changed after it was loaded"):
+        rank.handle(loads[name])
+    assert held(rank) == []
