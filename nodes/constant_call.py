@@ -13,6 +13,7 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
+from comfy_xdit.quoted import quoted
 from comfy_xdit.tape import NotAProgram
 from comfy_xdit.trajectory import SamplerCall, SamplerProgram
 
@@ -61,7 +62,7 @@ def _caught(guider: Any, name: str, call: SamplerCall, x: Tensor, model_options:
             comfy.samplers.calc_cond_batch(model, [guider.conds[name]], x, sigma, options)
         except RuntimeError as error:
             # Zeros of the network's input don't fit the latent: more channels went in.
-            raise NotAProgram(f"the host does not give the network the latent alone: {error}") from error
+            raise NotAProgram(f"the host does not give the network the latent alone: {quoted(error)}") from error
     if len(catcher.calls) != 1:
         raise NotAProgram(f"the host evaluates the {name} conditioning in {len(catcher.calls)} calls")
     caught = dict(catcher.calls[0])

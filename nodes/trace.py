@@ -19,6 +19,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_xdit_nodes.noise_sources import Tap
 from torch import Tensor
 
+from comfy_xdit.quoted import quoted
 from comfy_xdit.tape import NotAProgram, Tape, Traced
 from comfy_xdit.trajectory import Replay, SamplerProgram
 
@@ -51,7 +52,7 @@ def trace(
         raise
     except Exception as error:
         # A sampler of any author, given tensors it never saw: whatever it raises, step mode takes it.
-        raise NotAProgram(f"the sampler fails in a trace: {type(error).__name__}: {error}") from error
+        raise NotAProgram(f"the sampler fails in a trace: {type(error).__name__}: {quoted(error)}") from error
 
 
 class _Model:

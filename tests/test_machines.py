@@ -159,8 +159,9 @@ def test_files_that_the_other_machine_lacks_or_has_otherwise_are_told_with_the_m
     lacking, other = machines.client("refused", machines.lacking, machines.other)
     here = f"rank 1, on {socket.gethostname()},"
     assert lacking["kind"] == other["kind"] == "input"
-    assert lacking["sentence"].startswith(f"{here} can't open {machines.lacking} (No such file or directory); every")
-    assert other["sentence"].startswith(f"{here} has another file as {machines.other} than ComfyUI's machine; copy")
+    names = [Path(path).name for path in (machines.lacking, machines.other)]
+    assert lacking["sentence"].startswith(f"{here} can't open {names[0]} (No such file or directory); every")
+    assert other["sentence"].startswith(f"{here} has another file as {names[1]} than ComfyUI's machine; copy")
 
 
 def test_stop_ends_the_workers_and_the_torchruns_of_both(machines):

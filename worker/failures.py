@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from comfy_xdit.errors import InputError, is_out_of_memory
+from comfy_xdit.quoted import quoted
 
 MAX_CHARS = 8000
 """Of an error's own text. torch lists every key of a state that doesn't fit, and a line to the door has its limit."""
@@ -10,7 +11,7 @@ MAX_CHARS = 8000
 
 def classify(error: BaseException, rank: int) -> tuple[str, str]:
     """A failure's kind, as in `messages.Failure`, and its sentence for the user."""
-    text = " ".join(str(error).split())
+    text = quoted(error)
     if len(text) > MAX_CHARS:
         text = f"{text[:MAX_CHARS]}…"
     if is_out_of_memory(error):

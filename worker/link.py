@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from comfy_xdit.pool.wire import Wire
+from comfy_xdit.quoted import quoted
 
 log = logging.getLogger("comfy_xdit")
 
@@ -42,7 +43,7 @@ class Link:
 
     def failed(self, error: BaseException) -> None:
         """Say why this worker cannot start."""
-        self.say("failed", message=f"{type(error).__name__}: {error}"[:MAX_REASON_CHARS])
+        self.say("failed", message=f"{type(error).__name__}: {quoted(error)}"[:MAX_REASON_CHARS])
 
     def _read(self) -> None:
         while True:

@@ -193,8 +193,8 @@ class Residents:
             os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
         except OSError as error:
             raise InputError(
-                f"{self._here} can't open {path} ({error.strerror}); every machine of a pool reads a model from the "
-                "same path, so put the file there"
+                f"{self._here} can't open {os.path.basename(path)} ({error.strerror}); every machine of a pool reads a "
+                "model from the same path as ComfyUI's, so put the file there"
             ) from None
         # Only the kernel that made it can compare a stamp.
         is_ours = not (isinstance(message, m.LoadModel) and message.fingerprint)
@@ -207,7 +207,8 @@ class Residents:
 
         if message.fingerprint and fingerprint(message.path) != message.fingerprint:
             raise InputError(
-                f"{self._here} has another file as {message.path} than ComfyUI's machine; copy that one there"
+                f"{self._here} has another file as {os.path.basename(message.path)} than ComfyUI's machine; copy that "
+                "one there"
             )
 
     @property

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from comfy_xdit.parallel.groups import GroupCache
 from comfy_xdit.pool.trial import ALL_REDUCE, ALL_TO_ALL, SEND_RECEIVE
+from comfy_xdit.quoted import quoted
 
 NUM_FLOATS = {"cuda": 1 << 20, "cpu": 1 << 10}
 """To one rank: on a GPU enough to go by every way that NCCL has for large messages."""
@@ -50,7 +51,7 @@ def _try(group: dist.ProcessGroup, device: torch.device, rank: int, num_ranks: i
             try:
                 wrong = exchange()
             except Exception as error:
-                _fail(tell, about, peers, " ".join(f"{type(error).__name__}: {error}".split()))
+                _fail(tell, about, peers, f"{type(error).__name__}: {quoted(error)}")
             if wrong is not None:
                 _fail(tell, about, wrong, "")
 

@@ -9,6 +9,7 @@ import torch
 from comfy_xdit.errors import InputError
 from comfy_xdit.messages import Sample
 from comfy_xdit.models.base import Call
+from comfy_xdit.quoted import quoted
 from comfy_xdit.trajectory import Replay, SamplerProgram
 
 
@@ -70,7 +71,7 @@ def _run_through(message: Sample, dtype: torch.dtype) -> None:
         _same_shape(replay.output(), message.noise)
     except (RuntimeError, TypeError, AssertionError, AttributeError) as error:
         # Nothing else can be the cause: no memory is asked for, and no device.
-        raise InputError(f"the sampler's program cannot be run: {' '.join(str(error).split())}") from None
+        raise InputError(f"the sampler's program cannot be run: {quoted(error)}") from None
 
 
 def _same_shape(made: torch.Tensor, wanted: torch.Tensor) -> None:

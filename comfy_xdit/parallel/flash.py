@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from comfy_xdit.quoted import quoted
+
 from . import flash_try
 
 log = logging.getLogger("comfy_xdit")
@@ -77,4 +79,4 @@ def _fault(module: str, device: str, dtype: str) -> str:
     if done.returncode:
         return f"it ended its process with status {done.returncode}"
     last = (done.stdout.strip().splitlines() or ["it said nothing"])[-1]
-    return "" if last == flash_try.GOOD else last
+    return "" if last == flash_try.GOOD else quoted(last)

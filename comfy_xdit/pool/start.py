@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ..quoted import quoted
 from .devices import describe, parse_devices
 from .environment import hidden
 from .errors import PoolError
@@ -219,7 +220,7 @@ def spawn(
             os.close(write_end)
     if answer != b"ready\n":
         why = answer.decode(errors="replace").strip() or log_end(folder)
-        raise PoolError(f"pool {folder.name!r} ended while it started: {why}; {where_log(folder.name)}")
+        raise PoolError(f"pool {folder.name!r} ended while it started: {quoted(why)}; {where_log(folder.name)}")
 
 
 def _cannot_start(folder: PoolFolder, why: str) -> PoolError:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from comfy_xdit.errors import InputError
 from comfy_xdit.messages import Patch
+from comfy_xdit.quoted import quoted
 
 from .patches import CHANGES, apply_patches, check_words
 
@@ -44,7 +45,7 @@ def fitting(shape: Sequence[int], patches: list[Patch]) -> tuple[list[Patch], li
         try:
             weight = apply_patches(weight, [patch])
         except (RuntimeError, IndexError) as error:
-            misfits.append([patch.key, " ".join(str(error).split())])
+            misfits.append([patch.key, quoted(error)])
             if patch.strength_model != 1.0:
                 fit.append(dataclasses.replace(patch, kind="diff", weights=[torch.zeros(1)], strength=0.0))
         else:
