@@ -12,6 +12,7 @@ if __name__ == "__main__":
     here = Path(__file__).resolve().parent
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != here]
     spec_globals = runpy.run_path(str(here / "mount.py"))
-    spec_globals["mount"]("comfy_xdit", "comfy_xdit_worker")
+    names = {"comfy_xdit", "comfy_xdit_worker", sys.argv[1].partition(".")[0]}
+    spec_globals["mount"](*sorted(names & set(spec_globals["PACKAGES"])))
     sys.argv = sys.argv[1:]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -14,15 +14,25 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
+IN_CHECKOUT = {
+    "comfy_xdit": "comfy_xdit",
+    "comfy_xdit_nodes": "nodes",
+    "comfy_xdit_worker": "worker",
+    "comfy_xdit_bench": "bench",
+    "comfy_xdit_training": "training",
+}
+"""Import name → its folder in a checkout. Installed, a package's folder has its import name."""
+
+BOOT = ROOT / "comfy_xdit" / "boot.py"
+"""Run by its path it runs one of our modules, whether anything is installed or not."""
+
 PACKAGES = {
-    "comfy_xdit": ROOT / "comfy_xdit",
-    "comfy_xdit_nodes": ROOT / "nodes",
-    "comfy_xdit_worker": ROOT / "worker",
+    name: ROOT / name if (ROOT / name).is_dir() else ROOT / folder for name, folder in IN_CHECKOUT.items()
 }
 
 
 def mount(*names: str) -> None:
-    """Make the packages `names` importable from this checkout; names already importable are left alone.
+    """Make the packages `names` importable from this copy of ours; those imported from it already are left alone.
 
     Raises ImportError when `comfy_xdit` is already imported from somewhere else: two copies in one
     process would disagree about the messages they exchange.

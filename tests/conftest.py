@@ -15,5 +15,5 @@ with contextlib.suppress(ImportError):
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 runpy.run_path(str(Path(__file__).resolve().parent.parent / "comfy_xdit" / "mount.py"))["mount"](
-    "comfy_xdit", "comfy_xdit_worker"
+    "comfy_xdit", "comfy_xdit_worker", "comfy_xdit_bench", "comfy_xdit_training"
 )

@@ -6,11 +6,11 @@ import dataclasses
 from typing import Any
 
 import torch
+from comfy_xdit_bench.modes import is_exact
 from programs import flow_program
 from ranks import groups, tiny_call
 from staged import sampling_job, spread_model
 
-from comfy_xdit.bench.modes import is_exact
 from comfy_xdit.messages import Sample
 from comfy_xdit.parallel.context import ParallelContext
 from comfy_xdit.parallel.denoise import denoise

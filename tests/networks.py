@@ -6,7 +6,8 @@ import math
 import struct
 from types import SimpleNamespace
 
-from comfy_xdit.bench.checkpoint import FluxSize
+from comfy_xdit_bench.checkpoint import FluxSize
+
 from comfy_xdit.cost.arithmetic import ANATOMIES, network
 from comfy_xdit.cost.links import Device
 from comfy_xdit.models import FAMILIES

@@ -17,11 +17,11 @@ from unittest import mock
 import tiny
 import tiny_vae
 import torch
+from comfy_xdit_bench.vae_checkpoint import write_vae
 from events import Event, Wait
 from pretend_cuda import pretending
 from programs import flow_program
 
-from comfy_xdit.bench.vae_checkpoint import write_vae
 from comfy_xdit.mailbox import Mailbox
 from comfy_xdit.messages import (
     Denoise,

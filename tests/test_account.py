@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
+from comfy_xdit_bench.drift import Case, compared, plot
+from comfy_xdit_bench.program import euler
+from comfy_xdit_bench.trace import spec_named
 
-from comfy_xdit.bench.drift import Case, compared, plot
-from comfy_xdit.bench.program import euler
-from comfy_xdit.bench.trace import spec_named
 from comfy_xdit.parallel.spec import ParallelSpec
 from comfy_xdit.parallel.traffic import IDLE as WAITED
 from comfy_xdit.parallel.traffic import MATCHED, Traffic, account, idle_seconds

@@ -3,10 +3,9 @@
 import itertools
 
 import pytest
-
-from comfy_xdit.bench import chaos as bench
-from comfy_xdit.bench.chaos import chaos, summary
-from comfy_xdit.bench.show import table
+from comfy_xdit_bench import chaos as bench
+from comfy_xdit_bench.chaos import chaos, summary
+from comfy_xdit_bench.show import table
 
 FAULTS = (
     "kill a worker",

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import tiny
+from comfy_xdit_bench.checkpoint import FluxSize
+from comfy_xdit_bench.sd3 import SD3Size
 from networks import FLUX_DEV, GPU, flux_dev, header_only, network_of
 from ranks import Ranks
 
 from comfy_xdit import cli
-from comfy_xdit.bench.checkpoint import FluxSize
-from comfy_xdit.bench.sd3 import SD3Size
 from comfy_xdit.cost import choose, measured, on_pool
 from comfy_xdit.cost.arithmetic import read_network
 from comfy_xdit.cost.choose import predict, predictions, ranking

@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 import tiny
 import torch
+from comfy_xdit_bench.pixart import PixArtSize
 from hypothesis import given
 from hypothesis import strategies as st
 from networks import GPU, flux_dev, network_of
 from torch.utils.flop_counter import FlopCounterMode
 
-from comfy_xdit.bench.pixart import PixArtSize
 from comfy_xdit.cost import document
 from comfy_xdit.cost.arithmetic import read_network
 from comfy_xdit.cost.choose import predict, predictions

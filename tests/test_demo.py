@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from comfy_xdit_training.autoencoder import ldm_state_dict, new_vae, normalise
 from comfy_xdit_worker.service import Service
 from safetensors import safe_open
 
@@ -21,7 +22,6 @@ from comfy_xdit.demo.pictures import (
 from comfy_xdit.demo.run import TOLERANCE, Row, modes, row_difference, table
 from comfy_xdit.demo.sampling import Settings, decode, load_model, load_vae, sample
 from comfy_xdit.demo.through_comfyui import WORKFLOW, variant
-from comfy_xdit.demo.vae_training import ldm_state_dict, new_vae, normalise
 from comfy_xdit.models import detect
 from comfy_xdit.parallel.spec import ModelShape, ParallelSpec
 from comfy_xdit.timeline.picture import timeline

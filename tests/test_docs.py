@@ -57,7 +57,7 @@ def test_commands_and_options_exist(page):
 def fragments() -> set[str]:
     """Runs of words in the project's string literals, as they stand between the values put in."""
     found = set()
-    for part in ("comfy_xdit", "nodes", "worker"):
+    for part in ("comfy_xdit", "nodes", "worker", "bench"):
         for path in (ROOT / part).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text("utf-8"))):
                 if isinstance(node, ast.Constant) and isinstance(node.value, str):

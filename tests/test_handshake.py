@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "faults"))
 from comfy_xdit_worker import join
 from played import Played, free_port, hears, played_door
 
-from comfy_xdit.pool.cli_start import missing_on
+from comfy_xdit.cli.pool_start import missing_on
 from comfy_xdit.pool.errors import PoolError
 from comfy_xdit.pool.fields import Malformed
 from comfy_xdit.pool.handshake import KEY_VARIABLE, Challenge, given_key, kept_key, prove, read_key

@@ -11,13 +11,18 @@ COMFYUI = {
     *("comfy", "comfy_extras", "comfy_api", "comfy_execution", "comfy_config", "folder_paths", "node_helpers"),
     *("nodes", "server", "execution", "latent_preview", "app", "protocol"),
 }
-OURS = {"comfy_xdit", "comfy_xdit_nodes", "comfy_xdit_worker", "worker"}
+BESIDE = {"comfy_xdit_bench", "comfy_xdit_training", "bench", "training"}
+"""What measures and what made the demo: nothing that a job needs."""
 
 FORBIDDEN = {
-    "comfy_xdit": COMFYUI | {"comfy_xdit_nodes", "comfy_xdit_worker", "worker"},
-    "worker": COMFYUI | {"comfy_xdit_nodes"},
-    "nodes": {"comfy_xdit_worker", "worker"},
+    "comfy_xdit": COMFYUI | BESIDE | {"comfy_xdit_nodes", "comfy_xdit_worker", "worker"},
+    "worker": COMFYUI | BESIDE | {"comfy_xdit_nodes"},
+    "nodes": BESIDE | {"comfy_xdit_worker", "worker"},
+    "nodes/parity": {"comfy_xdit_worker", "worker"},
+    "bench": COMFYUI | {"comfy_xdit_nodes", "comfy_xdit_worker", "worker"},
+    "training": COMFYUI | {"comfy_xdit_nodes", "comfy_xdit_worker", "worker", "comfy_xdit_bench"},
 }
+"""Folder → what its files must not import; a folder in it may have rules of its own."""
 
 LAZY = {"diffusers", "distvae", "flash_attn", "flash_attn_interface"}
 """Slow to import, or not everywhere: never needed to list the nodes or to read a header."""
@@ -33,8 +38,13 @@ def imports(tree):
             yield (node.module or "").split(".")[0], node.level, node
 
 
+def ruled_by(path):
+    """The innermost folder with rules that `path` is in."""
+    return max((folder for folder in FORBIDDEN if (ROOT / folder) in path.parents), key=len)
+
+
 def files(folder):
-    found = sorted((ROOT / folder).rglob("*.py"))
+    found = [path for path in sorted((ROOT / folder).rglob("*.py")) if ruled_by(path) == folder]
     assert found
     return [pytest.param(path, id=str(path.relative_to(ROOT))) for path in found]
 
@@ -47,7 +57,7 @@ def faults(folder, path, source):
     for name, level, node in imports(tree):
         if level == 0 and name in FORBIDDEN[folder]:
             found.append(f"line {node.lineno}: {folder} must not import {name}")
-        if level > depth or (folder == "nodes" and level > 1):
+        if level > depth or (folder.startswith("nodes") and level > 1):
             found.append(f"line {node.lineno}: a relative import that leaves its folder")
     found += [
         f"line {node.lineno}: {name} is imported at the top, not in the function that needs it"
@@ -76,7 +86,9 @@ def test_rules(folder, path):
         ("comfy_xdit", "def f():\n    from nodes import KSampler"),
         ("comfy_xdit", "from ..nodes import pool"),
         ("comfy_xdit", "import diffusers"),
+        ("comfy_xdit", "from comfy_xdit_bench.timing import ratio"),
         ("worker", "import folder_paths"),
+        ("nodes", "from comfy_xdit_bench.modes import modes"),
         ("nodes", "from ..comfy_xdit import messages"),
         ("nodes", "from .pool import PoolSetting\nfrom comfy_xdit_worker import service"),
     ],

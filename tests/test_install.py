@@ -2,11 +2,16 @@
 
 import ast
 import importlib.util
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from comfy_xdit.cli import COMMANDS
+from comfy_xdit.mount import IN_CHECKOUT
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -77,6 +82,38 @@ def test_requirements_are_those_of_pyproject_without_torch():
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     assert [line for line in lines if line and not line.startswith("#")] == declared
     assert not any(line.startswith("torch") for line in declared)
+
+
+def test_every_package_is_installed_under_the_name_that_a_checkout_gives_it():
+    tomllib = pytest.importorskip("tomllib")
+    setup = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {name: name for name in IN_CHECKOUT} | setup["package-dir"]
+    assert folders == IN_CHECKOUT
+    found = {
+        ".".join([name, *init.parent.relative_to(ROOT / folder).parts])
+        for name, folder in IN_CHECKOUT.items()
+        for init in (ROOT / folder).rglob("__init__.py")
+    }
+    assert sorted(found) == setup["packages"]
+
+
+def test_commands_are_found_in_an_installed_copy(tmp_path):
+    """Where each package lies in a folder of its import name, and there is no checkout."""
+    for name, folder in IN_CHECKOUT.items():
+        shutil.copytree(ROOT / folder, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
+    program = (
+        "import importlib, sys\n"
+        "from comfy_xdit import cli\n"
+        "assert cli.main(['--version']) == 0\n"
+        "for module, _ in cli.COMMANDS.values(): print(importlib.import_module(module).__file__)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(tmp_path)}, cwd=tmp_path,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    files = done.stdout.splitlines()[1:]
+    assert len(files) == len(COMMANDS) and all(Path(file).is_relative_to(tmp_path) for file in files)
 
 
 def test_the_demo_gets_the_cpu_build_without_a_gpu(install, commands, monkeypatch):

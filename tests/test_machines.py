@@ -18,12 +18,12 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "faults"))
 
+from comfy_xdit_bench.checkpoint import write_flux
+from comfy_xdit_bench.links import COMFY_XDIT, METHODS, Settings, disagreements, links, orders, pool_on
+from comfy_xdit_bench.namespaces import Machine, Unavailable, two_machines
 from harness import private_home, wait_until, wait_until_gone
 from machines_client import SIZE
 
-from comfy_xdit.bench.checkpoint import write_flux
-from comfy_xdit.bench.links import COMFY_XDIT, METHODS, Settings, disagreements, links, orders, pool_on
-from comfy_xdit.bench.namespaces import Machine, Unavailable, two_machines
 from comfy_xdit.pool.client import status
 from comfy_xdit.pool.errors import PoolError
 
@@ -175,8 +175,10 @@ def test_stop_ends_the_workers_and_the_torchruns_of_both(machines):
 
 def test_namespaces_go_with_their_maker_also_when_it_is_killed(machines):
     program = (
-        f"import os, runpy; runpy.run_path({str(ROOT / 'comfy_xdit' / 'mount.py')!r})['mount']('comfy_xdit')\n"
-        "from comfy_xdit.bench.namespaces import two_machines\n"
+        "import os, runpy\n"
+        f"mount = runpy.run_path({str(ROOT / 'comfy_xdit' / 'mount.py')!r})['mount']\n"
+        "mount('comfy_xdit', 'comfy_xdit_bench')\n"
+        "from comfy_xdit_bench.namespaces import two_machines\n"
         "with two_machines() as (a, b): print(a.namespace, b.namespace, flush=True); os.kill(os.getpid(), 9)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, timeout=LIMIT_S)

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+from comfy_xdit_bench.modes import is_exact
 from modes import KINDS, METHODS, NUM_PATCHES, Job, call_of
 from oracle import emulate
 from ranks import Ranks, plain_denoise, tiny_model
 from test_pipefusion import serial_result
 
-from comfy_xdit.bench.modes import is_exact
 from comfy_xdit.parallel.spec import MAX_CFG, ParallelSpec, check, products
 
 LIMIT = 1e-5

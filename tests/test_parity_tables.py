@@ -5,12 +5,12 @@ import sys
 
 import pytest
 import torch
+from comfy_xdit_bench import parity
+from comfy_xdit_bench.matrix import against_one_rank, psnr_db
+from comfy_xdit_bench.modes import is_exact, modes, title
+from comfy_xdit_bench.parity_tables import drift_table, mode_table, sampler_table
 
 from comfy_xdit import cli
-from comfy_xdit.bench import parity
-from comfy_xdit.bench.matrix import against_one_rank, psnr_db
-from comfy_xdit.bench.modes import is_exact, modes, title
-from comfy_xdit.bench.parity_tables import drift_table, mode_table, sampler_table
 from comfy_xdit.parallel.spec import AXES, check
 
 

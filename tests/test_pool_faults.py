@@ -14,10 +14,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "faults"))
 
+from comfy_xdit_bench.heal import heal, render
 from fault_service import Echo, Journal, Keep, Raise, Reduce, Sleep
 from harness import client_process, private_pool, says, wait_until, wait_until_gone, worker_pids
 
-from comfy_xdit.bench.heal import heal, render
 from comfy_xdit.pool.client import PoolError
 
 NUM_CYCLES = int(os.environ.get("COMFY_XDIT_HEAL_CYCLES", "3"))

@@ -6,7 +6,7 @@ import argparse
 
 import pytest
 
-from comfy_xdit.pool import cli_status
+from comfy_xdit.cli import pool_status
 from comfy_xdit.pool.client import Pool, PoolError, status
 from comfy_xdit.pool.devices import describe, parse_devices
 from comfy_xdit.pool.folder import pool_folder
@@ -105,7 +105,7 @@ def test_the_log_of_a_pool_that_has_ended_is_told_by_the_command_line_alone(home
         status("test")
     assert str(log) not in str(told.value)
     with pytest.raises(PoolError, match=rf"no pool 'test' runs.*; log: {log}$"):
-        cli_status.run(argparse.Namespace(name="test", json=False))
+        pool_status.run(argparse.Namespace(name="test", json=False))
 
 
 def test_a_path_too_long_for_a_socket_is_told(monkeypatch, tmp_path):

@@ -11,13 +11,13 @@ import pytest
 import tiny
 import tiny_vae
 import torch
+from comfy_xdit_bench.vae_checkpoint import write_vae
 from comfy_xdit_worker import service as services
 from comfy_xdit_worker.service import Service
 from programs import flow_program
 from test_sample import job
 
 from comfy_xdit import vae
-from comfy_xdit.bench.vae_checkpoint import write_vae
 from comfy_xdit.errors import InputError, is_out_of_memory
 from comfy_xdit.messages import Denoise, LoadModel, LoadVAE, Sample, VAEDecode, VAEEncode
 from comfy_xdit.parallel.spec import ParallelSpec

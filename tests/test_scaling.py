@@ -1,11 +1,10 @@
 """What `bench scaling` reports, on a model so small that only its correctness counts."""
 
 import pytest
-
-from comfy_xdit.bench.checkpoint import FluxSize
-from comfy_xdit.bench.scaling import EXACT_LIMIT, METHODS, Settings, scaling
-from comfy_xdit.bench.show import table
-from comfy_xdit.bench.timing import take_turns
+from comfy_xdit_bench.checkpoint import FluxSize
+from comfy_xdit_bench.scaling import EXACT_LIMIT, METHODS, Settings, scaling
+from comfy_xdit_bench.show import table
+from comfy_xdit_bench.timing import take_turns
 
 TINY = FluxSize(hidden=64, head_dim=16, double_blocks=1, single_blocks=2)
 

@@ -22,8 +22,9 @@ from fault_service import Echo, FaultService, Raise
 from harness import WAIT_S, client_process, private_pool, says, stop_process, thread_states, wait_until
 from played_pool import add_workers, played_pool
 
+from comfy_xdit.cli import pool_status
 from comfy_xdit.messages import Result, Status
-from comfy_xdit.pool import cli_status, client, grants, silence
+from comfy_xdit.pool import client, grants, silence
 from comfy_xdit.pool.client import Pool, PoolError
 
 
@@ -151,7 +152,7 @@ def test_those_who_wait_are_told_whose_turn_it_is_and_since_when_it_is_silent(pl
             wait_until(lambda: re.search(sentence, caplog.text), "a word on its silence")
             found = pool.status()
             assert found["client"]["silent_s"] > silence.TELL_AFTER_S and not found["client"]["is_stopped"]
-            assert "no sign of life for" in cli_status.render(found)
+            assert "no sign of life for" in pool_status.render(found)
             pool._beat.start()
             wait_until(lambda: pool.status()["client"]["silent_s"] < silence.TELL_AFTER_S, "a beat")
             assert not answers
@@ -179,7 +180,7 @@ def test_a_stopped_process_is_told_as_such_and_goes_on_rightly_when_it_is_contin
         os.kill(other.pid, signal.SIGSTOP)
         try:
             wait_until(lambda: (pool.status()["client"] or {}).get("is_stopped"), "the kernel to stop it")
-            shown = cli_status.render(pool.status())
+            shown = pool_status.render(pool.status())
             assert f"pid {other.pid} (in a turn" in shown and "stopped" in shown
             wait_until(lambda: pool.status()["client"]["silent_s"] > 2, "its silence")
         finally:

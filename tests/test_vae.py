@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from comfy_xdit_bench.vae_checkpoint import ldm_shapes, random_vae, write_vae
 from safetensors.torch import save_file
 
-from comfy_xdit.bench.vae_checkpoint import ldm_shapes, random_vae, write_vae
 from comfy_xdit.messages import LoadVAE
 from comfy_xdit.vae import VAEConfig, describe, load_vae
 from comfy_xdit.vae.layout import translate

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from comfy_xdit.bench.vae import run_ranks
-from comfy_xdit.bench.vae_checkpoint import random_vae, write_vae
+from comfy_xdit_bench.vae import run_ranks
+from comfy_xdit_bench.vae_checkpoint import random_vae, write_vae
 
 HERE = Path(__file__).resolve().parent
 spec = importlib.util.spec_from_file_location("tiny_vae", HERE / "tiny_vae.py")

@@ -4,10 +4,10 @@ from collections import Counter
 
 import pytest
 import tiny
+from comfy_xdit_bench.program import euler
+from comfy_xdit_bench.wire import SUBJECTS, wire
 from ranks import Ranks, tiny_call
 
-from comfy_xdit.bench.program import euler
-from comfy_xdit.bench.wire import SUBJECTS, wire
 from comfy_xdit.cost.arithmetic import read_network
 from comfy_xdit.cost.formulas import sent
 from comfy_xdit.cost.job import sent_in_job

@@ -1,1 +1,1 @@
-"""A tiny trained Flux, how it was made, and the demo that samples it through a pool."""
+"""A tiny trained Flux, and the demo that samples it through a pool."""

@@ -24,5 +24,5 @@ def check() -> None:
         if not file.is_file():
             raise ValueError(
                 f"the demo's file {file} is missing; reinstall, or make it with "
-                f"`python -m comfy_xdit.demo.train --out {FOLDER}`"
+                f"`comfy-xdit demo train --out {FOLDER}`"
             )

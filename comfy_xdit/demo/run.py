@@ -1,4 +1,4 @@
-"""`comfy-xdit demo`: pictures from a tiny Flux, on one rank and on all of them, and whether they agree."""
+"""Pictures from a tiny Flux, on one rank and on all of them, and whether they agree."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from torch import Tensor
 from comfy_xdit.messages import Patch
 from comfy_xdit.models import comfy_layout, detect
 from comfy_xdit.parallel.spec import ModelShape, ParallelSpec, check
-from comfy_xdit.pool.cli_stop import stop
 from comfy_xdit.pool.client import Pool
 from comfy_xdit.pool.devices import describe, parse_devices
+from comfy_xdit.pool.stop import stop
 from comfy_xdit.timeline.chrome import chrome_trace
 from comfy_xdit.timeline.picture import timeline
 from comfy_xdit.weights.header import read_header
@@ -46,16 +46,6 @@ class Row:
     @property
     def seconds(self) -> float:
         return self.plain.seconds + self.outlined.seconds
-
-
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """Add this command's arguments."""
-    parser.add_argument("--devices", default="auto", help="auto, cuda, cuda:0,1 or cpu:2 (default: auto)")
-    parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for the pictures")
-    parser.add_argument("--steps", type=int, default=20, help="steps per picture (default: 20)")
-    parser.add_argument("--trace", type=Path, metavar="FILE", help="write what each rank did as a Chrome trace")
-    parser.add_argument("--comfyui", type=Path, metavar="DIR", help="do it through this ComfyUI checkout")
-    parser.add_argument("--comfyui-python", metavar="FILE", help="the Python of that ComfyUI")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -14,8 +14,8 @@ from typing import Any
 import numpy
 from PIL import Image
 
-from comfy_xdit.pool.cli_stop import stop
 from comfy_xdit.pool.devices import num_cuda_devices
+from comfy_xdit.pool.stop import stop
 
 from .comfyui_server import Server, serve
 from .pictures import contact_sheet

@@ -11,9 +11,9 @@ import select
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
+from ..mount import BOOT
 from ..quoted import quoted
 from .devices import describe, parse_devices
 from .environment import hidden
@@ -184,8 +184,7 @@ def spawn(
     Raises PoolError with what it says when it ends instead.
     """
     read_end, write_end = os.pipe()
-    boot = Path(__file__).resolve().parent.parent / "boot.py"
-    command = [sys.executable, str(boot), "comfy_xdit.pool.supervisor", "--name", folder.name]
+    command = [sys.executable, str(BOOT), "comfy_xdit.pool.supervisor", "--name", folder.name]
     command += ["--devices", json.dumps(devices), "--service", service, "--ready-fd", str(write_end)]
     command += ["--transport", transport or (RPC if network else SOCKETS)]
     if network is not None:

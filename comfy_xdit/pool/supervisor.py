@@ -16,8 +16,9 @@ import signal
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
+
+from comfy_xdit.mount import BOOT
 
 from .door import Door
 from .environment import hidden, settle
@@ -188,9 +189,8 @@ class _Supervisor:
         self.door.pace.began()
 
     def _worker_arguments(self) -> list[str]:
-        boot = Path(__file__).resolve().parent.parent / "boot.py"
         arguments = [
-            str(boot),
+            str(BOOT),
             "comfy_xdit_worker",
             "--door",
             str(self.folder.door),

@@ -56,9 +56,8 @@ def measure_all(folder: Path, samplers: list[str] | None) -> None:
 
 
 def measure_modes(folder: Path, numbers: list[int]) -> None:
+    from comfy_xdit_bench.modes import modes
     from comfy_xdit_nodes.parity import measure
-
-    from comfy_xdit.bench.modes import modes
 
     with compared(folder) as parity:
         for num_ranks in numbers:
@@ -99,7 +98,7 @@ def stop_pools(*names: str) -> None:
     """Those of these names; without, all that a measurement may have started."""
     from comfy_xdit_nodes.parity.measure import setting_of
 
-    from comfy_xdit.pool.cli_stop import stop
+    from comfy_xdit.pool.stop import stop
 
     for name in names or ("lora", *(setting_of(num_ranks).name for num_ranks in (1, 2, 3, 4, 8))):
         with contextlib.suppress(ConnectionError):

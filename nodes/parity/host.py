@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def enter(checkout: str, base: str) -> None:
     """Import ComfyUI from `checkout` on the CPU, its models and output under the empty folder `base`.
 
-    After it `comfy`, `nodes` (ComfyUI's), `comfy_xdit` and `comfy_xdit_nodes` can be imported.
+    After it `comfy`, `nodes` (ComfyUI's), `comfy_xdit`, `comfy_xdit_nodes` and `comfy_xdit_bench` can be imported.
     """
     # Our `nodes` folder must not be found as ComfyUI's `nodes.py`.
     sys.path[:] = [entry for entry in sys.path if Path(entry or os.curdir).resolve() != ROOT]
@@ -26,4 +26,6 @@ def enter(checkout: str, base: str) -> None:
     import comfy.cli_args
 
     sys.argv = arguments
-    runpy.run_path(str(ROOT / "comfy_xdit" / "mount.py"))["mount"]("comfy_xdit", "comfy_xdit_nodes")
+    runpy.run_path(str(ROOT / "comfy_xdit" / "mount.py"))["mount"](
+        "comfy_xdit", "comfy_xdit_nodes", "comfy_xdit_bench"
+    )

@@ -9,11 +9,11 @@ from typing import Any
 import comfy.model_management
 import comfy.sd
 import torch
+from comfy_xdit_bench.timing import ratio, take_turns
 from comfy_xdit_nodes.checkpoint import open_checkpoint
 from comfy_xdit_nodes.parity import models
 from comfy_xdit_nodes.patcher import from_checkpoint
 
-from comfy_xdit.bench.timing import ratio, take_turns
 from comfy_xdit.messages import SetPatches
 from comfy_xdit.pool.client import Pool
 

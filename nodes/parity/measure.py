@@ -9,13 +9,13 @@ from typing import Any
 
 import comfy.samplers
 import torch
+from comfy_xdit_bench.modes import is_exact, title
 from comfy_xdit_nodes.checkpoint import open_checkpoint
 from comfy_xdit_nodes.parity import models
 from comfy_xdit_nodes.patcher import from_checkpoint, parallelize
 from comfy_xdit_nodes.pool import PoolSetting
 from torch import Tensor
 
-from comfy_xdit.bench.modes import is_exact, title
 from comfy_xdit.parallel.spec import ParallelSpec, check
 
 LIMIT = 1e-4

@@ -8,10 +8,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from comfy_xdit_bench.checkpoint import FluxSize
 from comfy_xdit_nodes.checkpoint import open_checkpoint
 from comfy_xdit_nodes.patcher import from_checkpoint
-
-from comfy_xdit.bench.checkpoint import FluxSize
 
 FLUX_DEV = FluxSize(hidden=3072, double_blocks=19, single_blocks=38, context_dim=4096, pooled_dim=768)
 

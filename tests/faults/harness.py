@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from comfy_xdit.pool.cli_stop import is_running, stop
 from comfy_xdit.pool.client import Pool, PoolError
+from comfy_xdit.pool.stop import is_running, stop
 
 NAME = "test"
 HERE = Path(__file__).resolve().parent

@@ -12,12 +12,14 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-runpy.run_path(str(HERE.parent.parent / "comfy_xdit" / "mount.py"))["mount"]("comfy_xdit", "comfy_xdit_worker")
+runpy.run_path(str(HERE.parent.parent / "comfy_xdit" / "mount.py"))["mount"](
+    "comfy_xdit", "comfy_xdit_worker", "comfy_xdit_bench"
+)
 
 import torch  # noqa: E402
+from comfy_xdit_bench.checkpoint import FluxSize, random_call  # noqa: E402
+from comfy_xdit_bench.program import whole_run  # noqa: E402
 
-from comfy_xdit.bench.checkpoint import FluxSize, random_call  # noqa: E402
-from comfy_xdit.bench.program import whole_run  # noqa: E402
 from comfy_xdit.messages import LoadModel, Peek, Sample  # noqa: E402
 from comfy_xdit.parallel.context import ParallelContext  # noqa: E402
 from comfy_xdit.parallel.groups import GroupCache  # noqa: E402

@@ -5,8 +5,7 @@ process for each checkout, with that checkout's own Python.
 """
 
 import pytest
-
-from comfy_xdit.bench.hosts import checkouts
+from comfy_xdit_bench.hosts import checkouts
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

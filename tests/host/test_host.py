@@ -6,8 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
-from comfy_xdit.bench.hosts import ROOT, python_of
+from comfy_xdit_bench.hosts import ROOT, python_of
 
 HERE = Path(__file__).resolve().parent
 FILES = sorted(path.name for path in (HERE / "inside").glob("check_*.py"))

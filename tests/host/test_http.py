@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from _pytest.pathlib import import_path
+from comfy_xdit_bench.hosts import ROOT, python_of
 from safetensors.torch import load_file, save_file
-
-from comfy_xdit.bench.hosts import ROOT, python_of
 
 HERE = Path(__file__).resolve().parent
 host = import_path(HERE / "comfy_server.py", root=ROOT, mode="importlib", consider_namespace_packages=False)

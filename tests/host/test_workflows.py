@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy
 import pytest
 from _pytest.pathlib import import_path
+from comfy_xdit_bench.hosts import ROOT, python_of, version_of
 from PIL import Image
-
-from comfy_xdit.bench.hosts import ROOT, python_of, version_of
 
 HERE = Path(__file__).resolve().parent
 

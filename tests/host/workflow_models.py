@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from comfy_xdit_bench.vae_checkpoint import random_vae
 from safetensors.torch import save_file
 from torch import Tensor
 
-from comfy_xdit.bench.vae_checkpoint import random_vae
 from comfy_xdit.vae import VAEConfig
 
 TESTS = Path(__file__).resolve().parents[1]

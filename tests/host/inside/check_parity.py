@@ -3,7 +3,7 @@
 import pytest
 from comfy_xdit_nodes.parity.measure import CASES, KINDS, LIMIT, Parity, setting_of
 
-from comfy_xdit.pool.cli_stop import stop
+from comfy_xdit.pool.stop import stop
 
 
 @pytest.fixture(scope="module")

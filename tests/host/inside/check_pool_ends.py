@@ -12,9 +12,9 @@ from comfy_xdit_nodes.parity import models as tiny
 from comfy_xdit_nodes.patcher import from_checkpoint, parallelize
 from comfy_xdit_nodes.pool import connect
 
-from comfy_xdit.pool.cli_stop import stop
 from comfy_xdit.pool.client import Pool
 from comfy_xdit.pool.folder import pool_folder
+from comfy_xdit.pool.stop import stop
 
 
 @pytest.fixture

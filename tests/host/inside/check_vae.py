@@ -14,13 +14,13 @@ import comfy_xdit_nodes.vae_remote as vae_remote
 import pytest
 import torch
 from check_residency import until
+from comfy_xdit_bench.vae_checkpoint import random_vae
 from comfy_xdit_nodes import residency
 from comfy_xdit_nodes.pool import PoolSetting
 from comfy_xdit_nodes.vae import XDiTVAEDecode, XDiTVAEEncode
 
 import nodes
 from comfy_xdit import messages as m
-from comfy_xdit.bench.vae_checkpoint import random_vae
 from comfy_xdit.pool.errors import PoolError
 from comfy_xdit.pool.network import Network
 from comfy_xdit.vae import load_vae
@@ -250,7 +250,7 @@ def test_inputs_are_the_stock_ones(ours, stock):
 
 
 def test_two_ranks_equal_stock(flux_vae):
-    from comfy_xdit.pool.cli_stop import stop
+    from comfy_xdit.pool.stop import stop
 
     setting = PoolSetting(name="check-vae", devices="cpu:2")
     samples = {"samples": random_latent(flux_vae, 2, 9, 8)}

@@ -55,7 +55,7 @@ def pools():
     """`pools(num_ranks, **degrees)`: the setting of a real pool of CPU workers, ended with the session."""
     from comfy_xdit_nodes.pool import PoolSetting
 
-    from comfy_xdit.pool.cli_stop import stop
+    from comfy_xdit.pool.stop import stop
 
     names = set()
 

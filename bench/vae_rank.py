@@ -20,8 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..messages import LoadVAE
-from ..vae import ResidentVAE, load_vae
+from comfy_xdit.messages import LoadVAE
+from comfy_xdit.vae import ResidentVAE, load_vae
+
 from .peak import ResidentPeak, TensorPeak
 
 TIMEOUT = datetime.timedelta(seconds=300)

@@ -1,4 +1,4 @@
-"""Make the demo's files: `python -m comfy_xdit.demo.train --out DIR`.
+"""`comfy-xdit demo train`: make the demo's files.
 
 A tiny VAE, a tiny Flux, a LoRA for it and a file of conditioning tensors, learnt from pictures that
 pictures.py draws. Half an hour of one core, no GPU and no download. What is done is kept in DIR: an
@@ -20,9 +20,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import flux_training, vae_training, words
-from .assets import SCALE, SHIFT
-from .pictures import Scene, as_pictures, contact_sheet
+from comfy_xdit.demo import words
+from comfy_xdit.demo.assets import SCALE, SHIFT
+from comfy_xdit.demo.pictures import Scene, as_pictures, contact_sheet
+
+from . import autoencoder, flux
 
 log = logging.getLogger("comfy_xdit")
 
@@ -67,11 +69,11 @@ class Stage:
 def train_vae(out: Path, num_steps: int) -> Any:
     """The VAE without its finest branches; then its latent is given Flux's scale, and the encoder is done."""
     torch.manual_seed(1)
-    vae = vae_training.new_vae()
-    vae_training.skip_finest(vae, True)
+    vae = autoencoder.new_vae()
+    autoencoder.skip_finest(vae, True)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=1e-4)
     train_pictures(Stage(out, "vae", num_steps), vae, optimizer, noise=0.05)
-    vae_training.normalise(vae, vae_training.batch_of_pictures(random.Random(-2), 64, crop=None))
+    autoencoder.normalise(vae, autoencoder.batch_of_pictures(random.Random(-2), 64, crop=None))
     return vae
 
 
@@ -79,10 +81,10 @@ def train_decoder(out: Path, vae: Any, num_steps: int) -> None:
     """All of the decoder, for the latent as it is now; writes the VAE."""
     torch.manual_seed(4)
     vae.encoder.requires_grad_(False)
-    vae_training.skip_finest(vae, False)
+    autoencoder.skip_finest(vae, False)
     optimizer = torch.optim.AdamW(vae.decoder.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=1e-4)
     train_pictures(Stage(out, "decoder", num_steps), vae, optimizer, noise=0.05 / SCALE)
-    save_half(vae_training.ldm_state_dict(vae), out / "tiny-flux-vae.safetensors")
+    save_half(autoencoder.ldm_state_dict(vae), out / "tiny-flux-vae.safetensors")
 
 
 def train_pictures(stage: Stage, vae: Any, optimizer: torch.optim.Optimizer, *, noise: float) -> None:
@@ -92,9 +94,9 @@ def train_pictures(stage: Stage, vae: Any, optimizer: torch.optim.Optimizer, *, 
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, stage.num_steps, 1.5e-3)
         whole = step % 5 == 4
-        num, crop = (2, None) if whole else (6, vae_training.CROP)
-        images = vae_training.batch_of_pictures(random.Random(step), num, crop=crop)
-        error = vae_training.train_step(vae, optimizer, images, noise=noise)
+        num, crop = (2, None) if whole else (6, autoencoder.CROP)
+        images = autoencoder.batch_of_pictures(random.Random(step), num, crop=crop)
+        error = autoencoder.train_step(vae, optimizer, images, noise=noise)
         recent = error if step == stage.first else 0.95 * recent + 0.05 * error
         if step % 20 == 0:
             log.info("%s %d: error %.4f, %.0f s", stage.name, step, recent, time.monotonic() - started)
@@ -104,7 +106,7 @@ def train_pictures(stage: Stage, vae: Any, optimizer: torch.optim.Optimizer, *, 
 
 @torch.no_grad()
 def sample_vae(vae: Any, file: Path) -> None:
-    images = vae_training.batch_of_pictures(random.Random(-1), 8, crop=None)
+    images = autoencoder.batch_of_pictures(random.Random(-1), 8, crop=None)
     decoded = vae.decode(vae.encode(images).latent_dist.mean).sample
     rows = [as_pictures(images), as_pictures(decoded)]
     contact_sheet(rows, [""] * 8, ["drawn", "decoded"]).save(file)
@@ -113,17 +115,17 @@ def sample_vae(vae: Any, file: Path) -> None:
 def train_flux(out: Path, vae: Any, num_steps: int, num_pictures: int) -> dict[str, Tensor]:
     """The transformer; returns its averaged weights in ComfyUI's layout."""
     torch.manual_seed(2)
-    module, weights, targets = flux_training.new_flux()
+    module, weights, targets = flux.new_flux()
     latents, scenes = encoded(out / "flux.latents", vae, 2, num_pictures, outlined=False)
     log.info("%d latents: mean %.3f, std %.3f", num_pictures, latents.float().mean(), latents.float().std())
 
     def save(average: dict[str, Tensor]) -> None:
-        sample_flux(module, flux_training.in_diffusers_layout(average, targets), vae, out / "flux.png")
+        sample_flux(module, flux.in_diffusers_layout(average, targets), vae, out / "flux.png")
         save_half(average, out / "tiny-flux.safetensors")
 
     def loss(current: dict[str, Tensor], picks: list[int]) -> Tensor:
-        layout = flux_training.in_diffusers_layout(current, targets)
-        return flux_training.batch_loss(module, layout, latents, scenes, picks)
+        layout = flux.in_diffusers_layout(current, targets)
+        return flux.batch_loss(module, layout, latents, scenes, picks)
 
     return train_weights(Stage(out, "flux", num_steps), weights, loss, scenes, save, peak=1.5e-3)
 
@@ -131,28 +133,28 @@ def train_flux(out: Path, vae: Any, num_steps: int, num_pictures: int) -> dict[s
 def train_lora(out: Path, vae: Any, weights: dict[str, Tensor], num_steps: int, num_pictures: int) -> dict[str, Tensor]:
     """The LoRA, on outlined pictures; returns its averaged weights under kohya's names."""
     torch.manual_seed(3)
-    module, _, targets = flux_training.new_flux()
+    module, _, targets = flux.new_flux()
     latents, scenes = encoded(out / "lora.latents", vae, 3, num_pictures, outlined=True)
 
     def layout(lora: dict[str, Tensor]) -> dict[str, Tensor]:
-        return flux_training.in_diffusers_layout(flux_training.with_lora(weights, lora), targets)
+        return flux.in_diffusers_layout(flux.with_lora(weights, lora), targets)
 
     def save(average: dict[str, Tensor]) -> None:
         sample_flux(module, layout(average), vae, out / "lora.png")
         save_half(average, out / "tiny-flux-outlined.safetensors")
 
     def loss(current: dict[str, Tensor], picks: list[int]) -> Tensor:
-        return flux_training.batch_loss(module, layout(current), latents, scenes, picks)
+        return flux.batch_loss(module, layout(current), latents, scenes, picks)
 
-    lora = flux_training.new_lora(weights, 3)
+    lora = flux.new_lora(weights, 3)
     return train_weights(Stage(out, "lora", num_steps), lora, loss, scenes, save, peak=4e-3)
 
 
 def encoded(file: Path, vae: Any, seed: int, num: int, *, outlined: bool) -> tuple[Tensor, list[Scene]]:
     """What there is to learn; encoded once, since it takes minutes."""
-    scenes = flux_training.scenes_to_learn(seed, num)
+    scenes = flux.scenes_to_learn(seed, num)
     if not file.exists():
-        torch.save(flux_training.encode_pictures(vae, scenes, outlined=outlined), file)
+        torch.save(flux.encode_pictures(vae, scenes, outlined=outlined), file)
     return torch.load(file, weights_only=True), scenes
 
 
@@ -216,7 +218,7 @@ def train_weights(
 def sample_flux(module: Any, weights: dict[str, Tensor], vae: Any, file: Path) -> None:
     """Half of the demo's prompts, to look at."""
     prompts = list(words.PROMPTS[::2])
-    latents = torch.cat([flux_training.sample(module, weights, prompt, seed=7) for prompt in prompts])
+    latents = torch.cat([flux.sample(module, weights, prompt, seed=7) for prompt in prompts])
     with torch.no_grad():
         images = vae.decode(latents / SCALE + SHIFT).sample
     contact_sheet([as_pictures(images)], prompts, [file.stem]).save(file)
@@ -235,16 +237,19 @@ def save_conditioning(file: Path) -> None:
     save_file(tensors, file)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's arguments."""
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the files")
     parser.add_argument("--vae-steps", type=int, default=330)
     parser.add_argument("--decoder-steps", type=int, default=250)
     parser.add_argument("--flux-steps", type=int, default=2100)
     parser.add_argument("--lora-steps", type=int, default=750)
     parser.add_argument("--pictures", type=int, default=768)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    options = parser.parse_args(argv)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Train all four, one after the other."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -253,7 +258,4 @@ def main(argv: list[str] | None = None) -> None:
     train_decoder(options.out, vae, options.decoder_steps)
     weights = train_flux(options.out, vae, options.flux_steps, options.pictures)
     train_lora(options.out, vae, weights, options.lora_steps, options.pictures // 2)
-
-
-if __name__ == "__main__":
-    main()
+    return 0

@@ -8,13 +8,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .client import Pool, status
-from .devices import describe
-from .errors import PoolError
-from .folder import pool_folder
-from .handshake import KEY_VARIABLE
-from .network import DOOR_PORT, Network, network_on
-from .transport import RPC, SOCKETS
+from comfy_xdit.cost.measured import measure
+from comfy_xdit.pool.client import Pool, status
+from comfy_xdit.pool.devices import describe
+from comfy_xdit.pool.errors import PoolError
+from comfy_xdit.pool.folder import pool_folder
+from comfy_xdit.pool.handshake import KEY_VARIABLE
+from comfy_xdit.pool.network import DOOR_PORT, Network, network_on
+from comfy_xdit.pool.transport import RPC, SOCKETS
 
 POLL_S = 0.1
 
@@ -118,8 +119,6 @@ def missing_on(network: Network, num_ranks: int, missing: str, key: Path) -> str
 
 def measured_now(pool: Pool) -> None:
     """Have the links and devices measured while nobody waits, once for these devices."""
-    from comfy_xdit.cost.measured import measure
-
     link, device = measure(pool)
     between = "machines" if pool.network is not None else "ranks"
     links = f"{link.bytes_per_s / 1e9:.3g} GB/s between {between}, " if pool.num_ranks > 1 else ""

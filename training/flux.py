@@ -16,12 +16,11 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from comfy_xdit.demo import words
+from comfy_xdit.demo.assets import SCALE, SHIFT
+from comfy_xdit.demo.pictures import Scene, as_tensor, draw, random_scene
 from comfy_xdit.models.flux import TABLE
 from comfy_xdit.weights.slices import SliceMap, by_source, fused, slice_map
-
-from . import words
-from .assets import SCALE, SHIFT
-from .pictures import Scene, as_tensor, draw, random_scene
 
 CONFIG: dict[str, Any] = {
     "patch_size": 1,

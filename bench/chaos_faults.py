@@ -14,9 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from comfy_xdit.pool.cli_stop import stop
 from comfy_xdit.pool.errors import PoolError
 from comfy_xdit.pool.folder import pool_folder
+from comfy_xdit.pool.stop import stop
 
 from .chaos_jobs import VERSIONS, Job, Models
 

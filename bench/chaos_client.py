@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from comfy_xdit.mount import BOOT
 from comfy_xdit.parallel.spec import ParallelSpec
 from comfy_xdit.pool.client import Pool, PoolError
 
@@ -33,9 +34,8 @@ class OtherClient:
     def begin(self, job: Job) -> None:
         """Have it run `job`; returns at once."""
         if self._process is None:
-            boot = Path(__file__).resolve().parent.parent / "boot.py"
             self._process = subprocess.Popen(
-                [sys.executable, str(boot), __name__, *self._arguments],
+                [sys.executable, str(BOOT), __name__, *self._arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,

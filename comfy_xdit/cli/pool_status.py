@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .client import status
-from .devices import describe
-from .errors import PoolError
-from .folder import pool_folder
-from .network import Network
-from .silence import TELL_AFTER_S
+from comfy_xdit.pool.client import status
+from comfy_xdit.pool.devices import describe
+from comfy_xdit.pool.errors import PoolError
+from comfy_xdit.pool.folder import pool_folder
+from comfy_xdit.pool.network import Network
+from comfy_xdit.pool.silence import TELL_AFTER_S
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,7 +1,9 @@
 """The command `comfy-xdit`: finds the module of a command and runs it.
 
-A command's module has `arguments(parser)`, which adds its arguments, and `run(args) -> int`, which returns
-the exit status. It is imported only when its command is given, so that `pool status` stays quick.
+The commands of the pool, the plan and the demo are in this folder; those of the workers, the benchmarks and the
+training beside what they run. A command's module has `arguments(parser)`, which adds its arguments, and
+`run(args) -> int`, which returns the exit status. It is imported only when its command is given, so that
+`pool status` stays quick.
 """
 
 from __future__ import annotations
@@ -9,33 +11,33 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
-import runpy
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from . import __version__
-from .pool.errors import PoolError
+from comfy_xdit import __version__
+from comfy_xdit.mount import PACKAGES, mount
+from comfy_xdit.pool.errors import PoolError
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "demo": ("comfy_xdit.demo.run", "sample a tiny Flux on one rank and on all, and compare"),
-    "pool start": ("comfy_xdit.pool.cli_start", "start a pool of workers, one process per device"),
+    "demo": ("comfy_xdit.cli.demo", "sample a tiny Flux on one rank and on all, and compare"),
+    "demo train": ("comfy_xdit_training.train", "make the demo's files anew: half an hour of one core"),
+    "pool start": ("comfy_xdit.cli.pool_start", "start a pool of workers, one process per device"),
     "pool join": ("comfy_xdit_worker.join", "be a worker of a pool on several machines; run by torchrun"),
-    "pool status": ("comfy_xdit.pool.cli_status", "show a pool's ranks, models, queue and state"),
-    "bench overhead": ("comfy_xdit.bench.overhead", "one rank through the pool against the same model in-process"),
-    "bench scaling": ("comfy_xdit.bench.scaling", "each parallel method against one thread and N threads"),
-    "bench memory": ("comfy_xdit.bench.memory", "bytes of weights per rank and per machine"),
-    "bench vae": ("comfy_xdit.bench.vae", "a rank's peak memory in the parallel VAE"),
-    "bench lora": ("comfy_xdit.bench.lora", "switching a LoRA on the pool against ComfyUI's own way"),
-    "bench wire": ("comfy_xdit.bench.wire", "bytes that each method sends, beside the formulas"),
-    "bench drift": ("comfy_xdit.bench.drift", "pictures of the approximate methods against exact ones"),
-    "bench trace": ("comfy_xdit.bench.trace", "what each rank did when in one job, as a Chrome trace and a picture"),
-    "plan": ("comfy_xdit.cost.plan", "which parallel spec suits a model, a size and a link, and why"),
-    "parity": ("comfy_xdit.bench.parity", "N ranks against one and against stock ComfyUI, by mode and by sampler"),
-    "pool stop": ("comfy_xdit.pool.cli_stop", "end a pool and all of its workers"),
-    "bench links": ("comfy_xdit.bench.links", "the plan's order of methods beside the measured one, link by link"),
-    "bench chaos": ("comfy_xdit.bench.chaos", "a random fault in each job, and whether the next one is right"),
-    "bench heal": ("comfy_xdit.bench.heal", "kill workers again and again and watch the pool heal"),
+    "pool status": ("comfy_xdit.cli.pool_status", "show a pool's ranks, models, queue and state"),
+    "pool stop": ("comfy_xdit.cli.pool_stop", "end a pool and all of its workers"),
+    "plan": ("comfy_xdit.cli.plan", "which parallel spec suits a model, a size and a link, and why"),
+    "parity": ("comfy_xdit_bench.parity", "N ranks against one and against stock ComfyUI, by mode and by sampler"),
+    "bench overhead": ("comfy_xdit_bench.overhead", "one rank through the pool against the same model in-process"),
+    "bench scaling": ("comfy_xdit_bench.scaling", "each parallel method against one thread and N threads"),
+    "bench memory": ("comfy_xdit_bench.memory", "bytes of weights per rank and per machine"),
+    "bench vae": ("comfy_xdit_bench.vae", "a rank's peak memory in the parallel VAE"),
+    "bench lora": ("comfy_xdit_bench.lora", "switching a LoRA on the pool against ComfyUI's own way"),
+    "bench wire": ("comfy_xdit_bench.wire", "bytes that each method sends, beside the formulas"),
+    "bench drift": ("comfy_xdit_bench.drift", "pictures of the approximate methods against exact ones"),
+    "bench trace": ("comfy_xdit_bench.trace", "what each rank did when in one job, as a Chrome trace and a picture"),
+    "bench links": ("comfy_xdit_bench.links", "the plan's order of methods beside the measured one, link by link"),
+    "bench chaos": ("comfy_xdit_bench.chaos", "a random fault in each job, and whether the next one is right"),
+    "bench heal": ("comfy_xdit_bench.heal", "kill workers again and again and watch the pool heal"),
 }
 """Command words → (module, one line of help)."""
 
@@ -44,10 +46,8 @@ PROGRAM = "comfy-xdit"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status: 0, 1 for an error that is told in a sentence, 2 for wrong usage."""
-    # `python -m comfy_xdit` and the console command know this package only.
-    runpy.run_path(str(Path(__file__).resolve().parent / "mount.py"))["mount"](
-        "comfy_xdit", "comfy_xdit_worker"
-    )
+    # `python -m comfy_xdit` and the console command know this package only. The nodes need a ComfyUI about them.
+    mount(*sorted(PACKAGES.keys() - {"comfy_xdit_nodes"}))
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["--version"]:
         sys.stdout.write(f"{PROGRAM} {__version__}\n")

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .assets import SCALE, SHIFT
-from .pictures import as_tensor, draw, random_scene
+from comfy_xdit.demo.assets import SCALE, SHIFT
+from comfy_xdit.demo.pictures import as_tensor, draw, random_scene
 
 log = logging.getLogger("comfy_xdit")
 

@@ -16,9 +16,9 @@ import threading
 import time
 from typing import Any
 
-from ..messages import Message, Status
-from ..pool.cli_stop import is_running
-from ..pool.client import Pool, PoolError
+from comfy_xdit.messages import Message, Status
+from comfy_xdit.pool.client import Pool, PoolError
+from comfy_xdit.pool.stop import is_running
 
 LONGEST_DELAY_S = 0.3
 
@@ -115,7 +115,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the report; status 1 when a process was left behind."""
-    from ..pool.cli_stop import stop
+    from comfy_xdit.pool.stop import stop
 
     pool = Pool.connect(args.name, args.devices)
     try:

@@ -9,12 +9,11 @@ import re
 import sys
 from typing import Any
 
+from comfy_xdit.cost.arithmetic import Network, read_network
+from comfy_xdit.cost.choose import Prediction, predict, predictions
+from comfy_xdit.cost.links import DEVICES, LINKS, Device, Links, Machines, device_named, link_named
+from comfy_xdit.cost.work import Work
 from comfy_xdit.parallel.spec import ParallelSpec
-
-from .arithmetic import Network, read_network
-from .choose import Prediction, predict, predictions
-from .links import DEVICES, LINKS, Device, Links, Machines, device_named, link_named
-from .work import Work
 
 SHOWN = 12
 
@@ -86,7 +85,7 @@ def work_of(network: Network, args: argparse.Namespace) -> Work:
 def links_of(args: argparse.Namespace) -> tuple[Links, Device]:
     """By name, or as a pool measured them. Raises ValueError for unknown names, and machines of unequal size."""
     if args.pool:
-        from .measured import read
+        from comfy_xdit.cost.measured import read
 
         return read(args.pool)
     link, device = link_named(args.link), device_named(args.device)

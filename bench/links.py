@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from comfy_xdit.mount import ROOT
+from comfy_xdit.mount import BOOT, ROOT
 from comfy_xdit.pool.errors import PoolError
 
 from .checkpoint import FluxSize, write_flux
@@ -36,7 +36,7 @@ PREDICTED = ("predicted", "probed")
 TIE = 0.15
 """Predictions of two methods that are nearer than this share of the smaller one say that either may be faster."""
 
-COMFY_XDIT = [sys.executable, str(ROOT / "comfy_xdit" / "boot.py"), "comfy_xdit"]
+COMFY_XDIT = [sys.executable, str(BOOT), "comfy_xdit"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,7 +111,7 @@ def pool_on(
 
 def _measured(a: Machine, told: dict[str, Any], environment: dict[str, str]) -> dict[str, Any]:
     """What a client on machine `a` finds. Raises PoolError when it ends early."""
-    command = [sys.executable, str(ROOT / "comfy_xdit" / "boot.py"), "comfy_xdit.bench.links_client", json.dumps(told)]
+    command = [sys.executable, str(BOOT), "comfy_xdit_bench.links_client", json.dumps(told)]
     done = subprocess.run(a.command(command), env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise PoolError("the measuring process ended early; what it said is above")

@@ -10,7 +10,9 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from .hosts import ROOT, checkouts, python_of, version_of
+from comfy_xdit.mount import PACKAGES
+
+from .hosts import checkouts, python_of, version_of
 from .matrix import against_one_rank
 from .parity_tables import Result, drift_table, mode_table, sampler_table
 
@@ -81,8 +83,8 @@ def within(limit: float, results: Iterable[Result]) -> bool:
 
 def inside(checkout: Path, arguments: list[str]) -> Iterator[Result]:
     """What `nodes/parity` prints in a ComfyUI checkout. Raises ValueError when it fails."""
-    command = [python_of(checkout), str(ROOT / "nodes" / "parity" / "__main__.py"), "--comfyui", str(checkout)]
-    command += arguments
+    measure = PACKAGES["comfy_xdit_nodes"] / "parity" / "__main__.py"
+    command = [python_of(checkout), str(measure), "--comfyui", str(checkout), *arguments]
     environment = dict(os.environ, OMP_NUM_THREADS="1")
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None

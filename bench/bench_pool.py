@@ -27,7 +27,7 @@ from .checkpoint import FluxSize, write_flux
 @contextlib.contextmanager
 def bench_pool(num_ranks: int) -> Iterator[Pool]:
     """A pool of CPU ranks with one thread each, in a folder of its own; stopped at the end, also after an error."""
-    from comfy_xdit.pool.cli_stop import stop
+    from comfy_xdit.pool.stop import stop
 
     with tempfile.TemporaryDirectory(prefix="comfy-xdit-bench-") as folder, environment(
         COMFY_XDIT_HOME=folder, OMP_NUM_THREADS="1"

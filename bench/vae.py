@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
-from ..vae import VAEConfig
+from comfy_xdit.mount import BOOT
+from comfy_xdit.vae import VAEConfig
+
 from .show import json_argument, show
 from .vae_checkpoint import write_vae
 
@@ -86,12 +88,11 @@ def run_ranks(folder: Path, num_ranks: int) -> dict[str, Any]:
 
     Raises RuntimeError with the ranks' output when one of them fails.
     """
-    boot = Path(__file__).resolve().parent.parent / "boot.py"
     gpus = torch.cuda.device_count() >= num_ranks
     ranks = []
     for rank in range(num_ranks):
         device = f"cuda:{rank}" if gpus else "cpu"
-        command = [sys.executable, str(boot), "comfy_xdit.bench.vae_rank", str(rank), str(num_ranks), device]
+        command = [sys.executable, str(BOOT), "comfy_xdit_bench.vae_rank", str(rank), str(num_ranks), device]
         ranks.append(
             subprocess.Popen(
                 [*command, str(folder)],

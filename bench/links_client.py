@@ -1,6 +1,6 @@
 """The client of `bench links`, a process on the first of two machines: sets the link's speed, and measures.
 
-`boot.py comfy_xdit.bench.links_client SETTINGS`, as JSON; writes what it found as JSON.
+`boot.py comfy_xdit_bench.links_client SETTINGS`, as JSON; writes what it found as JSON.
 """
 
 from __future__ import annotations

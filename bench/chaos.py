@@ -20,8 +20,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..pool.cli_stop import is_running, stop
-from ..pool.client import Pool, PoolError
+from comfy_xdit.pool.client import Pool, PoolError
+from comfy_xdit.pool.stop import is_running, stop
+
 from .bench_pool import environment
 from .chaos_client import OtherClient
 from .chaos_faults import FAULTS, Fault, Scene

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..vae import VAEConfig
+from comfy_xdit.vae import VAEConfig
 
 Shapes = dict[str, list[int]]
 

@@ -1,12 +1,10 @@
-"""`comfy-xdit pool stop`."""
+"""End a pool from outside, whatever state it is in."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import signal
-import sys
 import time
 from typing import Any
 
@@ -18,23 +16,6 @@ from .start import say
 STOP_TIMEOUT_S = 15.0
 RETURN_LIMIT_S = 3.0
 POLL_S = 0.05
-
-
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """Add this command's arguments."""
-    parser.add_argument("--name", default="default", help="name of the pool (default: default)")
-
-
-def run(args: argparse.Namespace) -> int:
-    """End the pool; returns when none of its processes is left."""
-    try:
-        num_workers = stop(args.name)
-    except ConnectionError:
-        sys.stdout.write(f"no pool {args.name!r} runs\n")
-        return 0
-    workers = f"its {num_workers} workers" if num_workers else "its workers"
-    sys.stdout.write(f"pool {args.name!r} and {workers} ended\n")
-    return 0
 
 
 def stop(name: str = "default") -> int:
