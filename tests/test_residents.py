@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
 import os
 import shutil
+import subprocess
+import sys
 import weakref
+from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "faults"))
+
 import tiny
 import tiny_vae
 import torch
 from comfy_xdit_bench.vae_checkpoint import write_vae
 from comfy_xdit_worker import service as services
 from comfy_xdit_worker.service import Service
+from harness import wait_until
+from played_pool import played_pool
 from programs import flow_program
 from test_sample import job
 
@@ -126,6 +136,67 @@ def test_nobody_leaves_for_a_load_that_fails_otherwise(rank, loads, monkeypatch)
     with pytest.raises(RuntimeError, match="illegal"):
         rank.handle(loads["b"])
     assert held(rank) == ["a"]
+
+
+OWNER = """
+import sys
+from pathlib import Path
+
+from comfy_xdit.pool.locks import Lock
+
+locks = [Lock(Path(path)) for path in sys.argv[1:]]
+assert all(lock.take() for lock in locks)
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def owner_of(*loads):
+    """A process that lends the files of `loads`, as ComfyUI does with copies of what it has no file for."""
+    command = [sys.executable, "-c", OWNER, *(load.path for load in loads)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "locked\n"
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("is_removed", [False, True])
+def test_copies_of_a_process_that_was_killed_are_unloaded_and_nothing_else(rank, loads, is_removed):
+    """Their pages are memory that nobody could use again, or free."""
+    with owner_of(loads["a"], loads["vae"]) as killed, owner_of(loads["b"]):
+        for load in loads.values():
+            rank.handle(load)
+        rank.forget_abandoned()
+        assert held(rank) == ["a", "b", "c", "vae"], "their owners live, and c has none"
+        if is_removed:
+            # As the next ComfyUI does with what others left, and a cleaner of shared memory perhaps before.
+            os.unlink(loads["a"].path)
+            os.unlink(loads["b"].path)
+            rank.forget_abandoned()
+            assert held(rank) == ["a", "b", "c", "vae"]
+        killed.kill()
+        killed.wait()
+        rank.forget_abandoned()
+        assert held(rank) == ["b", "c"]
+    gc.collect()
+    mapped = Path("/proc/self/maps").read_text()
+    assert {name for name, load in loads.items() if load.path in mapped} == {"b", "c"}
+
+
+def test_an_idle_worker_unloads_them_and_says_so(loads, tmp_path, monkeypatch):
+    monkeypatch.setenv("COMFY_XDIT_HOME", str(tmp_path / "h"))
+    rank = Service(rank=0, world_size=1, device=torch.device("cpu"))
+    with owner_of(loads["a"]) as killed, played_pool([rank]) as (door, _, pool):
+        pool.call(loads["a"])
+        pool.call(loads["c"])
+        with pool.turn():
+            killed.kill()
+            killed.wait()
+            wait_until(lambda: len(door.residents) == 1, "the end of what was lent")
+        assert held(rank) == ["c"]
 
 
 def touch(message):

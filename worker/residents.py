@@ -17,6 +17,8 @@ from comfy_xdit import messages as m
 from comfy_xdit.errors import InputError, is_out_of_memory
 from comfy_xdit.weights.stamp import stamp
 
+from .lent import Lent, lent
+
 if TYPE_CHECKING:
     from comfy_xdit.parallel.spec import ParallelSpec, WeightShare
     from comfy_xdit.vae import ResidentVAE
@@ -31,13 +33,15 @@ AGAIN = "queue the workflow again"
 class _Resident:
     """One of them: `what` the message asked for.
 
-    stamp: of its file, as this machine saw it at the load; layout: each rank's part of a model.
+    stamp: of its file, as this machine saw it at the load; layout: each rank's part of a model; lent: its file, if a
+    process lends it for as long as it lives.
     """
 
     load: m.LoadModel | m.LoadVAE
     stamp: m.FileStamp
     what: Any
     layout: list[WeightShare] | None = None
+    lent: Lent | None = None
 
 
 class Residents:
@@ -136,6 +140,13 @@ class Residents:
         """Free all but the one used last."""
         self.forget(list(self._held)[:-1])
 
+    def forget_abandoned(self) -> None:
+        """Free those whose file was lent by a process that is gone: nobody can ask for them again."""
+        gone = [key for key, held in self._held.items() if held.lent is not None and held.lent.is_abandoned]
+        if gone:
+            log.info("rank %d: who lent the files of %s is gone; they are unloaded", self._rank, ", ".join(gone))
+            self.forget(gone)
+
     def forget_all(self) -> None:
         self.forget(list(self._held))
 
@@ -163,7 +174,7 @@ class Residents:
         what = self._with_room(key, make)
         if self._stamp(message) != before:
             raise _changed(message.path)
-        self._held[key] = _Resident(load=message, stamp=before, what=what, layout=layout)
+        self._held[key] = _Resident(load=message, stamp=before, what=what, layout=layout, lent=lent(message.path))
 
     def _with_room(self, key: str, make: Callable[[], ResidentModel | ResidentVAE]) -> ResidentModel | ResidentVAE:
         """What `make` gives; others go, one after the other, as long as there is no memory for it."""

@@ -104,6 +104,10 @@ class Service:
         """Memory is full: keep only the model or VAE that was used last."""
         self._residents.free_others()
 
+    def forget_abandoned(self) -> None:
+        """Free what only a process that is gone could use."""
+        self._residents.forget_abandoned()
+
     def forget_client(self) -> None:
         """Drop what a client left when its turn ended; models stay warm."""
         self._held.clear()

@@ -70,6 +70,9 @@ class FaultService:
     def free_others(self) -> None:
         """It holds no more than one."""
 
+    def forget_abandoned(self) -> None:
+        """Nobody lends it anything."""
+
     def abandon(self) -> None:
         """A sleeping rank cannot be woken."""
 
