@@ -19,9 +19,9 @@ from comfy_xdit.parallel.spec import ParallelSpec
 MOST = {
     "ulysses 2": {"flux": 1.15, "sd3": 1.15, "pixart": 1.15},
     "ulysses 4": {"flux": 1.15, "sd3": 1.15, "pixart": 1.15},
-    "ring 2": {"flux": 1.15, "sd3": 1.2, "pixart": 1.3},
-    "ulysses 2 ring 2": {"flux": 1.2, "sd3": 1.25, "pixart": 1.4},
-    "ring 4": {"flux": 1.3, "sd3": 1.5, "pixart": 1.7},
+    "ring 2": {"flux": 1.12, "sd3": 1.18, "pixart": 1.25},
+    "ulysses 2 ring 2": {"flux": 1.16, "sd3": 1.2, "pixart": 1.33},
+    "ring 4": {"flux": 1.27, "sd3": 1.42, "pixart": 1.58},
 }
 """Kernels of a rank, as a multiple of those of one rank alone, where tokens and heads divide. Each further block of a
 ring is one more attention, and one more blend: much for the short blocks of SD3 and PixArt."""

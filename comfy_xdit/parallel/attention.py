@@ -213,6 +213,7 @@ def ring_attention(
     batch, heads, _, dim = k_BhLD.shape
     kv = torch.stack([k_BhLD.transpose(1, 2), v_BhLD.transpose(1, 2)])
     out, lse = q_BhLD, q_BhLD
+    sees_all = all(lengths) and all(mask is None for mask in masks)
     for step in range(axis.degree):
         block = (axis.index - step) % axis.degree
         last = step + 1 == axis.degree
@@ -224,7 +225,7 @@ def ring_attention(
         if step == 0:
             out, lse = piece.to(piece_lse.dtype), piece_lse
         else:
-            out = blend(out, lse, piece, piece_lse)
+            out = blend(out, lse, piece, piece_lse, sees_all=sees_all)
             lse = lse if last else torch.logaddexp(lse, piece_lse)
         if not last:
             with axis.traffic.timed("send", kv.nbytes, kv.device):
@@ -248,11 +249,16 @@ def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[T
     return blend(out, lse, other, other_lse), torch.logaddexp(lse, other_lse)
 
 
-def blend(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> Tensor:
-    """As `merge`, the output alone. In the LSE's dtype, fp32 or wider, in which it is kept until the ring is closed."""
-    # What saw no key has no weight; where both did, both are 0, and -inf minus -inf is not a number.
-    weight = torch.sigmoid(lse - other_lse).nan_to_num(0.5).unsqueeze(-1)
-    return torch.lerp(other.to(lse.dtype), out.to(lse.dtype), weight)
+def blend(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor, *, sees_all: bool = False) -> Tensor:
+    """As `merge`, the output alone. In the LSE's dtype, fp32 or wider, in which it is kept until the ring is closed.
+
+    sees_all: every query has seen keys in both, which saves a kernel.
+    """
+    weight = torch.sigmoid(lse - other_lse)
+    if not sees_all:
+        # What saw no key has no weight; where both did, both are 0, and -inf minus -inf is not a number.
+        weight = weight.nan_to_num(0.5)
+    return torch.lerp(other.to(lse.dtype), out.to(lse.dtype), weight.unsqueeze(-1))
 
 
 def heads_of_mask(mask: Tensor, num_heads: int, axis: Axis) -> Tensor:
