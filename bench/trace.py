@@ -8,7 +8,8 @@ from pathlib import Path
 
 from comfy_xdit.messages import LoadModel
 from comfy_xdit.parallel.spec import AXES, ParallelSpec
-from comfy_xdit.timeline.job import Job, write
+from comfy_xdit.timeline.files import write
+from comfy_xdit.timeline.job import Job
 
 from .bench_pool import bench_pool
 from .checkpoint import FluxSize, random_call, write_flux

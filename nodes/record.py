@@ -41,7 +41,8 @@ class Record:
         if not self._reports:
             return
         # Here: pictures need Pillow, and runs without a record don't.
-        from comfy_xdit.timeline.job import Job, write
+        from comfy_xdit.timeline.files import write
+        from comfy_xdit.timeline.job import Job
 
         try:
             folder, name, number, *_ = folder_paths.get_save_image_path(PREFIX, folder_paths.get_output_directory())

@@ -12,7 +12,8 @@ from comfy_xdit.parallel.spec import ParallelSpec
 from comfy_xdit.parallel.traffic import IDLE as WAITED
 from comfy_xdit.parallel.traffic import MATCHED, Traffic, account, idle_seconds
 from comfy_xdit.timeline.chrome import chrome_trace
-from comfy_xdit.timeline.job import Job, Step, write
+from comfy_xdit.timeline.files import write
+from comfy_xdit.timeline.job import Job, Step
 from comfy_xdit.timeline.picture import COMPUTE, IDLE, TALK, timeline
 from comfy_xdit.timeline.picture import LINE as LINE_COLOUR
 from comfy_xdit.trajectory import Replay

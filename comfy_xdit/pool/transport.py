@@ -7,12 +7,9 @@ each answer. A worker is given one request after the other, in the order that th
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
-
-from .errors import PoolError
 
 if TYPE_CHECKING:
     # Not at run time: the door knows the transports' names before torch is imported.
@@ -48,21 +45,6 @@ class Request:
 Serve = Callable[[Request], None]
 """A worker's handler. It runs on a thread of the transport, and leaves the work to others: the next message, also an
 `ASIDE`, waits until it returns."""
-
-
-def require_available(transport: str | None) -> None:
-    """Raises PoolError where no pool, or none with `transport`, can be."""
-    import torch.distributed
-
-    if sys.platform != "linux" or not torch.distributed.is_available():
-        raise PoolError(
-            f"a worker pool needs Linux and a torch with torch.distributed, which this one on {sys.platform} lacks; "
-            "use Linux, or WSL2 on Windows"
-        )
-    if transport == RPC:
-        from .rpc import require_available as require_rpc
-
-        require_rpc()
 
 
 class Group(Protocol):
@@ -105,14 +87,3 @@ class Joiner(Protocol):
     def settle(self, poll: Poll) -> None:
         """Wait until a join that was given up is over."""
         ...
-
-
-def joiner(transport: str) -> Joiner:
-    """Of a pool whose door says that its transport is `transport`."""
-    if transport == RPC:
-        from .rpc import RpcJoiner
-
-        return RpcJoiner()
-    from .sockets import SocketJoiner
-
-    return SocketJoiner()

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -42,12 +40,3 @@ class Job:
             for (begin, end), reports in zip(spans, messages, strict=True)
         )
         return cls(seconds=steps[-1].end, steps=steps, began=began)
-
-
-def write(jobs: Mapping[str, Job], trace: Path, picture: Path) -> None:
-    """Write jobs by their titles as a Chrome trace, and as a picture. Raises OSError when it can't."""
-    from .chrome import chrome_trace
-    from .picture import timeline
-
-    trace.write_text(json.dumps(chrome_trace(jobs)))
-    timeline(jobs).save(picture)
