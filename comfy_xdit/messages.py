@@ -1,30 +1,22 @@
 """What the ComfyUI process and the workers say to each other.
 
-A message is a frozen dataclass. On the wire it is a JSON text plus a list of tensors: no pickled
-object of ours ever travels.
+A message is a frozen dataclass; `encoding` says how it travels.
 A worker answers with a `Result` or, for any error, a `Failure`: errors travel as data.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .errors import InputError
+from .encoding import Message, Tree, decode, encode, register
 from .parallel.spec import BALANCES, ParallelSpec
-from .typed import misfit
 
-Tree = Any
-"""None, bool, int, float, str, Tensor, and lists and str-keyed dicts of those."""
+__all__ = ["Message", "decode", "encode"]
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Message:
-    """Base of everything on the wire; subclasses are registered by their class name."""
+register(ParallelSpec)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -262,81 +254,3 @@ class Failure(Message):
     message: str
     trace: str = ""
     has_communicated: bool = True
-
-
-def _kinds() -> dict[str, type]:
-    kinds: dict[str, type] = {cls.__name__: cls for cls in Message.__subclasses__()}
-    kinds["ParallelSpec"] = ParallelSpec
-    return kinds
-
-
-def encode(message: Message) -> tuple[str, list[Tensor]]:
-    """The message as a JSON text and the tensors it refers to (on the CPU, detached, contiguous)."""
-    tensors: list[Tensor] = []
-    return json.dumps(_packed(message, tensors)), tensors
-
-
-# Not closures in `encode` and `decode`: one that calls itself is a cycle, and Python's collector might come for a job's
-# tensors only much later.
-
-
-def _packed(value: Any, tensors: list[Tensor]) -> Any:
-    """`value` as JSON knows it; its tensors are added to `tensors`."""
-    if isinstance(value, Tensor):
-        # A plain Tensor: Parameters and subclasses pickle through classes that the other side refuses.
-        tensors.append(value.detach().as_subclass(Tensor).cpu().contiguous())
-        return {"$tensor": len(tensors) - 1}
-    if isinstance(value, (Message, ParallelSpec)):
-        fields = {f.name: _packed(getattr(value, f.name), tensors) for f in dataclasses.fields(value)}
-        return {"$": type(value).__name__, **fields}
-    if isinstance(value, dict):
-        for key in value:
-            if not isinstance(key, str) or key.startswith("$"):
-                raise TypeError(f"a message cannot carry the dict key {key!r}; use plain strings")
-        return {key: _packed(item, tensors) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_packed(item, tensors) for item in value]
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise TypeError(f"a message cannot carry a {type(value).__name__}; use tensors, numbers and text")
-
-
-def decode(text: str, tensors: list[Tensor]) -> Message:
-    """The message that `encode` made. Raises InputError for all else: unknown kinds and fields, wrong types."""
-    if not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
-        raise InputError("malformed message: something other than a tensor among its tensors")
-    try:
-        message = _unpacked(json.loads(text), tensors, _kinds())
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"malformed message: {error}") from None
-    if not isinstance(message, Message):
-        raise InputError(f"malformed message: {type(message).__name__} is no message")
-    return message
-
-
-def _unpacked(value: Any, tensors: list[Tensor], kinds: dict[str, type]) -> Any:
-    """What `_packed` was given. kinds: the classes that may come, by name."""
-    if isinstance(value, list):
-        return [_unpacked(item, tensors, kinds) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if "$tensor" in value:
-        return tensors[_index(value["$tensor"], len(tensors))]
-    if "$" not in value:
-        return {key: _unpacked(item, tensors, kinds) for key, item in value.items()}
-    kind = kinds.get(value["$"]) if isinstance(value["$"], str) else None
-    if kind is None:
-        raise InputError(f"unknown message {value['$']!r}; the two sides run different versions")
-    fields = {name: _unpacked(item, tensors, kinds) for name, item in value.items() if name != "$"}
-    if wrong := misfit(kind, fields):
-        raise InputError(f"malformed {kind.__name__}: {wrong}")
-    try:
-        return kind(**fields)
-    except TypeError as error:
-        raise InputError(f"malformed {kind.__name__}: {error}") from None
-
-
-def _index(value: Any, length: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < length:
-        raise InputError(f"malformed message: tensor {value!r} of {length}")
-    return value

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comfy_xdit import messages as m
+from comfy_xdit.encoding import KINDS
 from comfy_xdit.parallel.spec import ParallelSpec
 
 plain = st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False) | st.text(max_size=8)
@@ -59,6 +60,14 @@ def test_what_is_no_tensor_is_refused():
         m.decode('{"$": "Status"}', ["x"])
     with pytest.raises(TypeError, match="cannot carry"):
         m.encode(m.Hold(name="a", value=object()))
+
+
+def test_every_message_is_in_the_one_registry_and_no_name_is_taken_twice():
+    said = {name: kind for name, kind in vars(m).items() if isinstance(kind, type) and issubclass(kind, m.Message)}
+    assert len(said) > 15 and said.items() - {"Message": m.Message}.items() <= KINDS.items()
+    with pytest.raises(AssertionError, match="has a message Hold too"):
+        type("Hold", (m.Message,), {"__module__": "elsewhere"})
+    assert KINDS["Hold"] is m.Hold
 
 
 def test_tensors_go_with_the_last_reference():
