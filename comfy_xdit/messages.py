@@ -32,6 +32,44 @@ class FileStamp(Message):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class UseComfy(Message):
+    """Import the model classes of the client's own ComfyUI. A no-op for one that is in use already.
+
+    folder: its checkout. version: as it calls itself; sources: a hash of its package `comfy`; kitchen: comfy-kitchen's
+    version, "" for none; options: those of its command line that change numbers. A worker keeps the first one: with
+    another it refuses. Answer: `Result(value=dict)` of what this rank uses, the same on every rank.
+    """
+
+    folder: str
+    version: str
+    sources: str
+    kitchen: str
+    options: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ComfySource(Message):
+    """How the client's ComfyUI made a model from its file; workers do the same and choose nothing.
+
+    kind: the class of its configuration ("Flux"); config: a hash of that. dtype: of the weights; cast: what they are
+    cast to at each use, "" for no cast; fp8: whether fp8 matrices are multiplied as such.
+    """
+
+    kind: str
+    config: str
+    dtype: str
+    cast: str
+    fp8: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tuple(Message):
+    """Stands, inside a `Tree`, for a tuple, where a model tells it from a list."""
+
+    items: list[Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadModel(Message):
     """Make a diffusion transformer resident: on every rank the part of it that `spec` gives that rank.
 
@@ -46,6 +84,8 @@ class LoadModel(Message):
     stamp: of the file as the client saw it; with another one than before, the file is loaded anew. None: not looked at.
     fingerprint: of the file as the client has it (`weights.fingerprint`), for ranks on other machines, which cannot
     compare stamps; "": unchecked.
+    source: for a model of ComfyUI's own class (after `UseComfy`); family is then its kind, prefix is not looked at.
+    None: diffusers' class.
     """
 
     model: str
@@ -58,6 +98,7 @@ class LoadModel(Message):
     balance: str = BALANCES[0]
     fingerprint: str = ""
     stamp: FileStamp | None = None
+    source: ComfySource | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,12 @@ COMFYUI = {
 BESIDE = {"comfy_xdit_bench", "comfy_xdit_training", "bench", "training"}
 """What measures and what made the demo: nothing that a job needs."""
 
+NATIVE = "comfy_xdit/native"
+"""The one folder of the workers' that imports ComfyUI's model classes, and inside of functions only."""
+
 FORBIDDEN = {
     "comfy_xdit": COMFYUI | BESIDE | {"comfy_xdit_nodes", "comfy_xdit_worker", "worker"},
+    NATIVE: (COMFYUI - {"comfy"}) | BESIDE | {"comfy_xdit_nodes", "comfy_xdit_worker", "worker"},
     "worker": COMFYUI | BESIDE | {"comfy_xdit_nodes"},
     "nodes": BESIDE | {"comfy_xdit_worker", "worker"},
     "nodes/parity": {"comfy_xdit_worker", "worker"},
@@ -62,7 +66,7 @@ def faults(folder, path, source):
     found += [
         f"line {node.lineno}: {name} is imported at the top, not in the function that needs it"
         for name, level, node in imports(ast.Module([n for n in tree.body if not guarded(n)], []))
-        if level == 0 and name in LAZY and node in tree.body
+        if level == 0 and name in (LAZY | {"comfy"} if folder == NATIVE else LAZY) and node in tree.body
     ]
     return found
 
@@ -86,6 +90,9 @@ def test_rules(folder, path):
         ("comfy_xdit", "def f():\n    from nodes import KSampler"),
         ("comfy_xdit", "from ..nodes import pool"),
         ("comfy_xdit", "import diffusers"),
+        ("comfy_xdit", "def f():\n    import comfy.ops"),
+        (NATIVE, "import comfy.ops"),
+        (NATIVE, "def f():\n    import folder_paths"),
         ("comfy_xdit", "from comfy_xdit_bench.timing import ratio"),
         ("worker", "import folder_paths"),
         ("nodes", "from comfy_xdit_bench.modes import modes"),

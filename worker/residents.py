@@ -15,6 +15,7 @@ import torch
 
 from comfy_xdit import messages as m
 from comfy_xdit.errors import InputError, is_out_of_memory
+from comfy_xdit.native.resident import ComfyModel, require_one_rank
 from comfy_xdit.weights.stamp import stamp
 
 from .lent import Lent, lent
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from comfy_xdit.parallel.spec import ParallelSpec, WeightShare
     from comfy_xdit.vae import ResidentVAE
     from comfy_xdit.weights.resident import ResidentModel
+
+    Loaded = ResidentModel | ComfyModel | ResidentVAE
 
 log = logging.getLogger("comfy_xdit")
 
@@ -62,27 +65,35 @@ class Residents:
         return [held.load for held in self._held.values()]
 
     @property
-    def models(self) -> dict[str, ResidentModel]:
+    def models(self) -> dict[str, ResidentModel | ComfyModel]:
         return {key: held.what for key, held in self._held.items() if isinstance(held.load, m.LoadModel)}
 
     @property
     def vaes(self) -> list[str]:
         return [key for key, held in self._held.items() if isinstance(held.load, m.LoadVAE)]
 
-    def load_model(self, message: m.LoadModel) -> ResidentModel:
+    def load_model(self, message: m.LoadModel) -> ResidentModel | ComfyModel:
         """The model of `message`, loaded unless it is here already. Raises InputError for files that don't do."""
-        from comfy_xdit.weights.resident import load
-
+        if message.source is not None:
+            require_one_rank(message.spec, self._world_size)
         # All ranks' parts are compared: were only some ranks to load, only some would lose their patches.
         layout = self._layout(message.spec, message.balance)
         now = self._stamp(message)
         held = self._held.get(message.model)
-        if held is None or held.layout != layout or _is_other(held, message, now):
+        is_other = held is not None and (held.layout != layout or _is_other(held, message, now))
+        if held is None or is_other or held.load.source != message.source:
             self._check_fingerprint(message)
-            self._make(message.model, message, now, lambda: load(message, self._device, rank=self._rank), layout)
+            self._make(message.model, message, now, lambda: self._load(message), layout)
         else:
             self._use(message.model, message)
         return self.models[message.model]
+
+    def _load(self, message: m.LoadModel) -> ResidentModel | ComfyModel:
+        if message.source is not None:
+            return ComfyModel(message, self._device)
+        from comfy_xdit.weights.resident import load
+
+        return load(message, self._device, rank=self._rank)
 
     def load_vae(self, message: m.LoadVAE) -> None:
         """As `load_model`."""
@@ -95,11 +106,11 @@ class Residents:
         else:
             self._use(message.vae, message)
 
-    def model(self, key: str) -> ResidentModel:
+    def model(self, key: str) -> ResidentModel | ComfyModel:
         """Raises InputError when it is not here, or its file is not what it was."""
         return self._ready(key, m.LoadModel)
 
-    def model_for(self, key: str, spec: ParallelSpec) -> ResidentModel:
+    def model_for(self, key: str, spec: ParallelSpec) -> ResidentModel | ComfyModel:
         """As `model`, and InputError when its weights are not spread as `spec` needs them: alike on every rank."""
         model, held = self.model(key), self._held[key]
         assert isinstance(held.load, m.LoadModel)
@@ -167,7 +178,7 @@ class Residents:
         key: str,
         message: m.LoadModel | m.LoadVAE,
         before: m.FileStamp,
-        make: Callable[[], ResidentModel | ResidentVAE],
+        make: Callable[[], Loaded],
         layout: list[WeightShare] | None = None,
     ) -> None:
         self.forget([key])  # first, so that there are never two in memory
@@ -176,7 +187,7 @@ class Residents:
             raise _changed(message.path)
         self._held[key] = _Resident(load=message, stamp=before, what=what, layout=layout, lent=lent(message.path))
 
-    def _with_room(self, key: str, make: Callable[[], ResidentModel | ResidentVAE]) -> ResidentModel | ResidentVAE:
+    def _with_room(self, key: str, make: Callable[[], Loaded]) -> Loaded:
         """What `make` gives; others go, one after the other, as long as there is no memory for it."""
         while True:
             try:

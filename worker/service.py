@@ -16,6 +16,7 @@ import torch
 from comfy_xdit import messages as m
 from comfy_xdit.errors import InputError
 from comfy_xdit.mailbox import Mailbox
+from comfy_xdit.native.resident import ComfyModel
 from comfy_xdit.parallel import kernels
 from comfy_xdit.parallel.context import ParallelContext
 from comfy_xdit.parallel.denoise import denoise
@@ -47,8 +48,10 @@ class Service:
         self._groups = GroupCache(world_size, num_local=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
         self._residents = Residents(rank=rank, world_size=world_size, device=device)
         self._held: dict[str, Any] = {}
+        self._comfy: m.UseComfy | None = None
         self._mailbox = Mailbox()
         self._handlers: dict[type, Callable[[Any], m.Result]] = {
+            m.UseComfy: self._use_comfy,
             m.LoadModel: self._load_model,
             m.SetPatches: self._set_patches,
             m.Hold: self._hold,
@@ -98,7 +101,7 @@ class Service:
 
     def residents(self) -> list[m.Message]:
         """The loads to repeat in a worker that replaces this one."""
-        return self._residents.loads
+        return [*([self._comfy] if self._comfy else []), *self._residents.loads]
 
     def free_others(self) -> None:
         """Memory is full: keep only the model or VAE that was used last."""
@@ -120,7 +123,20 @@ class Service:
             "vaes": self._residents.vaes,
         }
 
+    def _use_comfy(self, message: m.UseComfy) -> m.Result:
+        from comfy_xdit.native.boot import boot
+
+        if self._comfy is not None and self._comfy != message:
+            raise InputError(
+                "the workers use the classes of another ComfyUI, or of this one with other options; restart the pool"
+            )
+        value = boot(message, self.device)
+        self._comfy = message
+        return m.Result(value=value)
+
     def _load_model(self, message: m.LoadModel) -> m.Result:
+        if message.source is not None and self._comfy is None:
+            raise InputError(f"the workers don't know of a ComfyUI yet; {AGAIN}")
         return m.Result(value=_describe(message.model, self._residents.load_model(message)))
 
     def _set_patches(self, message: m.SetPatches) -> m.Result:
@@ -140,6 +156,10 @@ class Service:
     def _denoise(self, message: m.Denoise) -> m.Result:
         model = self._ready_model(message)
         calls = [_to(self._recall(call), self.device) for call in message.calls]
+        if isinstance(model, ComfyModel):
+            outputs = [model.denoise(call) for call in calls]
+            self._residents.require_unchanged(message.model)
+            return m.Result(value=outputs)
         with ParallelContext(message.spec, self._groups, trace=message.trace) as context:
             outputs, report = denoise(model, calls, message.chunks, context)
         self._residents.require_unchanged(message.model)
@@ -147,6 +167,8 @@ class Service:
 
     def _sample(self, message: m.Sample) -> m.Result:
         model = self._ready_model(message)
+        if isinstance(model, ComfyModel):
+            raise InputError(f"the pool can't sample with a {model.kind} of ComfyUI's own class; use sampling = step")
         sent = {name: _to(getattr(message, name), self.device) for name in ("noise", "latent", "mask", "noises")}
         message = dataclasses.replace(message, **sent)
         conds = [_to(self._recall(cond), self.device) for cond in message.conds]
@@ -216,7 +238,7 @@ class Service:
             self._residents.forget_all()
         return m.Result()
 
-    def _ready_model(self, message: m.Denoise | m.Sample) -> ResidentModel:
+    def _ready_model(self, message: m.Denoise | m.Sample) -> ResidentModel | ComfyModel:
         """The model that a job wants, held as it wants it: alike on every rank, or InputError on every rank."""
         model = self._residents.model_for(message.model, message.spec)
         if model.patches_id != message.patches_id:
@@ -230,6 +252,8 @@ class Service:
             if value.name not in self._held:
                 raise InputError(f"the workers hold no value {value.name!r}; {AGAIN}")
             return self._held[value.name]
+        if isinstance(value, m.Tuple):
+            return m.Tuple(items=self._recall(value.items))
         if isinstance(value, dict):
             return {key: self._recall(item) for key, item in value.items()}
         if isinstance(value, list):
@@ -237,10 +261,10 @@ class Service:
         return value
 
 
-def _describe(key: str, model: ResidentModel) -> dict[str, Any]:
+def _describe(key: str, model: ResidentModel | ComfyModel) -> dict[str, Any]:
     return {
         "model": key,
-        "family": model.family.name,
+        "family": model.kind if isinstance(model, ComfyModel) else model.family.name,
         "patches": model.num_patched,
         "patches_id": model.patches_id,
         "bytes": model.bytes_held(),
@@ -251,6 +275,8 @@ def _describe(key: str, model: ResidentModel) -> dict[str, Any]:
 def _to(value: Any, device: torch.device) -> Any:
     if isinstance(value, torch.Tensor):
         return value.to(device)
+    if isinstance(value, m.Tuple):
+        return m.Tuple(items=_to(value.items, device))
     if isinstance(value, dict):
         return {key: _to(item, device) for key, item in value.items()}
     if isinstance(value, list):

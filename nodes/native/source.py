@@ -1,0 +1,62 @@
+"""A MODEL of the stock loaders as data: its file, and the choices that ComfyUI made for it."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from comfy_xdit.messages import ComfySource, LoadModel
+from comfy_xdit.native.load import config_hash
+from comfy_xdit.weights.stamp import stamp
+
+LOADERS = ("load_diffusion_model", "load_checkpoint_guess_config")
+"""Functions of comfy.sd whose first argument is the file that a MODEL came from."""
+
+
+def describe(patcher: Any) -> LoadModel | None:
+    """What has a worker load the same model by ComfyUI's own class; None when only the MODEL knows its weights.
+
+    That is so for other loaders, files that can't be mapped, and layers of another node's making. Not looked at:
+    whether the file is still the one that the loader read, and whether something changed the weights in place.
+    """
+    path, config = _file_of(patcher), patcher.model.model_config
+    if path is None or config.custom_operations is not None:
+        return None
+    source = source_of(config)
+    return LoadModel(
+        model=f"comfy {path} {source.config} {source.cast} {source.fp8}",
+        path=path,
+        prefix="",
+        family=source.kind,
+        storage_dtype=source.dtype,
+        compute_dtype=source.cast or source.dtype,
+        stamp=stamp(path),
+        source=source,
+    )
+
+
+def source_of(config: Any) -> ComfySource:
+    """ComfyUI's choices in the configuration of a loaded model."""
+    cast = config.manual_cast_dtype
+    return ComfySource(
+        kind=type(config).__name__,
+        config=config_hash(config),
+        dtype=_name(config.unet_config["dtype"]),
+        cast="" if cast is None else _name(cast),
+        fp8=bool(config.optimizations.get("fp8", False)),
+    )
+
+
+def _file_of(patcher: Any) -> str | None:
+    init = getattr(patcher, "cached_patcher_init", None)
+    if not init or getattr(init[0], "__name__", "") not in LOADERS or init[0].__module__ != "comfy.sd":
+        return None
+    path = str(init[1][0])
+    is_mappable = path.lower().endswith((".safetensors", ".sft")) and os.path.isfile(path)
+    return os.path.abspath(path) if is_mappable else None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
