@@ -10,7 +10,7 @@ from torch import Tensor
 
 from comfy_xdit.messages import Sample
 from comfy_xdit.parallel.spec import ParallelSpec
-from comfy_xdit.tape import Tape
+from comfy_xdit.sampler_recorder import SamplerRecorder
 from comfy_xdit.trajectory import SamplerProgram
 
 GUIDANCE = 2.0
@@ -58,11 +58,11 @@ def euler(num_steps: int, *, cfg: float | None = None, timesteps: float = 1.0) -
     """
     levels = [1 - step / num_steps for step in range(num_steps)] + [0.0]
     conds = ["positive"] if cfg is None else ["positive", "negative"]
-    tape = Tape()
-    x: Tensor = tape.value("noise")
+    recorder = SamplerRecorder()
+    x: Tensor = recorder.value("noise")
     for number, (level, lower) in enumerate(pairwise(levels)):
-        outputs: list[Tensor] = [*tape.call(x, sigma=level, timestep=level * timesteps, conds=range(len(conds)))]
+        outputs: list[Tensor] = [*recorder.call(x, sigma=level, timestep=level * timesteps, conds=range(len(conds)))]
         velocity = outputs[0] if cfg is None else outputs[1] + cfg * (outputs[0] - outputs[1])
-        tape.preview(number + 1, num_steps, x - level * velocity)
+        recorder.preview(number + 1, num_steps, x - level * velocity)
         x = x + (lower - level) * velocity
-    return tape.program(conds, x)
+    return recorder.program(conds, x)

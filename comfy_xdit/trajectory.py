@@ -1,7 +1,7 @@
 """A sampler's run as a program: data that travels, and its replay on the workers.
 
 Between two evaluations of the model a sampler only scales, adds and blends tensors of the latent's shape. The
-host's run is recorded operation by operation (`tape.py`); a worker that has the record can run the whole
+host's run is recorded operation by operation (`sampler_recorder.py`); a worker that has the record can run the whole
 loop, on the latent or on any slice of it, with no sampler code of its own, and rounds as the host does.
 
 Values, by name:

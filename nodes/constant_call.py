@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from comfy_xdit.quoted import quoted
-from comfy_xdit.tape import NotAProgram
+from comfy_xdit.sampler_recorder import NotAProgram
 from comfy_xdit.trajectory import SamplerCall, SamplerProgram
 
 NEAR = {"x": 1e-2, "timestep": 1e-6}

@@ -12,6 +12,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_xdit_nodes import skeleton
 from comfy_xdit_nodes.checkpoint import Checkpoint
+from comfy_xdit_nodes.concurrent_calls import calc_cond_batch
 from comfy_xdit_nodes.export import is_copy
 from comfy_xdit_nodes.named import name_of
 from comfy_xdit_nodes.patches import encode_patches, param_bytes
@@ -20,7 +21,6 @@ from comfy_xdit_nodes.refuse import INSTEAD
 from comfy_xdit_nodes.remote import Load, RemoteModel
 from comfy_xdit_nodes.run import sample_on_pool
 from comfy_xdit_nodes.source import checkpoint_of
-from comfy_xdit_nodes.together import calc_cond_batch
 from comfy_xdit_nodes.whole_run import sample_whole
 
 log = logging.getLogger("comfy_xdit")

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import comfy.model_management
 import torch
+from comfy_xdit_nodes.concurrent_calls import Meeting
 from comfy_xdit_nodes.held import Constants
 from comfy_xdit_nodes.host_memory import make_room
 from comfy_xdit_nodes.patches import MODEL
 from comfy_xdit_nodes.record import Record
 from comfy_xdit_nodes.refuse import refuse_options
 from comfy_xdit_nodes.residency import Residency
-from comfy_xdit_nodes.together import Meeting
 from torch import Tensor
 
 from comfy_xdit import messages as m

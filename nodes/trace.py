@@ -20,7 +20,7 @@ from comfy_xdit_nodes.noise_sources import Tap
 from torch import Tensor
 
 from comfy_xdit.quoted import quoted
-from comfy_xdit.tape import NotAProgram, Tape, Traced
+from comfy_xdit.sampler_recorder import NotAProgram, SamplerRecorder, Traced
 from comfy_xdit.trajectory import Replay, SamplerProgram
 
 __all__ = ["NotAProgram", "trace"]
@@ -68,13 +68,13 @@ class _Model:
 
 
 class _Run:
-    """A run of the host's sampler on a tape, with a model that costs nothing."""
+    """A run of the host's sampler, recorded, with a model that costs nothing."""
 
     def __init__(self, guider: Any, noise: Tensor, drawing: Callable[[torch.Generator], None]) -> None:
         self._drawing = drawing
         self._guider = copy.copy(guider)
         self._guider.inner_model = _Model(guider.inner_model)
-        self._tape = Tape(noise)
+        self._recorder = SamplerRecorder(noise)
         self._conds: list[str] = []
         self._drawn: list[Tensor] = []
         self._shown: list[Tensor] = []
@@ -99,10 +99,10 @@ class _Run:
         # Copies: samplers write into their arguments (uni_pc into sigmas, CFG++ into the options).
         args = extra_args | {"model_options": model_options}
         given = {"noise": noise, "latent": latent, "mask": mask}
-        traced = [None if numbers is None else self._tape.value(name, numbers) for name, numbers in given.items()]
+        traced = [None if numbers is None else self._recorder.value(name, numbers) for name, numbers in given.items()]
         with tap.open():
             output = sampler.sample(self._guider, sigmas.clone(), args, self._show, *traced, True)
-        program = self._tape.program(self._conds, output)
+        program = self._recorder.program(self._conds, output)
         self._check(program, given, output)
         used = set(program.noises())
         return program, [drawn if j in used else None for j, drawn in enumerate(self._drawn)]
@@ -110,10 +110,10 @@ class _Run:
     def _noise(self, drawn: Tensor) -> Tensor:
         poll()
         self._drawn.append(drawn)
-        return self._tape.value(f"n{len(self._drawn) - 1}", drawn)
+        return self._recorder.value(f"n{len(self._drawn) - 1}", drawn)
 
     def _show(self, step: int, denoised: Tensor, x: Tensor, total: int) -> None:
-        self._tape.preview(step, total, denoised)
+        self._recorder.preview(step, total, denoised)
         assert isinstance(denoised, Traced)
         self._shown.append(denoised.cell.numbers)
 
@@ -128,7 +128,7 @@ class _Run:
         level, timestep = _one(sigma), _one(sampling.timestep(sigma).float())
         asked = [self._number_of(cond) for cond in conds if cond is not None]
         outputs = iter(
-            self._tape.call(
+            self._recorder.call(
                 sampling.calculate_input(sigma, x), sigma=level, timestep=timestep, conds=asked, network=_network
             )
         )
@@ -151,10 +151,10 @@ class _Run:
 
     def _check(self, program: SamplerProgram, given: dict[str, Tensor | None], output: Tensor) -> None:
         """Raises NotAProgram when a replay comes to something else than the host's sampler came to."""
-        sample = self._tape.sample
+        sample = self._recorder.sample
         begin = {name: whole if whole is None else sample(whole) for name, whole in given.items()}
         noises = [sample(drawn) for drawn in self._drawn]
-        replay, shown = Replay(program, **begin, noises=noises, dtype=self._tape.like.dtype), []
+        replay, shown = Replay(program, **begin, noises=noises, dtype=self._recorder.like.dtype), []
         for number, call in enumerate(program.calls):
             poll()
             x = replay.model_input(number)

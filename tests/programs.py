@@ -1,4 +1,4 @@
-"""Samplers written out, and the programs that the tape makes of them."""
+"""Samplers written out, and the programs that the recorder makes of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from comfy_xdit.tape import Tape
+from comfy_xdit.sampler_recorder import SamplerRecorder
 from comfy_xdit.trajectory import SamplerProgram
 
 
@@ -17,9 +17,9 @@ def levels(steps: int) -> Iterator[tuple[float, float]]:
     return itertools.pairwise(torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist())
 
 
-def guided(tape: Tape, x: Tensor, sigma: float, cfg: float) -> tuple[Tensor, Tensor]:
+def guided(recorder: SamplerRecorder, x: Tensor, sigma: float, cfg: float) -> tuple[Tensor, Tensor]:
     """A flow model's denoised latent, and that of its last conditioning alone."""
-    outputs = tape.call(x, sigma=sigma, timestep=sigma, conds=[0, 1] if cfg != 1 else [0])
+    outputs = recorder.call(x, sigma=sigma, timestep=sigma, conds=[0, 1] if cfg != 1 else [0])
     denoised = [x - output * sigma for output in outputs]
     return denoised[-1] + (denoised[0] - denoised[-1]) * cfg if cfg != 1 else denoised[0], denoised[-1]
 
@@ -33,35 +33,35 @@ def flow_program(*, steps: int, cfg: float = 1.0, kind: str = "euler", noisy: bo
 
     With cfg the calls have two conditionings, "positive" and "negative".
     """
-    tape = Tape()
-    x: Tensor = tape.value("noise")
+    recorder = SamplerRecorder()
+    x: Tensor = recorder.value("noise")
     before: Tensor | None = None
     for step, (sigma, lower) in enumerate(levels(steps)):
-        denoised, _ = guided(tape, x, sigma, cfg)
-        tape.preview(step + 1, steps, denoised)
+        denoised, _ = guided(recorder, x, sigma, cfg)
+        recorder.preview(step + 1, steps, denoised)
         kept = lower / sigma
         ahead = denoised if kind == "euler" or before is None else 1.5 * denoised - 0.5 * before
         x, before = kept * x + (1.0 - kept) * ahead, denoised
         if noisy and step + 1 < steps:
-            x = x + 0.1 * tape.value(f"n{step}")
-    return tape.program(named(cfg), x)
+            x = x + 0.1 * recorder.value(f"n{step}")
+    return recorder.program(named(cfg), x)
 
 
 def heun_program(*, steps: int, cfg: float) -> SamplerProgram:
     """Two evaluations for each step but the last: there and back, the mean of both slopes is taken."""
-    tape = Tape()
-    x: Tensor = tape.value("noise")
+    recorder = SamplerRecorder()
+    x: Tensor = recorder.value("noise")
     for step, (now, then) in enumerate(levels(steps)):
-        denoised, _ = guided(tape, x, now, cfg)
-        tape.preview(step + 1, steps, denoised)
+        denoised, _ = guided(recorder, x, now, cfg)
+        recorder.preview(step + 1, steps, denoised)
         slope = (x - denoised) / now
         there = x + slope * (then - now)
         if then == 0:
             x = there
             continue
-        denoised, _ = guided(tape, there, then, cfg)
+        denoised, _ = guided(recorder, there, then, cfg)
         x = x + (slope + (there - denoised) / then) / 2 * (then - now)
-    return tape.program(named(cfg), x)
+    return recorder.program(named(cfg), x)
 
 
 def lonely_program(*, steps: int, cfg: float) -> SamplerProgram:
@@ -75,10 +75,10 @@ def plus_program(*, steps: int, cfg: float) -> SamplerProgram:
 
 
 def _euler(steps: int, cfg_at: Callable[[int], float], *, plus: bool) -> SamplerProgram:
-    tape = Tape()
-    x: Tensor = tape.value("noise")
+    recorder = SamplerRecorder()
+    x: Tensor = recorder.value("noise")
     for step, (sigma, lower) in enumerate(levels(steps)):
-        denoised, negative = guided(tape, x, sigma, cfg_at(step))
-        tape.preview(step + 1, steps, denoised)
+        denoised, negative = guided(recorder, x, sigma, cfg_at(step))
+        recorder.preview(step + 1, steps, denoised)
         x = denoised + (x - (negative if plus else denoised)) * (lower / sigma)
-    return tape.program(["positive", "negative"], x)
+    return recorder.program(["positive", "negative"], x)

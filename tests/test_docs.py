@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from comfy_xdit.cli import COMMANDS
-from comfy_xdit.pool import client, connections, devices, folder, pace, roster, silence, starts, verdict
+from comfy_xdit.pool import client, connections, devices, failure_policy, folder, pace, roster, silence, starts
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md")) + [page for page in [ROOT / "README.md"] if page.is_file()]
@@ -75,7 +75,7 @@ def test_quoted_errors_are_the_codes():
 def test_limits_are_the_codes():
     pool, trouble, nodes = text("pool.md"), text("troubleshooting.md"), text("nodes.md")
     assert f"{roster.HEARTBEAT_TIMEOUT_S:.0f} s without a sign of life" in pool
-    assert f"{verdict.STUCK_AFTER_S:.0f} s when its peers have failed" in pool
+    assert f"{failure_policy.STUCK_AFTER_S:.0f} s when its peers have failed" in pool
     assert f"After {silence.TELL_AFTER_S:.0f} s of silence" in pool
     assert f"After {silence.TAKE_AFTER_S:.0f} s, if somebody waits" in pool
     assert f"its limit ({client.CALL_TIMEOUT_S:.0f} s)" in pool

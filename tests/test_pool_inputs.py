@@ -9,8 +9,8 @@ import pytest
 from comfy_xdit.cli import pool_status
 from comfy_xdit.pool.client import Pool, PoolError, status
 from comfy_xdit.pool.devices import describe, parse_devices
+from comfy_xdit.pool.failure_policy import groups_survive, worst
 from comfy_xdit.pool.folder import pool_folder
-from comfy_xdit.pool.verdict import groups_survive, worst
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from comfy_xdit import messages
-from comfy_xdit.tape import SAMPLE, NotAProgram, Tape
+from comfy_xdit.sampler_recorder import SAMPLE, NotAProgram, SamplerRecorder
 from comfy_xdit.trajectory import Constant, Operation, Replay, SamplerProgram
 
 FEW = settings(max_examples=25, deadline=None)
@@ -37,7 +37,7 @@ class Multistep:
         self.scale = random.uniform(0.5, 3.0, (steps, 3)).tolist()
 
     def run(self, value, model, show=lambda i, denoised: None):
-        """value(name) and model(i, x) → both outputs; the same code for numbers and on a tape."""
+        """value(name) and model(i, x) → both outputs; the same code for numbers and for a recorder."""
         noise, latent = value("noise"), value("latent")
         mask = value("mask") if self.masked else None
         x = 2.0 * noise + 0.5 * latent
@@ -65,13 +65,13 @@ class Multistep:
         return x
 
     def program(self):
-        tape = Tape()
+        recorder = SamplerRecorder()
 
         def model(i, x):
-            return tape.call(x, sigma=1.0 - i / self.steps, timestep=1000.0 - i, conds=[0, 1])
+            return recorder.call(x, sigma=1.0 - i / self.steps, timestep=1000.0 - i, conds=[0, 1])
 
-        output = self.run(tape.value, model, lambda i, denoised: tape.preview(i, self.steps, denoised))
-        return tape.program(["positive", "negative"], output)
+        output = self.run(recorder.value, model, lambda i, denoised: recorder.preview(i, self.steps, denoised))
+        return recorder.program(["positive", "negative"], output)
 
 
 @st.composite
@@ -184,13 +184,13 @@ def test_travels_as_json(sampler):
 
 
 def test_what_nobody_reads_is_not_recorded():
-    tape = Tape()
-    x = tape.value("noise")
-    (output,) = tape.call(x, sigma=1.0, timestep=1.0, conds=[0])
-    unread = (x - output) * tape.value("n0")
+    recorder = SamplerRecorder()
+    x = recorder.value("noise")
+    (output,) = recorder.call(x, sigma=1.0, timestep=1.0, conds=[0])
+    unread = (x - output) * recorder.value("n0")
     x.mul_(0.5)
     assert unread is not x
-    program = tape.program(["positive"], x + output)
+    program = recorder.program(["positive"], x + output)
     assert [operation.function for operation in program.after] == ["mul", "add"]
     assert program.noises() == []
 
@@ -199,10 +199,10 @@ def on_tape(change):
     """What `change(x, d)` makes of random numbers by itself, and replayed."""
     generator = torch.Generator().manual_seed(1)
     noise, output = torch.randn((2, 2, 4, 3, 5), generator=generator)
-    tape = Tape(noise)
-    (traced,) = tape.call(tape.value("noise", noise), sigma=1.0, timestep=1.0, conds=[0])
-    result = change(tape.value("noise", noise), traced)
-    program = tape.program(["positive"], result)
+    recorder = SamplerRecorder(noise)
+    (traced,) = recorder.call(recorder.value("noise", noise), sigma=1.0, timestep=1.0, conds=[0])
+    result = change(recorder.value("noise", noise), traced)
+    program = recorder.program(["positive"], result)
     run = Replay(program, noise=noise, latent=0 * noise)
     run.answer(0, [output])
     return run.output(), change(noise.clone(), output.clone()), program
@@ -368,27 +368,27 @@ def test_recording_and_replaying_take_time_in_proportion_to_the_steps():
 
 
 def test_a_record_computes_with_a_few_numbers_however_large_the_latent():
-    tape = Tape(torch.zeros(1, 16, 128, 96))
-    x = tape.value("noise", torch.arange(16 * 128 * 96.0).reshape(1, 16, 128, 96))
+    recorder = SamplerRecorder(torch.zeros(1, 16, 128, 96))
+    x = recorder.value("noise", torch.arange(16 * 128 * 96.0).reshape(1, 16, 128, 96))
     first = x.cell.numbers
     assert (first.shape[-1], first.min(), first.max()) == (SAMPLE, 0.0, 16 * 128 * 96 - 1.0)
-    denoised = tape.call(x, sigma=1.0, timestep=1.0, conds=[0], network=lambda x, k: x / 2)[0]
+    denoised = recorder.call(x, sigma=1.0, timestep=1.0, conds=[0], network=lambda x, k: x / 2)[0]
     made = (x - denoised) * 3.0
     assert made.shape == x.shape and torch.equal(made.cell.numbers, first / 2 * 3.0)
 
 
 def test_a_tensor_of_an_earlier_run_is_refused():
-    old = Tape().value("noise")
+    old = SamplerRecorder().value("noise")
     with pytest.raises(NotAProgram, match="of an earlier run"):
-        Tape().value("noise") + old
+        SamplerRecorder().value("noise") + old
 
 
 def test_memory_order_is_that_of_the_real_operations():
     """A tensor drawn like another one fills in the order in which that one lies in memory."""
     latent = torch.zeros(2, 4, 6, 5).to(memory_format=torch.channels_last)
     noise = torch.zeros(2, 4, 6, 5)
-    tape = Tape(noise)
-    traced = {"noise": tape.value("noise", noise), "latent": tape.value("latent", latent)}
+    recorder = SamplerRecorder(noise)
+    traced = {"noise": recorder.value("noise", noise), "latent": recorder.value("latent", latent)}
     for name, other in (("latent", "noise"), ("noise", "latent")):
         real = {"noise": noise, "latent": latent}
         made = traced[name] * 0.5 + traced[other]

@@ -14,12 +14,12 @@ from typing import Any
 from ..messages import Failure, Message, Result, TurnEnded, decode, encode
 from .beat import Beat
 from .errors import PoolError
+from .failure_policy import worst
 from .folder import pool_folder, where_log
 from .joiner import joiner, require_available
 from .network import LOOPBACK, Network
 from .start import POLL_S, reach, say
 from .transport import ASIDE, RPC, Answer, ClientGroup, Joiner, Poll
-from .verdict import worst
 from .wire import Wire
 
 __all__ = ["Pool", "PoolError"]

@@ -9,8 +9,8 @@ import dataclasses
 import time
 from typing import Any
 
+from .failure_policy import STUCK_AFTER_S, groups_survive, is_local, worst
 from .roster import Roster, WorkerLine
-from .verdict import STUCK_AFTER_S, groups_survive, is_local, worst
 
 
 @dataclasses.dataclass(frozen=True)

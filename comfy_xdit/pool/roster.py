@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import trial
+from .failure_policy import SAID_FIRST
 from .fields import integer, one_of, table, text
 from .network import Network
-from .verdict import SAID_FIRST
 from .wire import Wire
 
 HEARTBEAT_TIMEOUT_S = 10.0

@@ -4,14 +4,14 @@ A `Traced` tensor is one to all who look at it: it has numbers, a shape, a dtype
 noted by name. What a program cannot hold is refused where it happens: an operation that is not elementwise, a
 look at the numbers (to branch, or to choose a step), a tensor of the sampler's own that is not the same everywhere.
 
-    tape = Tape()
-    x = tape.value("noise")
+    recorder = SamplerRecorder()
+    x = recorder.value("noise")
     for step, (sigma, lower) in enumerate(itertools.pairwise(sigmas)):
-        cond, uncond = tape.call(x, sigma=sigma, timestep=sigma, conds=[0, 1])
+        cond, uncond = recorder.call(x, sigma=sigma, timestep=sigma, conds=[0, 1])
         denoised = x - sigma * (uncond + 4.0 * (cond - uncond))
-        tape.preview(step, len(sigmas) - 1, denoised)
+        recorder.preview(step, len(sigmas) - 1, denoised)
         x = denoised + (x - denoised) * (lower / sigma)
-    program = tape.program(["positive", "negative"], x)
+    program = recorder.program(["positive", "negative"], x)
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SAMPLE = 256
 """So many of the latent's numbers are computed with, to check the record: every operation is elementwise."""
 
 
-class Tape:
+class SamplerRecorder:
     """The record of one run. like: what the latent's shape, dtype and device are."""
 
     def __init__(self, like: Tensor | None = None) -> None:
@@ -140,7 +140,7 @@ class Tape:
         self._require_fitting(value.shape)
         if not isinstance(value, Traced):
             return _constant(value)
-        if value.tape is not self:
+        if value.recorder is not self:
             raise NotAProgram("the sampler computes with a tensor that it kept of an earlier run")
         return value.cell.name
 
@@ -169,22 +169,22 @@ class Tape:
 
 @dataclasses.dataclass
 class Cell:
-    """What a traced tensor and its views share: what is in it now, by name and in numbers (`Tape.sample`)."""
+    """What a traced tensor and its views share: what is in it now, by name and in numbers (see `sample`)."""
 
     name: str
     numbers: Tensor
 
 
 class Traced(Tensor):
-    """A tensor on a tape; operations on it make others. like: what it looks like from outside."""
+    """A tensor that a recorder sees; operations on it make others. like: what it looks like from outside."""
 
     cell: Cell
-    tape: Tape
+    recorder: SamplerRecorder
 
     @staticmethod
     def __new__(
         cls,
-        tape: Tape,
+        recorder: SamplerRecorder,
         cell: Cell,
         like: Tensor,
         dtype: torch.dtype | None = None,
@@ -195,11 +195,11 @@ class Traced(Tensor):
             like.shape,
             strides=like.stride(),
             dtype=dtype or like.dtype,
-            device=device or tape.like.device,
+            device=device or recorder.like.device,
         )
 
-    def __init__(self, tape: Tape, cell: Cell, *like: Any, **rest: Any) -> None:
-        self.tape = tape
+    def __init__(self, recorder: SamplerRecorder, cell: Cell, *like: Any, **rest: Any) -> None:
+        self.recorder = recorder
         self.cell = cell
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -254,7 +254,7 @@ def _view(func: Any, args: Any, kwargs: Any) -> Traced:
     seen, whole = func(*_shapes(args), **_shapes(kwargs)), args[0]
     if seen.shape != whole.shape:
         raise NotAProgram(f"the sampler looks at a part of the latent, of {_sizes(seen.shape)}")
-    return Traced(whole.tape, whole.cell, seen, device=whole.device)
+    return Traced(whole.recorder, whole.cell, seen, device=whole.device)
 
 
 def _replace(target: Any, made: Traced) -> Traced:
@@ -295,8 +295,8 @@ def _constant(value: Tensor) -> Any:
 
 def _elementwise(function: str) -> Callable[..., Traced]:
     def rule(*operands: Any) -> Traced:
-        tape: Tape = next(operand.tape for operand in operands if isinstance(operand, Traced))
-        return tape.note(function, operands)
+        recorder: SamplerRecorder = next(operand.recorder for operand in operands if isinstance(operand, Traced))
+        return recorder.note(function, operands)
 
     return rule
 
@@ -312,12 +312,12 @@ def _to(
     seen = torch.ops.aten._to_copy(*_shapes([x]), dtype=dtype, **{**rest, "pin_memory": None})
     device = x.device if device is None else device
     if seen.dtype == x.dtype:
-        return Traced(x.tape, Cell(x.cell.name, x.cell.numbers), seen, device=device)
+        return Traced(x.recorder, Cell(x.cell.name, x.cell.numbers), seen, device=device)
     name = str(seen.dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise NotAProgram(f"the sampler makes the latent {name}")
-    made = x.tape.note(f"to_{name}", [x])
-    return Traced(x.tape, made.cell, seen, device=device)
+    made = x.recorder.note(f"to_{name}", [x])
+    return Traced(x.recorder, made.cell, seen, device=device)
 
 
 def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Traced:
