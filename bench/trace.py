@@ -9,7 +9,7 @@ from pathlib import Path
 from comfy_xdit.messages import LoadModel
 from comfy_xdit.parallel.spec import AXES, ParallelSpec
 from comfy_xdit.timeline.files import write
-from comfy_xdit.timeline.job import Job
+from comfy_xdit.timeline.job import JobReport
 
 from .bench_pool import bench_pool
 from .checkpoint import FluxSize, random_call, write_flux
@@ -21,7 +21,7 @@ MODEL = "trace"
 
 def trace(
     specs: list[ParallelSpec], *, tokens: int, num_steps: int, size: FluxSize, folder: Path, num_patches: int = 0
-) -> dict[str, Job]:
+) -> dict[str, JobReport]:
     """A run of a random Flux with each spec, all of as many ranks; `folder` takes its checkpoint.
 
     A run of few steps beforehand makes the process groups and warms the kernels.
@@ -37,7 +37,7 @@ def trace(
             pool.call(dataclasses.replace(load, spec=spec))
             pool.call(whole_run(MODEL, call, spec, num_evaluations=2, num_patches=num_patches))
             message = whole_run(MODEL, call, spec, num_evaluations=num_steps, num_patches=num_patches, trace=True)
-            jobs[str(spec)] = Job.of([[result.report for result in pool.call_all(message)]])
+            jobs[str(spec)] = JobReport.of([[result.report for result in pool.call_all(message)]])
     return jobs
 
 

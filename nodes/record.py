@@ -42,12 +42,12 @@ class Record:
             return
         # Here: pictures need Pillow, and runs without a record don't.
         from comfy_xdit.timeline.files import write
-        from comfy_xdit.timeline.job import Job
+        from comfy_xdit.timeline.job import JobReport
 
         try:
             folder, name, number, *_ = folder_paths.get_save_image_path(PREFIX, folder_paths.get_output_directory())
             trace, picture = (Path(folder) / f"{name}_{number:05}_{ending}" for ending in (".json", ".png"))
-            write({self._title: Job.of(self._reports)}, trace, picture)
+            write({self._title: JobReport.of(self._reports)}, trace, picture)
         except OSError as error:
             log.warning("what the workers did could not be written: %s", error)
             return

@@ -13,7 +13,7 @@ from comfy_xdit.parallel.traffic import IDLE as WAITED
 from comfy_xdit.parallel.traffic import MATCHED, Traffic, account, idle_seconds
 from comfy_xdit.timeline.chrome import chrome_trace
 from comfy_xdit.timeline.files import write
-from comfy_xdit.timeline.job import Job, Step
+from comfy_xdit.timeline.job import JobReport, Step
 from comfy_xdit.timeline.picture import COMPUTE, IDLE, TALK, timeline
 from comfy_xdit.timeline.picture import LINE as LINE_COLOUR
 from comfy_xdit.trajectory import Replay
@@ -71,7 +71,7 @@ def job():
     first = {"began": 10.0, "seconds": 2.0, "events": [["send", "ring", 11.0, 11.5, 8]], **numbers}
     second = {"began": 10.0, "seconds": 2.0, "events": [["p2p", "pipe", 10.0, 11.0, 0]], **numbers}
     step = Step(begin=0.0, end=2.0, reports=(first, second))
-    return Job(seconds=2.0, steps=(step,), began=10.0)
+    return JobReport(seconds=2.0, steps=(step,), began=10.0)
 
 
 def test_a_trace_is_one_of_chromes():
@@ -95,7 +95,7 @@ def test_a_whole_run_shows_its_evaluations():
     assert report["events"] == [] and report["evaluations"] == sorted(report["evaluations"])
     assert len(report["evaluations"]) == 2 and report["bytes_sent"] == {} and report["idle_seconds"] == 0
     first, second = job().steps[0].reports
-    marked = Job.of([[{**first, "evaluations": [10.25, 11.5]}, {**second, "evaluations": [11.0, 11.75]}]])
+    marked = JobReport.of([[{**first, "evaluations": [10.25, 11.5]}, {**second, "evaluations": [11.0, 11.75]}]])
     complete = [event for event in chrome_trace({"": marked})["traceEvents"] if event["ph"] == "X"]
     spans = [(e["name"], e["tid"], e["ts"], e["dur"]) for e in complete if e["name"].startswith("evaluation")]
     assert spans == [
@@ -113,7 +113,7 @@ def test_a_job_of_several_messages_goes_by_the_ranks_clock():
     def report(began, seconds):
         return {"began": began, "seconds": seconds, "events": []}
 
-    traced = Job.of([[report(5.0, 1.0), report(5.25, 1.5)], [report(7.0, 0.5), report(7.0, 0.25)]])
+    traced = JobReport.of([[report(5.0, 1.0), report(5.25, 1.5)], [report(7.0, 0.5), report(7.0, 0.25)]])
     assert [(step.begin, step.end) for step in traced.steps] == [(0.0, 1.75), (2.0, 2.5)]
     assert (traced.began, traced.seconds) == (5.0, 2.5)
 

@@ -25,7 +25,7 @@ from comfy_xdit.messages import (
     VAEDecode,
 )
 from comfy_xdit.parallel.spec import ParallelSpec
-from comfy_xdit.timeline.job import Job, Step
+from comfy_xdit.timeline.job import JobReport, Step
 
 from . import assets, conditioning
 
@@ -53,7 +53,7 @@ class Settings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampled(Job):
+class Sampled(JobReport):
     """latents: [prompts, 16, side / 8, side / 8], unscaled; each step is one `Denoise`."""
 
     latents: Tensor

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
-from .job import Job
+from .job import JobReport
 
 
-def chrome_trace(jobs: Mapping[str, Job]) -> dict[str, Any]:
+def chrome_trace(jobs: Mapping[str, JobReport]) -> dict[str, Any]:
     """The trace as JSON's objects. Steps whose reports list no collectives have their wall time only."""
     events: list[dict[str, Any]] = []
     for number, (title, job) in enumerate(jobs.items()):

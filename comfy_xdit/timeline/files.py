@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from .chrome import chrome_trace
-from .job import Job
+from .job import JobReport
 from .picture import timeline
 
 
-def write(jobs: Mapping[str, Job], trace: Path, picture: Path) -> None:
+def write(jobs: Mapping[str, JobReport], trace: Path, picture: Path) -> None:
     """Write jobs by their titles as a Chrome trace, and as a picture. Raises OSError when it can't."""
     trace.write_text(json.dumps(chrome_trace(jobs)))
     timeline(jobs).save(picture)

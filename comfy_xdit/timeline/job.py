@@ -17,7 +17,7 @@ class Step:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Job:
+class JobReport:
     """seconds: wall time of the steps. began: when, on the clock of the reports' events."""
 
     seconds: float
@@ -25,7 +25,7 @@ class Job:
     began: float = 0.0
 
     @classmethod
-    def of(cls, messages: Sequence[Sequence[dict[str, Any]]]) -> Job:
+    def of(cls, messages: Sequence[Sequence[dict[str, Any]]]) -> JobReport:
         """From the ranks' traced reports on one message after the other, by the ranks' own clock."""
         spans = [
             (

@@ -7,13 +7,13 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from .job import Job
+from .job import JobReport
 
 WIDTH, LEFT, ROW, GAP, TOP = 1000, 150, 18, 14, 40
 COMPUTE, TALK, IDLE, LINE = (44, 98, 207), (240, 147, 43), (214, 214, 214), (20, 20, 20)
 
 
-def timeline(jobs: Mapping[str, Job]) -> Image.Image:
+def timeline(jobs: Mapping[str, JobReport]) -> Image.Image:
     """One band for each job, in it one row for each rank: computing and communicating, in every step.
 
     A line marks where a step, or a whole run's evaluation, begins on the rank.
@@ -40,7 +40,7 @@ def timeline(jobs: Mapping[str, Job]) -> Image.Image:
     return picture
 
 
-def _rank(pen: ImageDraw.ImageDraw, job: Job, rank: int, top: int, scale: float) -> None:
+def _rank(pen: ImageDraw.ImageDraw, job: JobReport, rank: int, top: int, scale: float) -> None:
     pen.text((LEFT - 46, top + 2), f"rank {rank}", fill="black")
     for step in job.steps:
         report = step.reports[rank]
