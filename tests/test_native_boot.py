@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from comfy_xdit_worker.service import Service
 
 from comfy_xdit.errors import InputError
 from comfy_xdit.messages import ComfySource, Denoise, LoadModel, Tuple, UseComfy, decode, encode
@@ -73,3 +74,18 @@ def test_the_messages_cross():
     sent = Denoise(model="a", patches_id="", spec=ParallelSpec(), calls=[call], chunks=[1])
     (came,) = decode(*encode(sent)).calls
     assert isinstance(came["timestep"], Tuple) and [len(part) for part in came["x"]] == [1, 2]
+
+
+def test_a_new_worker_is_told_of_comfyui_before_its_models(monkeypatch, checkout):
+    booted = []
+    monkeypatch.setattr("comfy_xdit.native.boot.boot", lambda message, device: booted.append(message))
+    service = Service(rank=0, world_size=1, device=CPU)
+    first = wanted(checkout)
+    service.handle(first)
+    assert service.residents() == [first]
+    (checkout / "comfy" / "ops.py").write_text("")
+    service.handle(first)
+    assert booted == [first]
+    with pytest.raises(InputError, match="with other options; restart the pool"):
+        service.handle(wanted(checkout, options={"fast": ["autotune"]}))
+    assert service.residents() == [first]

@@ -130,9 +130,11 @@ class Service:
             raise InputError(
                 "the workers use the classes of another ComfyUI, or of this one with other options; restart the pool"
             )
-        value = boot(message, self.device)
-        self._comfy = message
-        return m.Result(value=value)
+        # Not looked at again: what is imported stays, whatever becomes of the checkout.
+        if self._comfy is None:
+            boot(message, self.device)
+            self._comfy = message
+        return m.Result(value={"version": message.version, "sources": message.sources, "kitchen": message.kitchen})
 
     def _load_model(self, message: m.LoadModel) -> m.Result:
         if message.source is not None and self._comfy is None:

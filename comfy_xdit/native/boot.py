@@ -22,8 +22,8 @@ LOCAL = {"disable_async_offload": True, "disable_pinned_memory": True, "disable_
 """Options that a worker sets for itself: it keeps its weights where they are, and offloads nothing."""
 
 
-def boot(wanted: UseComfy, device: torch.device) -> dict[str, Any]:
-    """Import the classes of the ComfyUI that `wanted` names; returns what this rank has of it now.
+def boot(wanted: UseComfy, device: torch.device) -> None:
+    """Import the classes of the ComfyUI that `wanted` names.
 
     To be called on the main thread: ComfyUI asks for the current device, which CUDA keeps for each thread. Options are
     set before anything else is imported, since some of them choose at import what attention computes with.
@@ -37,7 +37,6 @@ def boot(wanted: UseComfy, device: torch.device) -> dict[str, Any]:
     _set_options(wanted.options, device)
     for name in ("comfy.model_management", "comfy.ops", "comfy.model_detection", "comfy.model_base"):
         importlib.import_module(name)
-    return {"version": wanted.version, "sources": wanted.sources, "kitchen": wanted.kitchen, "options": wanted.options}
 
 
 def version_of(folder: str) -> str:

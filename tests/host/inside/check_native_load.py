@@ -119,10 +119,13 @@ def test_families(family, pool, tmp_path):
 def test_another_model_is_refused_by_name(pool, tmp_path):
     path = make.save(tmp_path / "flux.safetensors", make.flux("fp32"))
     load = describe(comfy.sd.load_diffusion_model(str(path)))
-    changed = {"kind": "WAN21_T2V", "config": "0"}
-    for field, value in changed.items():
+    changed = {
+        "kind": ("WAN21_T2V", r"flux\.safetensors: .* takes the file for Flux, this one for WAN21_T2V"),
+        "config": ("0", r"flux\.safetensors: .* reads other sizes of Flux"),
+    }
+    for field, (value, sentence) in changed.items():
         source = m.ComfySource(**{**vars(load.source), field: value})
-        with pytest.raises(PoolError, match=r"flux\.safetensors: .* Flux|WAN21_T2V"):
+        with pytest.raises(PoolError, match=sentence):
             pool.call_all(m.LoadModel(**{**vars(load), "model": field, "source": source}))
     with pytest.raises(PoolError, match="ulysses=2"):
         pool.call_all(m.LoadModel(**{**vars(load), "model": "two", "spec": ParallelSpec(ulysses=2)}))
@@ -165,6 +168,18 @@ def test_a_rank_reads_its_own_part_only(tmp_path):
     for key, weight in net.named_parameters():
         is_mapped = all(any(part.data_ptr() in one for one in inside) for part in plain_tensors(weight))
         assert is_mapped == (not key.startswith("double_blocks.0")), key
+
+
+def test_what_a_call_carries():
+    x, time = [random(1, 2), random(1, 3)], (random(1), random(2))
+    options = {"cond_or_uncond": [0], "uuids": [object()], "wrappers": {"a": print}, "patches_replace": {}}
+    call = as_call(x, time, context=None, transformer_options=options)
+    assert isinstance(call["timestep"], m.Tuple) and call["timestep"].items == list(time)
+    assert call["x"] == x and call["transformer_options"] == {"cond_or_uncond": [0]} and "context" not in call
+    with pytest.raises(ValueError, match=r"argument 'payload\.inner', a object"):
+        as_call(x, time, payload={"inner": object()})
+    with pytest.raises(ValueError, match="'mine'"):
+        as_call(x, time, transformer_options={"mine": 1})
 
 
 def test_a_model_without_a_file_is_not_described(tmp_path):
