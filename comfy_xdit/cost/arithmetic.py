@@ -116,7 +116,7 @@ ANATOMIES: dict[str, Anatomy] = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Part:
+class Block:
     """One block, or all that is outside of the blocks.
 
     params: all of its weights. multiplied: streams → the elements of the matrices that multiply each of
@@ -155,8 +155,8 @@ class Network:
     title: str
     shape: ModelShape
     hidden: int
-    blocks: tuple[Part, ...]
-    outside: Part
+    blocks: tuple[Block, ...]
+    outside: Block
     last_params: int
     cut: Streams
     latent_patch: int
@@ -261,7 +261,7 @@ def network(
     )
 
 
-def _part(anatomy: Anatomy, shapes: Mapping[str, tuple[int, ...]]) -> Part:
+def _part(anatomy: Anatomy, shapes: Mapping[str, tuple[int, ...]]) -> Block:
     multiplied: dict[Streams, int] = {}
     attention: list[Streams] = []
     crossing: list[tuple[Streams, Streams]] = []
@@ -276,7 +276,7 @@ def _part(anatomy: Anatomy, shapes: Mapping[str, tuple[int, ...]]) -> Part:
             streams = _streams(anatomy, key)
             multiplied[streams] = multiplied.get(streams, 0) + math.prod(shape)
             once_outputs += 0 if streams else shape[0]
-    return Part(
+    return Block(
         params=sum(math.prod(shape) for shape in shapes.values()),
         multiplied=multiplied,
         attention=tuple(attention),

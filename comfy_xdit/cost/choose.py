@@ -15,7 +15,7 @@ from .formulas import distri, joined, ring, sent, shared, tensor, ulysses
 from .job import sent_in_job
 from .links import Device, Links
 from .memory import Memory, memory
-from .work import Part, Work, part_of
+from .work import RankShare, Work, part_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,7 +151,7 @@ def _times(
     return compute_s, waiting + _distri_waits(network, work, part, link, compute_s)
 
 
-def _flops(network: Network, part: Part) -> float:
+def _flops(network: Network, part: RankShare) -> float:
     """Operations of the matrices in this rank's rows, tokens and stage, and of attention to what it has whole.
 
     Embedders run on the first stage.
@@ -169,7 +169,7 @@ def _flops(network: Network, part: Part) -> float:
     return part.rows * per_row
 
 
-def _attention_flops(network: Network, part: Part, streams: tuple[str, ...]) -> float:
+def _attention_flops(network: Network, part: RankShare, streams: tuple[str, ...]) -> float:
     """Its queries (of its group, for its heads) to all keys."""
     whole = {stream: sum(sizes) for stream, sizes in part.shards.items()}
     all_tokens = sum(whole[stream] for stream in streams)
@@ -179,7 +179,7 @@ def _attention_flops(network: Network, part: Part, streams: tuple[str, ...]) -> 
 
 
 def _ring_waits(
-    network: Network, work: Work, part: Part, streams: tuple[str, ...], link: Links, attention_s: float
+    network: Network, work: Work, part: RankShare, streams: tuple[str, ...], link: Links, attention_s: float
 ) -> float:
     """What of each hop outlasts the attention to the block that is there meanwhile."""
     hops = part.spec.ring - 1
@@ -189,7 +189,7 @@ def _ring_waits(
     return hops * max(0.0, hop_s - attention_s / part.spec.ring)
 
 
-def _distri_waits(network: Network, work: Work, part: Part, link: Links, compute_s: float) -> float:
+def _distri_waits(network: Network, work: Work, part: RankShare, link: Links, compute_s: float) -> float:
     """Spread over the job: exact evaluations wait for each gather, the others for what of the one before's outlasts
     their compute; the last has nobody to gather for.
     """

@@ -11,7 +11,7 @@ from collections import Counter
 from comfy_xdit.parallel.spec import ParallelSpec
 
 from .arithmetic import Network
-from .work import Part, Work, part_of
+from .work import RankShare, Work, part_of
 
 
 def sent(network: Network, work: Work, spec: ParallelSpec, rank: int) -> Counter[str]:
@@ -31,7 +31,7 @@ def sent(network: Network, work: Work, spec: ParallelSpec, rank: int) -> Counter
     return total
 
 
-def ulysses(network: Network, work: Work, part: Part, streams: tuple[str, ...]) -> Counter[str]:
+def ulysses(network: Network, work: Work, part: RankShare, streams: tuple[str, ...]) -> Counter[str]:
     """Two all-to-alls around an attention: queries, keys and values to their heads' ranks, and outputs back.
 
     Of 4 tensors of L tokens and H heads, all goes but what is the rank's own: with even shards 4 · p · hs / N ·
@@ -45,7 +45,7 @@ def ulysses(network: Network, work: Work, part: Part, streams: tuple[str, ...]) 
     return Counter(all_to_all=per_token * (3 * own * others + part.own_heads * (together - own)))
 
 
-def distri(network: Network, work: Work, part: Part, streams: tuple[str, ...]) -> Counter[str]:
+def distri(network: Network, work: Work, part: RankShare, streams: tuple[str, ...]) -> Counter[str]:
     """A rank's keys and values to all others, padded to the longest shard: 2 · p · hs · (N - 1) / N elements.
 
     The last evaluation sends nothing, unless it is exact: nobody would use it.
@@ -57,7 +57,7 @@ def distri(network: Network, work: Work, part: Part, streams: tuple[str, ...]) -
     return Counter(all_gather=key_bytes(network, work, part) * longest * (degree - 1))
 
 
-def ring(network: Network, work: Work, part: Part, streams: tuple[str, ...]) -> Counter[str]:
+def ring(network: Network, work: Work, part: RankShare, streams: tuple[str, ...]) -> Counter[str]:
     """Keys and values of every ring rank but the next one's pass through: 2 · p · hs · (N - 1) / N elements."""
     degree, own = part.spec.ring, part.index["ring"]
     passed = sum(
@@ -68,7 +68,7 @@ def ring(network: Network, work: Work, part: Part, streams: tuple[str, ...]) -> 
     return Counter(send=key_bytes(network, work, part) * passed) if passed else Counter()
 
 
-def tensor(network: Network, work: Work, part: Part, block: int) -> Counter[str]:
+def tensor(network: Network, work: Work, part: RankShare, block: int) -> Counter[str]:
     """An all-reduce of the hidden tokens for each matrix cut by rows: 4 · p · hs · (N - 1) / N elements where
     a block has two (attention's output and the MLP's), half of it where it has one. Beside it modulations, a few
     numbers a row, are gathered.
@@ -84,14 +84,14 @@ def tensor(network: Network, work: Work, part: Part, block: int) -> Counter[str]
     )
 
 
-def joined(network: Network, work: Work, part: Part) -> Counter[str]:
+def joined(network: Network, work: Work, part: RankShare) -> Counter[str]:
     """The output's tokens, joined once after the last block; shards are padded to the longest."""
     sizes = part.shards["image"]
     per_token = part.rows * network.token_outputs * work.element_bytes
     return Counter(all_gather=per_token * max(sizes) * (len(sizes) - 1)) if len(sizes) > 1 else Counter()
 
 
-def shared(network: Network, work: Work, part: Part, *, height: int | None = None) -> Counter[str]:
+def shared(network: Network, work: Work, part: RankShare, *, height: int | None = None) -> Counter[str]:
     """The lanes' outputs (cfg and dp), each padded to the lane with the most rows.
 
     height: of the latent's patch that is shared; the whole latent's by default.
@@ -105,6 +105,6 @@ def shared(network: Network, work: Work, part: Part, *, height: int | None = Non
     return Counter(all_gather=most * row * (lanes - 1))
 
 
-def key_bytes(network: Network, work: Work, part: Part) -> int:
+def key_bytes(network: Network, work: Work, part: RankShare) -> int:
     """Of one token's keys and values in one layer, for the heads of this rank."""
     return 2 * part.rows * part.own_heads * network.head_dim * work.element_bytes

@@ -9,7 +9,7 @@ from comfy_xdit.parallel.spec import ParallelSpec
 
 from .arithmetic import Network
 from .formulas import distri, joined, key_bytes, sent, shared, tensor, ulysses
-from .work import Part, Work, part_of
+from .work import RankShare, Work, part_of
 
 LOOP_BYTES = 4
 """Of a number in the sampler's state, which is kept in fp32: what goes to the host."""
@@ -57,7 +57,7 @@ def _pipeline(network: Network, work: Work, spec: ParallelSpec, rank: int) -> Co
     return +total
 
 
-def _segment(network: Network, work: Work, part: Part, *, is_output: bool) -> Counter[str]:
+def _segment(network: Network, work: Work, part: RankShare, *, is_output: bool) -> Counter[str]:
     """What one stage sends for one segment."""
     total: Counter[str] = Counter()
     if not part.rows:
@@ -75,14 +75,14 @@ def _segment(network: Network, work: Work, part: Part, *, is_output: bool) -> Co
     return total
 
 
-def _gathered(network: Network, work: Work, part: Part, streams: tuple[str, ...]) -> Counter[str]:
+def _gathered(network: Network, work: Work, part: RankShare, streams: tuple[str, ...]) -> Counter[str]:
     """On the ring axis each rank's keys and values go to all, padded to the longest: as much as a ring sends."""
     degree = part.spec.ring
     longest = max(part.group_tokens(streams, ring=place) for place in range(degree))
     return Counter(all_gather=key_bytes(network, work, part) * longest * (degree - 1))
 
 
-def _replies(network: Network, work: Work, part: Part, heights: list[int]) -> Counter[str]:
+def _replies(network: Network, work: Work, part: RankShare, heights: list[int]) -> Counter[str]:
     """What the last stage makes of the outputs: lanes share them, the first stage gets the next input, the host
     gets previews and the result."""
     if part.index["pipe"] + 1 < part.spec.pipe:

@@ -6,10 +6,9 @@ import dataclasses
 
 from comfy_xdit.parallel.spec import ParallelSpec
 
-from .arithmetic import Network
-from .arithmetic import Part as Block
+from .arithmetic import Block, Network
 from .formulas import key_bytes
-from .work import Part, Work, part_of
+from .work import RankShare, Work, part_of
 
 LIVE_WIDTHS = 16
 """Hidden sizes that a token takes at a block's widest moment: the residual, its norm, queries, keys and values and
@@ -39,7 +38,7 @@ def memory(network: Network, work: Work, spec: ParallelSpec, rank: int) -> Memor
     )
 
 
-def parameters(network: Network, part: Part) -> int:
+def parameters(network: Network, part: RankShare) -> int:
     """Its stage's blocks, their matrices cut by the tensor axis; embedders are on every rank."""
     elsewhere = 0 if part.index["pipe"] + 1 == part.spec.pipe else network.last_params
     kinds = network.kinds(part.blocks).items()
@@ -47,13 +46,13 @@ def parameters(network: Network, part: Part) -> int:
     return network.outside.params - elsewhere + blocks
 
 
-def activations(network: Network, work: Work, part: Part) -> int:
+def activations(network: Network, work: Work, part: RankShare) -> int:
     """Of the tokens it runs at a time: its shard, and with pipe one patch of it (a whole step while warming up)."""
     tokens = part.shard_tokens(network.cut)
     return part.rows * tokens * network.hidden * work.element_bytes * LIVE_WIDTHS
 
 
-def exchanged(network: Network, work: Work, part: Part) -> int:
+def exchanged(network: Network, work: Work, part: RankShare) -> int:
     """What is on its way between ranks in one attention."""
     per_token, group = key_bytes(network, work, part), part.group_tokens(network.cut)
     total = 0
@@ -66,7 +65,7 @@ def exchanged(network: Network, work: Work, part: Part) -> int:
     return total
 
 
-def kept_keys(network: Network, work: Work, part: Part) -> int:
+def kept_keys(network: Network, work: Work, part: RankShare) -> int:
     """Keys and values that stale attention keeps from one evaluation to the next, to the byte."""
     spec, per_token = part.spec, key_bytes(network, work, part)
     layers = [streams for number in part.blocks for streams in network.blocks[number].attention]

@@ -11,8 +11,7 @@ from comfy_xdit.parallel.sequence import shard_sizes
 from comfy_xdit.parallel.spec import AXES, BALANCES, ParallelSpec
 from comfy_xdit.parallel.stages import cost_of, stages
 
-from .arithmetic import TEXT, Network
-from .arithmetic import Part as Block
+from .arithmetic import TEXT, Block, Network
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +44,7 @@ class Work:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Part:
+class RankShare:
     """What one rank has of the work.
 
     rows: of the batch. shards: stream → how many of its tokens each rank of its sequence axis has.
@@ -80,7 +79,7 @@ class Part:
 
 def part_of(
     network: Network, work: Work, spec: ParallelSpec, rank: int, tokens: Mapping[str, int] | None = None
-) -> Part:
+) -> RankShare:
     """Rank `rank`'s part. tokens: of each stream, where not all of the work's are meant."""
     left, index = rank, {}
     for axis in reversed(AXES):
@@ -88,7 +87,7 @@ def part_of(
     degree = spec.distri * spec.ring * spec.ulysses
     whole = tokens or work.tokens(network)
     every = range(len(network.blocks))
-    return Part(
+    return RankShare(
         spec=spec,
         index=index,
         rows=shard_sizes(shard_sizes(work.rows, spec.cfg)[index["cfg"]], spec.dp)[index["dp"]],
