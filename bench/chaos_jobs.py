@@ -118,16 +118,7 @@ class Models:
     def load_message(self, job: Job) -> LoadModel:
         """What a client sends before the job. Raises FileNotFoundError where the file is gone."""
         path = str(self.path(job.family))
-        return LoadModel(
-            model=job.family,
-            path=path,
-            prefix="",
-            family=job.family,
-            storage_dtype="float32",
-            compute_dtype="float32",
-            spec=job.spec,
-            stamp=stamp(path),
-        )
+        return dataclasses.replace(_loading(job, path), spec=job.spec, stamp=stamp(path))
 
     def is_right(self, job: Job, samples: Tensor, version: str) -> bool:
         """Whether a run of `version` ends so. The first of an approximate job decides what its later ones are."""
@@ -141,11 +132,20 @@ class Models:
         return job.is_exact or (job, version) in self._wanted
 
     def _on_one_rank(self, job: Job, version: str) -> Tensor:
-        plain = dataclasses.replace(
-            self.load_message(job), path=str(self._kept(job.family, version)), spec=ParallelSpec(), stamp=None
-        )
         torch.set_num_threads(1)
-        return run_here(load(plain, "cpu"), job.message())
+        return run_here(load(_loading(job, str(self._kept(job.family, version))), "cpu"), job.message())
+
+
+def _loading(job: Job, path: str) -> LoadModel:
+    """Of the job's model from `path`, for one rank."""
+    return LoadModel(
+        model=job.family,
+        path=path,
+        prefix="",
+        family=job.family,
+        storage_dtype="float32",
+        compute_dtype="float32",
+    )
 
 
 def run_job(pool: Pool, models: Models, job: Job, *, poll: Callable[[], Any] | None = None) -> Tensor:

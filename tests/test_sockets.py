@@ -21,7 +21,7 @@ import torch
 from comfy_xdit.pool import parcel
 from comfy_xdit.pool.client import Pool
 from comfy_xdit.pool.connections import pairs
-from comfy_xdit.pool.descriptor import Descriptor
+from comfy_xdit.pool.descriptor import Descriptor, receive
 from comfy_xdit.pool.errors import PoolError
 from comfy_xdit.pool.parcel import F_ADD_SEALS, INLINE_BYTES, SEALS, Parcel, pack, unpack
 from comfy_xdit.pool.sockets import HEAD, MAGIC, MAX_TEXT_BYTES, SocketClient, SocketWorker
@@ -441,6 +441,14 @@ def test_a_program_that_is_started_meanwhile_has_no_descriptor_of_ours(link):
         program.communicate(b"\n")
     assert not {f"socket:[{inode}]" for inode in inodes(link)} & found
     assert not [name for name in found if "comfy-xdit" in name]
+
+
+def test_descriptors_that_arrive_are_not_inherited():
+    one, two = socket.socketpair()
+    with one, two, open(os.devnull) as file:
+        socket.send_fds(one, [b"x"], [file.fileno()])
+        data, (came,) = receive(two, 1, 1)
+        assert data == b"x" and not os.get_inheritable(came.fd)
 
 
 def test_a_socket_of_another_kind_or_another_user_is_not_taken(monkeypatch):

@@ -22,7 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import InputError
-from .descriptor import Descriptor
+from .descriptor import Descriptor, receive
 from .errors import PoolError
 from .forks import close_in_children
 from .parcel import INLINE_BYTES, Parcel, pack, unpack
@@ -132,10 +132,10 @@ class Channel:
         while filled < num_bytes:
             # As much as is asked for, so that no descriptor of the next frame comes along.
             try:
-                part, fds, _, _ = socket.recv_fds(self._sock, num_bytes - filled, 1, socket.MSG_CMSG_CLOEXEC)
+                part, fds = receive(self._sock, num_bytes - filled, 1)
             except ConnectionError:
                 return None, descriptors
-            descriptors += [Descriptor(fd) for fd in fds]
+            descriptors += fds
             if not part:
                 return None, descriptors
             data[filled : filled + len(part)] = part

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from .descriptor import Descriptor
+from .descriptor import Descriptor, receive
 from .forks import close_in_children
 
 MAX_LINE_BYTES = 1 << 20
@@ -143,8 +143,8 @@ class Wire:
     def _receive(self, num_bytes: int) -> bytes:
         if not self._takes_fds:
             return self.sock.recv(num_bytes)
-        data, fds, _, _ = socket.recv_fds(self.sock, num_bytes, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
-        self._fds += map(Descriptor, fds)
+        data, fds = receive(self.sock, num_bytes, MAX_FDS)
+        self._fds += fds
         return data
 
     def _take_fds(self, number: object) -> list[Descriptor]:

@@ -68,7 +68,8 @@ def test_pooled_text_of_another_model(pooled, kind, model, fake):
 
 @pytest.mark.parametrize("kind", ["sd3"], indirect=True)
 def test_a_latent_beyond_the_table_of_positions(kind, model, fake):
-    refused(kind, model, fake, "beyond SD3's table of positions", latent_image={"samples": torch.ones(1, 16, 100, 16)})
+    latent = {"samples": torch.ones(1, 16, 100, 16)}
+    refused(kind, model, fake, "beyond the table of positions of SD3 / SD3.5", latent_image=latent)
 
 
 @pytest.mark.parametrize("kind", ["flux"], indirect=True)
