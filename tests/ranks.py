@@ -327,8 +327,12 @@ def run_attention(
     lengths: tuple[int, ...],
     mask: torch.Tensor | None,
     degrees: dict[str, int],
+    key_lengths: tuple[int, ...] | None = None,
 ) -> torch.Tensor:
-    """Job: attention over whole tensors: each rank cuts its tokens, attends, and joins the output."""
+    """Job: attention over whole tensors: each rank cuts its tokens, attends, and joins the output.
+
+    key_lengths: of the streams of keys and values, where they are others.
+    """
     from comfy_xdit.parallel.attention import Layer, SequenceAttention
     from comfy_xdit.parallel.context import ParallelContext
     from comfy_xdit.parallel.sequence import cut, join
@@ -337,11 +341,12 @@ def run_attention(
     context = ParallelContext(ParallelSpec(**degrees), groups())
     axis = context.axis("sequence")
 
-    def shard(x: torch.Tensor) -> torch.Tensor:
+    def shard(x: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
         return torch.cat([cut(stream, 2, axis) for stream in x.split(lengths, 2)], 2)
 
-    layer = Layer(path="attn", lengths=lengths, num_shards=axis.degree)
-    out = SequenceAttention(context)(shard(q), shard(k), shard(v), layer, mask=mask, scale=None)
+    layer = Layer(path="attn", lengths=lengths, num_shards=axis.degree, key_lengths=key_lengths)
+    k, v = (shard(x, key_lengths or lengths) for x in (k, v))
+    out = SequenceAttention(context)(shard(q, lengths), k, v, layer, mask=mask, scale=None)
     own = [cut(torch.empty(length), 0, axis).shape[0] for length in lengths]
     parts = zip(out.split(own, 2), lengths, strict=True)
     return torch.cat([join(part, 2, length, axis) for part, length in parts], 2)

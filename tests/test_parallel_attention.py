@@ -81,6 +81,21 @@ def test_ranks_equal_one(ranks, data, seed, batch, heads, lengths, dim, kind, dt
         assert (out - expected).abs().max() <= limit
 
 
+@pytest.mark.parametrize("kind", [None, "padding", "heads", "pairs"])
+def test_keys_of_other_streams(ranks, kind) -> None:
+    """As video attends to audio: other lengths, of which a rank may hold nothing, and another number of streams."""
+    for degrees in DEGREES[ranks.num_ranks]:
+        for lengths, key_lengths in (((13,), (4, 5)), ((3, 8), (17,)), ((9,), (1,))):
+            queries, keys = sum(lengths), sum(key_lengths)
+            q, k, v = random_qkv(1, 2, 6, queries, 8, keys=keys)
+            mask = random_mask(2, kind, 2, 6, max(queries, keys))
+            mask = None if mask is None else mask[:, :, :queries, :keys]
+            expected, _ = plain(q, k, v, mask)
+            arguments = {"lengths": lengths, "key_lengths": key_lengths, "mask": mask, "degrees": degrees}
+            for out in ranks.run("run_attention", q=q, k=k, v=v, **arguments):
+                assert (out - expected).norm() <= 1e-6 * expected.norm()
+
+
 @pytest.mark.parametrize("count", [lambda rank, to: 7, lambda rank, to: (3 * rank + 2 * to) % 5, lambda rank, to: 0])
 def test_an_exchange_is_the_same_on_one_machine_and_over_a_network(ranks, count) -> None:
     every = range(ranks.num_ranks)

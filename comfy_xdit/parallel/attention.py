@@ -29,19 +29,22 @@ class Layer:
 
     num_shards: over how many ranks the tokens are cut; 1 where there are too few, and every rank holds all.
     spans: the tokens of each stream that the forward computes, (first, number); None for all.
+    key_lengths: of the streams of keys and values, where those are others than the queries' (video that attends to
+    audio); they are cut over the same ranks.
     """
 
     path: str
     lengths: tuple[int, ...]
     num_shards: int
     spans: tuple[tuple[int, int], ...] | None = None
+    key_lengths: tuple[int, ...] | None = None
 
 
 class Attend(Protocol):
     """Attention as a parallel method does it; the one seam between models and methods.
 
     q, k, v: [B, H, L, D], this rank's tokens, stream after stream.
-    mask: over the whole sequence, [B or 1, H or 1, S or 1, S], bool (True = seen) or additive.
+    mask: over the whole sequences, [B or 1, H or 1, S or 1, S of the keys], bool (True = seen) or additive.
     Returns [B, H, L, D]. Collective over the method's axes.
     """
 
@@ -69,24 +72,38 @@ class SequenceAttention:
             return kernels.attention(q, k, v, mask=mask, scale=scale)
         assert layer.num_shards == self._distri.degree * self._ring.degree * self._ulysses.degree
         places = Places.of(layer.lengths, layer.num_shards)
-        own = [places.sizes[rank] for rank in self._group(self._distri.index, self._ring.index)]
-        assert q.shape[2] == k.shape[2] == own[self._ulysses.index], (
-            f"{layer.path}: {q.shape[2]} queries and {k.shape[2]} keys on a rank that holds {own}"
+        key_places = places if layer.key_lengths is None else Places.of(layer.key_lengths, layer.num_shards)
+        group = self._group(self._distri.index, self._ring.index)
+        own, own_keys = ([at.sizes[rank] for rank in group] for at in (places, key_places))
+        held = own[self._ulysses.index], own_keys[self._ulysses.index]
+        assert (q.shape[2], k.shape[2]) == held, (
+            f"{layer.path}: {q.shape[2]} queries and {k.shape[2]} keys on a rank that holds {held}"
         )
         num_heads = q.shape[1]
-        if self._ulysses.degree > 1:
+        if self._ulysses.degree > 1 and layer.key_lengths is None:
             q, k, v = heads_for_sequence([q, k, v], own, self._ulysses)
+        elif self._ulysses.degree > 1:
+            (q,) = heads_for_sequence([q], own, self._ulysses)
+            k, v = heads_for_sequence([k, v], own_keys, self._ulysses)
         if mask is not None:
             mask = heads_of_mask(mask, num_heads, self._ulysses)
         groups = [self._group(distri, self._ring.index) for distri in range(self._distri.degree)]
-        lengths = [sum(places.sizes[rank] for rank in group) for group in groups]
+        lengths = [sum(key_places.sizes[rank] for rank in group) for group in groups]
         k, v = self._keys(k, v, layer.path, lengths)
-        out = self._over_ring(q, k, v, places, mask, scale)
+        out = self._over_ring(q, k, v, (places, key_places), mask, scale)
         return sequence_for_heads(out, own, num_heads, self._ulysses) if self._ulysses.degree > 1 else out
 
     def _over_ring(
-        self, q: Tensor, k: Tensor, v: Tensor, places: Places, mask: Tensor | None, scale: float | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        places: tuple[Places, Places],
+        mask: Tensor | None,
+        scale: float | None,
     ) -> Tensor:
+        """places: of the queries, and of the keys."""
+        queries, keys = places
         distris = range(self._distri.degree)
         blocks = [
             [rank for distri in distris for rank in self._group(distri, ring)]
@@ -94,12 +111,12 @@ class SequenceAttention:
         ]
         masks: list[Tensor | None] = [None] * len(blocks)
         if mask is not None:
-            rows = places.tokens(self._group(self._distri.index, self._ring.index), q.device)
+            rows = queries.tokens(self._group(self._distri.index, self._ring.index), q.device)
             seen = mask if mask.shape[2] == 1 else mask.index_select(2, rows)
-            masks = [seen.index_select(3, places.tokens(block, q.device)) for block in blocks]
+            masks = [seen.index_select(3, keys.tokens(block, q.device)) for block in blocks]
         if self._ring.degree == 1:
             return kernels.attention(q, k, v, mask=masks[0], scale=scale)
-        lengths = [sum(places.sizes[rank] for rank in block) for block in blocks]
+        lengths = [sum(keys.sizes[rank] for rank in block) for block in blocks]
         return ring_attention(q, k, v, lengths, self._ring, masks=masks, scale=scale)
 
     def _group(self, distri: int, ring: int) -> range:

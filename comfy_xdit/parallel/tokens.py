@@ -1,0 +1,134 @@
+"""Which arguments of a model's blocks hold tokens, as data; `whole_shaped.py` puts it into effect.
+
+A stream is a run of tokens with a name of the plan's choice ("text", "image", "audio"); each is cut by itself. Where a
+tensor holds several, they follow one another in the order given.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+Streams = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """A tensor, or a list or tuple of tensors (and flags), with the tokens of `streams` along `dim`.
+
+    A size of 1 there stands for all tokens, and stays as it is.
+    spread: fewer entries than tokens stand for runs of equal length (a frame's timestep for each of its tokens); the
+    last run may be shorter.
+    ndim: the rule is for tensors of so many dims; others stay whole.
+    grid: the tokens lie along so many dims from `dim` on (3 for T, H, W). The block sees them along the first of these,
+    and the others of size 1.
+    """
+
+    streams: Streams
+    _: dataclasses.KW_ONLY
+    dim: int = 1
+    spread: bool = False
+    ndim: int | None = None
+    grid: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranges:
+    """A list of (first, end, what holds there, …) over the tokens of `streams`; an end of None is theirs."""
+
+    streams: Streams
+
+
+@dataclasses.dataclass(frozen=True)
+class Index:
+    """A place in the tokens of `streams`: those before it are of one kind, those from it on of another."""
+
+    streams: Streams
+
+
+@dataclasses.dataclass(frozen=True)
+class Refused:
+    """An argument that must be absent or None; `why` is the sentence for the user."""
+
+    why: str
+
+
+Rule = Tokens | Ranges | Index | Refused
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """A list of blocks, which are called alike.
+
+    takes: argument → what it holds. "x" is an argument by its name, also one that the block takes by `**`; "x.0" the
+    first of those in a tuple, a list, or `*x`. Arguments that are not named stay whole.
+    gives: the arguments that come back, in the order of the block's outputs; further outputs stay as they are. They
+    tell how many tokens each stream has.
+    """
+
+    path: str
+    takes: dict[str, Rule]
+    gives: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        assert self.gives, f"{self.path} gives nothing"
+        for name in self.gives:
+            rule = self.takes.get(name)
+            assert isinstance(rule, Tokens), f"{self.path} gives {name}, and takes no tokens of that name"
+            assert not rule.spread and rule.ndim is None, f"{self.path}: {name}, which comes back, is there in full"
+
+    @property
+    def given(self) -> list[tuple[str, Tokens]]:
+        """The arguments that come back, each once, and their rules."""
+        rules = [(name, self.takes[name]) for name in dict.fromkeys(self.gives)]
+        return [(name, rule) for name, rule in rules if isinstance(rule, Tokens)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """Attention over `streams`, in the order in which the module joins them.
+
+    keys: the streams of keys and values, where they are others than the queries' (video that attends to audio).
+    mask: what a mask that the module gives covers: all tokens ("whole"), or, since the block made it of its own part
+    of something, this rank's keys alone ("own"; then it must be the same for every query).
+    then: the streams of the second call that the module makes each time when it runs, of the third, and so on.
+    or_fewer: some of the modules make the first of these calls only; one at least.
+    seam: how its attention is reached: by the caller's override, or at torch's scaled_dot_product_attention.
+    """
+
+    streams: Streams
+    _: dataclasses.KW_ONLY
+    keys: Streams | None = None
+    mask: Literal["whole", "own"] = "whole"
+    then: tuple[Streams, ...] = ()
+    or_fewer: bool = False
+    seam: Literal["override", "sdpa"] = "override"
+
+    def __post_init__(self) -> None:
+        assert self.mask in ("whole", "own") and self.seam in ("override", "sdpa")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenPlan:
+    """Where a model's tokens are cut over ranks, and where they are joined.
+
+    blocks: in the order in which the lists begin to run.
+    attention: modules whose keys are of cut streams, as paths in which a `*` is one part; any other attention is to
+    what the rank holds, as cross-attention to a whole text is.
+    join: module → its arguments → tokens, which are joined before it runs. Without any, what the last block of the
+    last list gives is joined.
+    """
+
+    blocks: tuple[Blocks, ...]
+    attention: dict[str, Attention]
+    join: dict[str, dict[str, Tokens]] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        known = {stream for blocks in self.blocks for _, rule in blocks.given for stream in rule.streams}
+        asked = [rule for blocks in self.blocks for rule in blocks.takes.values() if not isinstance(rule, Refused)]
+        named = [rule.streams for rule in asked]
+        named += [rule.streams for arguments in self.join.values() for rule in arguments.values()]
+        for rule in self.attention.values():
+            named += [rule.streams, rule.keys or (), *rule.then]
+        unknown = {stream for streams in named for stream in streams} - known
+        assert not unknown, f"no block gives {sorted(unknown)}"

@@ -1,0 +1,335 @@
+"""Sequence parallelism over any module: its blocks compute a rank's tokens, all code between them sees whole shapes.
+
+Outside of the blocks every tensor has its whole size, and on each rank only the rank's own tokens mean anything: a
+block's inputs are narrowed to them, its outputs are put back at their places, with zeros at the others', and nothing
+is sent. So code between blocks that cuts text from image, drops a reference or adds residuals runs as it is written.
+Where the last block is done, the tokens are joined. Hooks do it, for the length of a `with`.
+Code that mixes tokens between the first block and the join (a mean over them) comes out wrong, and no hook can see it:
+each plan needs a test against one rank.
+
+Attention comes by an override that the model calls, or at torch's function (`seam.py`); it goes to `SequenceAttention`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from comfy_xdit.errors import InputError
+
+from .apply import find
+from .attention import Attend, Layer, SequenceAttention
+from .context import ParallelContext
+from .seam import Seam
+from .sequence import join
+from .token_shards import TokenShards
+from .tokens import Attention, Blocks, TokenPlan, Tokens
+
+KNOWN = {"scale", "enable_gqa", "transformer_options", "low_precision_attention", "_inside_attn_wrapper"}
+"""What a call of the override may hold more; only the scale makes a difference here."""
+
+
+@contextlib.contextmanager
+def whole_shaped(
+    module: nn.Module, plan: TokenPlan, context: ParallelContext, attend: Attend | None = None
+) -> Iterator[WholeShaped]:
+    """`module` computes with its tokens spread over `context`'s sequence axis inside the `with`.
+
+    Every rank of the axis calls the module with the same whole arguments, and gets the whole output.
+    attend: what its attention modules do; by default exact sequence parallelism.
+    Yields the engine, whose `attend` is the override for attention.
+    Raises ValueError where the plan names what the module doesn't have; in a forward InputError for what the plan
+    refuses, and RuntimeError, which names the module, where attention or a join was passed by.
+    """
+    work = WholeShaped(module, plan, context, attend or SequenceAttention(context))
+    try:
+        work.hook()
+        yield work
+    finally:
+        work.unhook()
+
+
+class WholeShaped:
+    """One plan on one module: the hooks, and this rank's shards in the forward that runs."""
+
+    def __init__(self, module: nn.Module, plan: TokenPlan, context: ParallelContext, method: Attend) -> None:
+        self.module = module
+        self.plan = plan
+        self.axis = context.axis("sequence")
+        self.method = method
+        self.shards = TokenShards(axis=self.axis)
+        self.doors: list[Door] = []
+        self.running: list[Door] = []
+        self.in_block = False
+        self.has_cut = False
+        self.due: set[str] = set()
+        self.handles: list[RemovableHandle] = []
+
+    def hook(self) -> None:
+        add = self.handles.append
+        add(self.module.register_forward_pre_hook(lambda module, args: self._begin()))
+        lists = [(rule, [block for _, block in self._required(f"{rule.path}.*")]) for rule in self.plan.blocks]
+        for rule, blocks in lists:
+            for block in blocks:
+                add(block.register_forward_pre_hook(self._entering(rule, _signature(block, rule)), with_kwargs=True))
+        for pattern, attention in self.plan.attention.items():
+            for path, child in self._required(pattern):
+                door = Door(path, attention, self)
+                self.doors.append(door)
+                add(child.register_forward_pre_hook(door.enter))
+                add(child.register_forward_hook(door.leave, always_call=True))
+        # After those of attention: a block may itself be the module that attends.
+        last = [block for _, blocks in lists for block in blocks][-1]
+        for rule, blocks in lists:
+            for block in blocks:
+                add(block.register_forward_hook(self._leaving(rule, joins=block is last and not self.plan.join)))
+        for path, arguments in self.plan.join.items():
+            ((_, child),) = self._required(path)
+            add(child.register_forward_pre_hook(self._joining(path, arguments), with_kwargs=True))
+        add(self.module.register_forward_hook(lambda module, args, out: self._settle()))
+
+    def _required(self, pattern: str) -> list[tuple[str, nn.Module]]:
+        found = find(self.module, pattern)
+        if not found:
+            raise ValueError(f"{type(self.module).__name__} has no {pattern}; the plan is for another version of it")
+        return found
+
+    def unhook(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        for door in self.doors:
+            door.close()
+
+    def _begin(self) -> None:
+        self.shards = TokenShards(axis=self.axis)
+        self.running.clear()
+        self.in_block = self.has_cut = False
+        self.due.clear()
+        for door in self.doors:
+            door.num_runs = 0
+
+    def _settle(self) -> None:
+        """The forward is over: no attention went past the engine, and nothing that was cut stays so."""
+        for door in self.doors:
+            door.settle()
+        if self.due:
+            raise RuntimeError(f"the tokens were not joined after the last block, at {sorted(self.due)}")
+
+    # A block's call.
+
+    def _entering(self, rule: Blocks, signature: inspect.Signature) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            assert not self.in_block, f"a block of {rule.path} inside of another block"
+            call = Call(signature, args, kwargs)
+            tensors = [(call.get(name), tokens) for name, tokens in rule.given]
+            self.shards.learn([(x, tokens) for x, tokens in tensors if x is not None])
+            self._need_enough()
+            for name, what in rule.takes.items():
+                if call.has(name):
+                    call.set(name, self.shards.narrow(call.get(name), what))
+            self.in_block = True
+            self.has_cut = self.shards.cuts
+            return call.bound.args, call.bound.kwargs
+
+        return hook
+
+    def _need_enough(self) -> None:
+        """Too few tokens aren't worth cutting, and a shard of none breaks what infers sizes: then nothing is cut.
+
+        Raises InputError where other streams are cut already.
+        """
+        short = {name: num for name, num in self.shards.lengths.items() if 0 < num < self.shards.axis.degree}
+        if short and self.has_cut:
+            name, num = next(iter(short.items()))
+            raise InputError(
+                f"{num} tokens of {name} cannot be cut for the {self.axis.degree} ranks of ulysses, ring and distri; "
+                f"use {num} at most"
+            )
+        if short:
+            self.shards.axis = self.axis.alone
+
+    def _leaving(self, rule: Blocks, *, joins: bool) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, out: Any) -> Any:
+            self.in_block = False
+            if not self.shards.cuts:
+                return out
+            self.due = set() if joins else set(self.plan.join) or {"its output"}
+            back = self.shards.joined if joins else self.shards.whole_shaped
+            outs = out if isinstance(out, (tuple, list)) else (out,)
+            assert len(outs) >= len(rule.gives), f"{rule.path} gives {len(outs)} outputs, not {rule.gives}"
+            tokens = dict(rule.given)
+            whole = [x if x is None else back(x, tokens[name]) for x, name in zip(outs, rule.gives, strict=False)]
+            return type(out)([*whole, *outs[len(whole) :]]) if isinstance(out, (tuple, list)) else whole[0]
+
+        return hook
+
+    def _joining(self, path: str, arguments: dict[str, Tokens]) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            call = Call(inspect.signature(module.forward), args, kwargs)
+            for name, tokens in arguments.items():
+                call.set(name, self.shards.joined(self.shards.narrow(call.get(name), tokens), tokens))
+            self.due.discard(path)
+            return call.bound.args, call.bound.kwargs
+
+        return hook
+
+    # Attention.
+
+    def attend(
+        self,
+        func: Callable[..., Tensor],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        heads: int,
+        mask: Tensor | None = None,
+        attn_precision: Any = None,
+        skip_reshape: bool = False,
+        skip_output_reshape: bool = False,
+        **more: Any,
+    ) -> Tensor:
+        """What a model calls in place of its attention function `func`, with that function's arguments.
+
+        q, k, v: [B, L, H · D] or [B, L, H, D], or [B, H, L, D] with skip_reshape.
+        mask: [L, L], [B, L, L], or with a dim of heads.
+        Returns [B, L, H · D], or [B, H, L, D] with skip_output_reshape.
+        """
+        door = self.running[-1] if self.running else None
+        by_override = door is not None and door.rule.seam == "override"
+        if by_override and door is not None:
+            door.count()
+        if not by_override or door is None or not self.shards.cuts:
+            shapes = {"skip_reshape": skip_reshape, "skip_output_reshape": skip_output_reshape}
+            return func(q, k, v, heads, mask=mask, attn_precision=attn_precision, **shapes, **more)
+        if more.keys() - KNOWN:
+            raise TypeError(f"{door.path}: attention with {sorted(more.keys() - KNOWN)} is not known")
+        if not skip_reshape:
+            dim = q.shape[2:].numel() // heads
+            q, k, v = (x.reshape(*x.shape[:2], -1, dim).transpose(1, 2) for x in (q, k, v))
+        k, v = (x.repeat_interleave(heads // x.shape[1], 1) if x.shape[1] != heads else x for x in (k, v))
+        if mask is not None:
+            mask = mask[None, None] if mask.ndim == 2 else mask[:, None] if mask.ndim == 3 else mask
+        out = self.ask(door, q, k, v, mask=mask, scale=more.get("scale"))
+        return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
+
+    def ask(
+        self, door: Door, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, scale: float | None
+    ) -> Tensor:
+        """Attention of the module that runs, over its streams. Shapes as in `Attend`. Collective over the axis."""
+        streams, keys = door.streams()
+        lengths, key_lengths = self.shards.of(streams), self.shards.of(keys or streams)
+        if mask is not None:
+            mask = self._whole_mask(mask, door, keys or streams)
+            fits = mask.shape[-2] in (1, sum(lengths)) and mask.shape[-1] in (1, sum(key_lengths))
+            if not fits:
+                raise ValueError(f"{door.path}: a mask of {tuple(mask.shape)} for {lengths} and {key_lengths} tokens")
+            mask = mask.expand(*mask.shape[:-1], sum(key_lengths))
+        of_keys = None if keys is None else key_lengths
+        layer = Layer(path=door.path, lengths=lengths, num_shards=self.shards.axis.degree, key_lengths=of_keys)
+        return self.method(q, k, v, layer, mask=mask, scale=scale)
+
+    def _whole_mask(self, mask: Tensor, door: Door, keys: tuple[str, ...]) -> Tensor:
+        """Over all keys, of a mask for this rank's where the plan says so. Collective then."""
+        own = self.shards.own(keys)
+        if door.rule.mask == "whole" or not self.shards.cuts:
+            return mask
+        if mask.shape[-2] != 1 or mask.shape[-1] != sum(own):
+            raise ValueError(f"{door.path}: a mask of {tuple(mask.shape)} on a rank that holds {own} keys")
+        parts = zip(mask.split(own, -1), self.shards.of(keys), strict=True)
+        return torch.cat([join(part, part.ndim - 1, num, self.shards.axis) for part, num in parts], -1)
+
+
+class Door(Seam):
+    """One attention module's way to the engine; it is held to ask as often as its plan says (see `Seam`)."""
+
+    def __init__(self, path: str, rule: Attention, engine: WholeShaped) -> None:
+        super().__init__(path, rule.streams, 1 + len(rule.then), self._from_torch)
+        self.rule = rule
+        self.engine = engine
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        if not self.engine.in_block:
+            raise RuntimeError(f"attention of {self.path} runs outside of the plan's blocks")
+        self._asked = 0
+        self.engine.running.append(self)
+        if self.rule.seam == "sdpa":
+            super().enter(module, args)
+
+    def leave(self, module: nn.Module, args: Any, out: Any) -> None:
+        if self.engine.running and self.engine.running[-1] is self:
+            self.engine.running.pop()
+        if self.rule.or_fewer and 0 < self._asked < self._num_calls:
+            self._asked = self._num_calls
+        super().leave(module, args, out)
+
+    def settle(self) -> None:
+        """As a seam's, but a list of blocks may run several times in a forward, once for each of several hints."""
+        self.num_runs = min(self.num_runs, 1)
+        super().settle()
+
+    def count(self) -> None:
+        """A call has come by the override."""
+        self._asked += 1
+
+    def streams(self) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
+        """Of the queries of the call that has just come; and of its keys, where they are others."""
+        if self._asked == 1:
+            return self.rule.streams, self.rule.keys
+        if self._asked > self._num_calls:
+            raise RuntimeError(f"attention of {self.path} is called {self._asked} times, not {self._num_calls}")
+        return self.rule.then[self._asked - 2], None
+
+    def _from_torch(self, path: str, streams: Any, q: Tensor, k: Tensor, v: Tensor, **more: Any) -> Tensor:
+        return self.engine.ask(self, q, k, v, **more)
+
+
+class Call:
+    """A block's arguments, by the names that a plan uses: "x", and "x.0" for the first of several in `x`."""
+
+    def __init__(self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.bound = signature.bind(*args, **kwargs)
+        kinds = {parameter.kind: name for name, parameter in signature.parameters.items()}
+        self._further: dict[str, Any] = self.bound.arguments.get(kinds.get(inspect.Parameter.VAR_KEYWORD, ""), {})
+
+    def _holder(self, name: str) -> dict[str, Any]:
+        return self._further if name in self._further else self.bound.arguments
+
+    def has(self, path: str) -> bool:
+        """Whether the argument was given, and has so many items."""
+        name, _, item = path.partition(".")
+        holder = self._holder(name)
+        return name in holder and (not item or int(item) < len(holder[name]))
+
+    def get(self, path: str) -> Any:
+        """None where it was not given."""
+        if not self.has(path):
+            return None
+        name, _, item = path.partition(".")
+        value = self._holder(name)[name]
+        return value[int(item)] if item else value
+
+    def set(self, path: str, value: Any) -> None:
+        """The caller's own tuple or list stays as it is."""
+        name, _, item = path.partition(".")
+        holder = self._holder(name)
+        if item:
+            items = list(holder[name])
+            items[int(item)] = value
+            value = type(holder[name])(items)
+        holder[name] = value
+
+
+def _signature(block: nn.Module, rule: Blocks) -> inspect.Signature:
+    """Of the block's forward. Raises ValueError where it doesn't take what the plan says."""
+    signature = inspect.signature(block.forward)
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
+    unknown = {name.partition(".")[0] for name in rule.takes} - signature.parameters.keys()
+    if unknown and not takes_any:
+        raise ValueError(f"{type(block).__name__} takes no {sorted(unknown)}; the plan is for another version of it")
+    return signature
