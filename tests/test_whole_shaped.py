@@ -23,6 +23,7 @@ CASES = {
     "joint, a text shorter than the degree": ("joint", {"text": 1}),
     "pair": ("pair", {}),
     "pair, an audio shorter than the degree": ("pair", {"audio": 1}),
+    "pair, no audio": ("pair", {"audio": 0}),
     "grid": ("grid", {}),
     "grid, cut unevenly": ("grid", {"height": 3}),
 }

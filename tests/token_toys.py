@@ -123,6 +123,16 @@ JOINT = TokenPlan(
 )
 
 
+class Compressed:
+    """A number for each run of `num` tokens."""
+
+    def __init__(self, x, num):
+        self.x, self.num = x, num or 1
+
+    def expand(self):
+        return self.x.repeat_interleave(self.num, 1)
+
+
 class AudioVideo(nn.Module):
     """A pair of streams; each attends to itself and to the other, with a mask made of what the block holds."""
 
@@ -132,9 +142,11 @@ class AudioVideo(nn.Module):
 
     def forward(self, x, steps=None, seen=None, guide=None, options=None):
         video, audio = x
-        frames = steps[0].repeat_interleave(video.shape[1] // steps[0].shape[1], 1) + steps[1]
+        frames = steps[0].repeat_interleave(video.shape[1] // steps[0].shape[1], 1) + steps[1] * steps[2].expand()
         mask = None if seen is None else seen.bool()[:, None, None]
         video = video + self.own(video * frames, options=options)
+        if not audio.shape[1]:
+            return video, audio, "more"
         audio = audio + self.audio_own(audio, mask=mask, options=options)
         v, a = self.video(video, audio, mask=mask, options=options), self.audio(audio, video, options=options)
         return video + v, audio + a, "more"
@@ -160,7 +172,7 @@ PAIR = TokenPlan(
             takes={
                 "x.0": Tokens(VIDEO),
                 "x.1": Tokens(AUDIO),
-                "steps": Tokens(VIDEO, spread=True),
+                "steps": Tokens(VIDEO, spread=True, expands=True),
                 "seen": Tokens(AUDIO),
                 "guide": Refused("guides are not for several GPUs; take them off"),
             },
@@ -238,7 +250,7 @@ def call(toy, **sizes):
         return {"x": random(2, *shape, WIDTH), "pe": random(*shape, WIDTH)}
     if toy == "pair":
         num, audio, batch = 12, sizes.get("audio", 7), 2
-        steps = (random(batch, 4, WIDTH), random(batch, 1, WIDTH), True)
+        steps = (random(batch, 4, WIDTH), random(batch, 1, WIDTH), Compressed(random(batch, 6, WIDTH), 2), True)
         seen = torch.arange(audio) % 3 != 1
         return {
             "x": [random(batch, num, WIDTH), random(batch, audio, WIDTH)],

@@ -81,6 +81,8 @@ class TokenShards:
             return sum(min(max(value - first, 0), size) for first, size in self.pieces(rule.streams))
         if isinstance(value, (tuple, list)):
             return type(value)(item if isinstance(item, bool) else self.narrow(item, rule) for item in value)
+        if rule.expands and not isinstance(value, Tensor):
+            return type(value)(self._tokens(value.expand(), rule), None)
         if not isinstance(value, Tensor):
             raise TypeError(f"a {type(value).__name__} where tokens of {rule.streams} are known as tensors")
         return self._tokens(value, rule)

@@ -22,6 +22,8 @@ class Tokens:
     ndim: the rule is for tensors of so many dims; others stay whole.
     grid: the tokens lie along so many dims from `dim` on (3 for T, H, W). The block sees them along the first of these,
     and the others of size 1.
+    expands: the model has a class of its own for such values: its `expand()` gives the tensor, and it is made of a
+    tensor and None, for one that is not compressed.
     """
 
     streams: Streams
@@ -30,6 +32,7 @@ class Tokens:
     spread: bool = False
     ndim: int | None = None
     grid: int = 1
+    expands: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -269,8 +269,15 @@ class Door(Seam):
         super().leave(module, args, out)
 
     def settle(self) -> None:
-        """As a seam's, but a list of blocks may run several times in a forward, once for each of several hints."""
-        self.num_runs = min(self.num_runs, 1)
+        """As a seam's, with two differences.
+
+        A list of blocks may run several times in a forward, once for each of several hints; and where there are no
+        queries or no keys (a video without sound), nothing has to run.
+        """
+        sides = self.rule.streams, self.rule.keys or self.rule.streams
+        known = self.engine.shards.lengths
+        is_needed = all(any(known.get(stream) != 0 for stream in side) for side in sides)
+        self.num_runs = min(self.num_runs, 1) if is_needed else 1
         super().settle()
 
     def count(self) -> None:
