@@ -15,6 +15,8 @@ from comfy_xdit_nodes.checkpoint import Checkpoint
 from comfy_xdit_nodes.concurrent_calls import calc_cond_batch
 from comfy_xdit_nodes.export import is_copy
 from comfy_xdit_nodes.named import name_of
+from comfy_xdit_nodes.native.checkpoint import ComfyCheckpoint, comfy_checkpoint
+from comfy_xdit_nodes.native.remote import ComfyRemoteModel
 from comfy_xdit_nodes.patches import encode_patches, param_bytes
 from comfy_xdit_nodes.pool import PoolSetting
 from comfy_xdit_nodes.refuse import INSTEAD
@@ -85,7 +87,7 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
 
     def load_message(self) -> Load:
         """What a run of this MODEL needs on the workers."""
-        checkpoint: Checkpoint = self.model.checkpoint
+        checkpoint: Checkpoint | ComfyCheckpoint = self.model.checkpoint
         cast = self.get_model_object("manual_cast_dtype")
         storage = self.model.get_dtype()
         return Load(
@@ -151,18 +153,26 @@ def parallelize(patcher: Any, setting: PoolSetting | None = None) -> RemotePatch
         root.model.residency.unload()
         root = None
     if root is None:
-        remote = RemoteModel()
-        checkpoint = checkpoint_of(patcher, remote)
-        if is_copy(checkpoint.path):
-            # Nobody will load it again, but the workers' maps keep its memory.
-            remote.residency.ends_with(remote)
-        root = _patcher(skeleton.config_of(patcher.model), checkpoint, remote)
+        root = _patcher(skeleton.config_of(patcher.model), *_origin(patcher))
         setattr(patcher.model, KEY, root)
     ours = root.clone()
     _carry(patcher, ours)
     _wrap(ours)
     ours.attachments[KEY] = setting or PoolSetting()
     return ours
+
+
+def _origin(patcher: Any) -> tuple[Checkpoint | ComfyCheckpoint, RemoteModel]:
+    """Where the workers get a loaded MODEL from, and what takes its calls there."""
+    comfys = comfy_checkpoint(patcher)
+    if comfys is not None:
+        return comfys, ComfyRemoteModel(comfys.family)
+    remote = RemoteModel()
+    checkpoint = checkpoint_of(patcher, remote)
+    if is_copy(checkpoint.path):
+        # Nobody will load it again, but the workers' maps keep its memory.
+        remote.residency.ends_with(remote)
+    return checkpoint, remote
 
 
 def _carry(patcher: Any, ours: RemotePatcher) -> None:
@@ -176,7 +186,7 @@ def _carry(patcher: Any, ours: RemotePatcher) -> None:
         setattr(ours, name, value)
 
 
-def _patcher(config: Any, checkpoint: Checkpoint, remote: RemoteModel) -> RemotePatcher:
+def _patcher(config: Any, checkpoint: Checkpoint | ComfyCheckpoint, remote: RemoteModel) -> RemotePatcher:
     model = skeleton.build(config, checkpoint.meta, remote)
     model.checkpoint = checkpoint
     model.residency = remote.residency

@@ -16,6 +16,7 @@ import torch
 from comfy_xdit_nodes.concurrent_calls import Meeting
 from comfy_xdit_nodes.held import Constants
 from comfy_xdit_nodes.host_memory import make_room
+from comfy_xdit_nodes.native.options import use_comfy
 from comfy_xdit_nodes.patches import MODEL
 from comfy_xdit_nodes.record import Record
 from comfy_xdit_nodes.refuse import refuse_options
@@ -82,7 +83,7 @@ class RemoteModel:
         parameters = list(inspect.signature(forward).parameters.values())[1:]
         self._signature = inspect.Signature(parameters)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The transformer's output for ComfyUI's arguments, on x's device."""
         if self._run is None:
             raise ValueError(
@@ -91,20 +92,30 @@ class RemoteModel:
             )
         call, options = self._arguments(*args, **kwargs)
         chunks = len(options.get("cond_or_uncond", ())) or 1
-        return self._run.evaluate(call, chunks).to(call["x"].device)
+        return self._given_back(self._run.evaluate(call, chunks), call)
 
-    def _arguments(self, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _bound(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The arguments by their names, in the order of the signature."""
         assert self._signature is not None
         bound = self._signature.bind(*args, **kwargs).arguments
         for parameter in self._signature.parameters.values():
             if parameter.kind is inspect.Parameter.VAR_KEYWORD:
                 bound.update(bound.pop(parameter.name, {}))
+        return bound
+
+    def _arguments(self, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What goes to the workers, and ComfyUI's options. Raises ValueError for what can't."""
+        bound = self._bound(*args, **kwargs)
         options = bound.pop("transformer_options", None) or {}
         call = {RENAMED.get(name, name): value for name, value in bound.items() if value is not None}
         if "control" in call:
             raise ValueError("a ControlNet can't run on the pool yet; use the stock sampler for it")
         refuse_options(options)
         return call, options
+
+    def _given_back(self, output: Tensor, call: dict[str, Any]) -> Any:
+        """What ComfyUI expects of its transformer, of what the workers answered."""
+        return output.to(call["x"].device)
 
     @property
     def run(self) -> Run | None:
@@ -158,11 +169,20 @@ class RemoteModel:
         The workers say which patches they hold: another MODEL of the same file may have changed them.
         """
         self.residency.add(pool, load.model.model)
+        if load.model.source is not None:
+            _use_this_comfyui(pool)
         held = [status["patches_id"] for status in _made_resident(pool, load.model)]
         # One rank may have failed where the others did not.
         if any(patches_id != load.patches_id for patches_id in held):
             patches = m.SetPatches(model=load.model.model, patches_id=load.patches_id, patches=load.patches())
             _say_misfits(patches, pool.call(patches, poll=poll).value["misfits"])
+
+
+def _use_this_comfyui(pool: Pool) -> None:
+    """Have the workers import this ComfyUI's classes, if they haven't."""
+    message = use_comfy()
+    assert message is not None, "no MODEL is described for workers that can't have its class"
+    pool.call_all(message, poll=poll)
 
 
 def _say_misfits(message: m.SetPatches, misfits: list[list[str]]) -> None:

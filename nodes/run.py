@@ -20,6 +20,7 @@ from comfy_xdit.parallel.spec import ParallelSpec, auto
 
 if TYPE_CHECKING:
     from comfy_xdit_nodes.checkpoint import Checkpoint
+    from comfy_xdit_nodes.native.checkpoint import ComfyCheckpoint
     from comfy_xdit_nodes.remote import Load
 
     from comfy_xdit.pool.client import Pool
@@ -50,7 +51,7 @@ def sample_on_pool(executor: Any, *args: Any, **kwargs: Any) -> Any:
 def chooser(
     pool: Pool,
     requested: dict[str, int],
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | ComfyCheckpoint,
     *,
     noise: Tensor,
     load: Load,
@@ -68,6 +69,9 @@ def chooser(
         # First without a cost: faults are said before the pool is asked to measure anything.
         by_rule = auto(num_ranks, requested=requested, shape=checkpoint.shape, num_chunks=num_chunks)
         if math.prod(degree for degree in requested.values() if degree) == num_ranks:
+            return by_rule
+        if load.model.source is not None:
+            # Nobody has said yet what its blocks cost.
             return by_rule
         # Here, not at import: like the pool it takes modules that only Linux has.
         from comfy_xdit.cost.on_pool import cost_on

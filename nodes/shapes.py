@@ -9,16 +9,25 @@ from typing import Any
 
 import torch
 from comfy_xdit_nodes.checkpoint import Checkpoint
+from comfy_xdit_nodes.native.checkpoint import ComfyCheckpoint
 from comfy_xdit_nodes.refuse import Conds
 from torch import Tensor
 
 
-def refuse_shapes(checkpoint: Checkpoint, noise: Tensor, conds: Conds) -> None:
+def refuse_shapes(checkpoint: Checkpoint | ComfyCheckpoint, noise: Tensor, conds: Conds) -> None:
     """Raise ValueError when the model can't take the run's latent or its conditioning.
 
     noise: of the latent's shape; conds: as the guider was given them.
     """
     title = checkpoint.shape.title
+    if isinstance(checkpoint, ComfyCheckpoint):
+        is_packed = noise.ndim == 3 and noise.shape[1] == 1
+        if min(noise.shape) < 1 or not (is_packed or noise.ndim == checkpoint.num_dims):
+            raise ValueError(
+                f"a latent of shape {list(noise.shape)} can't be sampled with {title}, whose latents have "
+                f"{checkpoint.num_dims} dims; use the empty latent node and the VAE that belong to the model"
+            )
+        return
     shape = "of several parts" if noise.is_nested else f"of shape {list(noise.shape)}"
     if noise.is_nested or noise.ndim != 4 or min(noise.shape) < 1:
         raise ValueError(

@@ -14,7 +14,6 @@ from comfy_xdit.mount import IN_CHECKOUT
 ROOT = Path(__file__).resolve().parents[1]
 
 KNOWN_CIRCLES = [
-    {"comfy_xdit.parallel.denoise", "comfy_xdit.parallel.drained", "comfy_xdit.parallel.stage"},
     {"comfy_xdit.parallel.patches", "comfy_xdit.parallel.pipefusion", "comfy_xdit.parallel.sample"},
     {
         *("comfy_xdit_nodes.host_memory", "comfy_xdit_nodes.patcher", "comfy_xdit_nodes.remote"),

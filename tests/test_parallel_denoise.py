@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ranks import refusal_of, tiny_call
 
+from comfy_xdit.models.rows import rows_of
 from comfy_xdit.parallel.context import ParallelContext
-from comfy_xdit.parallel.denoise import Piece, deal, rows_of
+from comfy_xdit.parallel.denoise import Piece, deal
 from comfy_xdit.parallel.groups import GroupCache
 from comfy_xdit.parallel.spec import ParallelSpec
 
@@ -35,11 +36,11 @@ def test_a_lane_may_be_idle() -> None:
 
 def test_rows_of_nested_values() -> None:
     call = {"x": torch.arange(3), "one": torch.zeros(1, 2), "list": [torch.arange(3)], "method": "index"}
-    cut = rows_of(call, Piece(call=0, start=1, stop=3))
+    cut = rows_of(call, range(1, 3))
     assert cut["x"].tolist() == cut["list"][0].tolist() == [1, 2]
     assert cut["one"].shape == (1, 2) and cut["method"] == "index"
     with pytest.raises(ValueError, match="a tensor of 2 rows cannot go with a batch of 3; use 1 or 3"):
-        rows_of({**call, "y": torch.zeros(2)}, Piece(call=0, start=0, stop=1))
+        rows_of({**call, "y": torch.zeros(2)}, range(1))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import torch
 
 from comfy_xdit import messages as m
 from comfy_xdit.errors import InputError, is_out_of_memory
-from comfy_xdit.native.resident import ComfyModel, require_one_rank
+from comfy_xdit.native.resident import ComfyModel
 from comfy_xdit.weights.stamp import stamp
 
 from .lent import Lent, lent
@@ -74,8 +74,6 @@ class Residents:
 
     def load_model(self, message: m.LoadModel) -> ResidentModel | ComfyModel:
         """The model of `message`, loaded unless it is here already. Raises InputError for files that don't do."""
-        if message.source is not None:
-            require_one_rank(message.spec, self._world_size)
         # All ranks' parts are compared: were only some ranks to load, only some would lose their patches.
         layout = self._layout(message.spec, message.balance)
         now = self._stamp(message)

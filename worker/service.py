@@ -158,10 +158,6 @@ class Service:
     def _denoise(self, message: m.Denoise) -> m.Result:
         model = self._ready_model(message)
         calls = [_to(self._recall(call), self.device) for call in message.calls]
-        if isinstance(model, ComfyModel):
-            outputs = [model.denoise(call) for call in calls]
-            self._residents.require_unchanged(message.model)
-            return m.Result(value=outputs)
         with ParallelContext(message.spec, self._groups, trace=message.trace) as context:
             outputs, report = denoise(model, calls, message.chunks, context)
         self._residents.require_unchanged(message.model)
@@ -169,8 +165,6 @@ class Service:
 
     def _sample(self, message: m.Sample) -> m.Result:
         model = self._ready_model(message)
-        if isinstance(model, ComfyModel):
-            raise InputError(f"the pool can't sample with a {model.kind} of ComfyUI's own class; use sampling = step")
         sent = {name: _to(getattr(message, name), self.device) for name in ("noise", "latent", "mask", "noises")}
         message = dataclasses.replace(message, **sent)
         conds = [_to(self._recall(cond), self.device) for cond in message.conds]
@@ -266,7 +260,8 @@ class Service:
 def _describe(key: str, model: ResidentModel | ComfyModel) -> dict[str, Any]:
     return {
         "model": key,
-        "family": model.kind if isinstance(model, ComfyModel) else model.family.name,
+        "family": model.family.name,
+        "source": "ComfyUI" if isinstance(model, ComfyModel) else "diffusers",
         "patches": model.num_patched,
         "patches_id": model.patches_id,
         "bytes": model.bytes_held(),

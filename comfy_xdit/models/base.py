@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from comfy_xdit.models.given import check_call
+from comfy_xdit.models.rows import batched, rows_of
+from comfy_xdit.parallel.model import Call
 from comfy_xdit.parallel.spec import ModelShape
 from comfy_xdit.weights.slices import Infos, Table
 
@@ -16,10 +19,6 @@ if TYPE_CHECKING:
 
 Config = dict[str, Any]
 """Keyword arguments of the diffusers model class."""
-
-Call = dict[str, Any]
-"""One call of ComfyUI's diffusion model: x, timestep, context, and what else `messages.Denoise` lists."""
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
@@ -53,3 +52,27 @@ class Family:
         """What limits the degrees of a model with this config."""
         num_blocks = config["num_layers"] + config.get("num_single_layers", 0)
         return ModelShape(title=self.title, num_heads=config["num_attention_heads"], num_blocks=num_blocks)
+
+    def arguments(self, model: Any, call: Call) -> dict[str, Any]:
+        """What the diffusers model is given for a call. Raises InputError for what it does not take."""
+        return self.inputs(dict(model.module.config), call)
+
+    # As `parallel.model.Family` says.
+
+    def check(self, model: Any, call: Call) -> None:
+        check_call(self.title, call, model.compute_dtype)
+        self.arguments(model, self.of_rows(call, range(1)))
+
+    def of_rows(self, call: Call, rows: range) -> Call:
+        cut: Call = rows_of(call, rows)
+        return cut
+
+    def batched(self, calls: list[Call]) -> Call | None:
+        return batched(calls)
+
+    def run(self, model: Any, call: Call) -> Tensor:
+        return self.output(model.module(**self.arguments(model, call), return_dict=False)[0], call)
+
+    def output_shape(self, model: Any, call: Call) -> tuple[int, ...]:
+        x = call["x"]
+        return (x.shape[0], self.output_channels(dict(model.module.config), call), *x.shape[2:])

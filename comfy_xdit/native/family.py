@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from comfy_xdit.errors import InputError
+from comfy_xdit.models.rows import batched
+from comfy_xdit.parallel.model import Call, first_latent, num_rows
 from comfy_xdit.parallel.spec import ModelShape
 from comfy_xdit.parallel.tokens import TokenPlan
+
+from .calls import as_given, packed, rows_of
+
+METHODS = ("dp", "cfg", "distri", "ring", "ulysses")
+"""The parallel methods that there are for these models."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +39,7 @@ class ComfyFamily:
     title: str
     kinds: tuple[str, ...]
     plan: TokenPlan
-    num_heads: Callable[[nn.Module], int]
+    num_heads: Callable[[Any], int]
     rows: tuple[str, ...]
     constants: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
@@ -37,4 +47,49 @@ class ComfyFamily:
     def shape(self, transformer: nn.Module) -> ModelShape:
         """What limits the degrees of this model; it may be one without weights."""
         num_blocks = sum(len(list(transformer.get_submodule(blocks.path).children())) for blocks in self.plan.blocks)
-        return ModelShape(title=self.title, num_heads=self.num_heads(transformer), num_blocks=num_blocks)
+        heads = self.num_heads(transformer)
+        return ModelShape(title=self.title, num_heads=heads, num_blocks=num_blocks, methods=METHODS)
+
+    def check_arguments(self, call: Call) -> None:
+        """Raises InputError, naming it, for an argument that these models can't be given on a pool."""
+        for name in call.keys() - {"x", "timestep", "transformer_options", *self.rows, *self.constants}:
+            raise InputError(
+                f"{self.title} can't be given {name!r} on the pool; remove the node that adds it, or sample without "
+                "Parallel Model (xDiT)"
+            )
+        for name in call.get("transformer_options", {}).keys() - {*self.options}:
+            raise InputError(f"{self.title} can't be given the transformer option {name!r} on the pool")
+        self.of_rows(call, range(1))
+
+    # As `parallel.model.Family` says; `model` is a `ComfyModel`.
+
+    def check(self, model: Any, call: Call) -> None:
+        self.check_arguments(call)
+        dtype = first_latent(call).dtype
+        if dtype != model.compute_dtype:
+            raise InputError(f"{self.title} got a latent of {dtype}, and computes in {model.compute_dtype}")
+
+    def of_rows(self, call: Call, rows: range) -> Call:
+        batch = num_rows(call)
+        cut = ("x", "timestep", *self.rows)
+        return {name: rows_of(name, value, rows, batch) if name in cut else value for name, value in call.items()}
+
+    def batched(self, calls: list[Call]) -> Call | None:
+        return batched(calls, self.constants)
+
+    def run(self, model: Any, call: Call) -> Tensor:
+        # New lists and dicts: models write into them.
+        named = {name: as_given(value) for name, value in call.items()}
+        # All models ask for a context, though some can do without.
+        given = {"context": None, "transformer_options": {}, **named}
+        output = packed(model.module(given.pop("x"), given.pop("timestep"), **given))
+        shape = self.output_shape(model, call)
+        if output.shape != shape or output.dtype != model.compute_dtype:
+            raise RuntimeError(f"{self.title} gave {tuple(output.shape)} of {output.dtype}, not {shape}")
+        return output
+
+    def output_shape(self, model: Any, call: Call) -> tuple[int, ...]:
+        x = call["x"]
+        if isinstance(x, Tensor):
+            return (x.shape[0], model.num_channels, *x.shape[2:])
+        return (num_rows(call), 1, sum(math.prod(part.shape[1:]) for part in x))

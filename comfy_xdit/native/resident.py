@@ -1,23 +1,26 @@
-"""A model of ComfyUI's own class that a rank holds, and one evaluation of it."""
+"""A model of ComfyUI's own class that a rank holds."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from comfy_xdit.errors import InputError
-from comfy_xdit.messages import LoadModel, SetPatches, Tuple
-from comfy_xdit.parallel.spec import ParallelSpec
+from comfy_xdit.messages import LoadModel, SetPatches
+
+from .families import family_of
+from .family import ComfyFamily
 
 
 class ComfyModel:
-    """What a rank holds of `message`, ready to run.
+    """What a rank holds of `message`, ready to run (`parallel.model.Model`).
 
+    module: the transformer. compute_dtype: what its inputs must be. num_channels: of its output, if it is one latent.
     patches_id: always that of none; misfits: always empty; stage: no block is told apart.
+    Raises InputError where ComfyUI finds another model in the file than the host did, and for a class without a plan.
     """
 
     stage = range(0)
@@ -26,8 +29,11 @@ class ComfyModel:
         from .load import load
 
         assert message.source is not None
+        family = family_of(message.source.kind)
+        if family is None:
+            raise InputError(f"the workers have no plan for {message.source.kind}; sample it without the pool")
         self.key = message.model
-        self.kind = message.source.kind
+        self.family: ComfyFamily = family
         self.patches_id = ""
         self.misfits: list[list[str]] = []
         self.num_patched = 0
@@ -35,23 +41,17 @@ class ComfyModel:
             self._model, self._addresses = load(message.path, message.source, device)
         except InputError as error:
             raise InputError(f"{os.path.basename(message.path)}: {error}") from None
-
-    def denoise(self, call: dict[str, Any]) -> Any:
-        """What the transformer gives for one call: a tensor, or a list of them, one for each kind of latent.
-
-        call: x, timestep and the named arguments, exactly as ComfyUI's model passes them to its transformer.
-        """
-        # A new dict: models write into it.
-        named = {name: _tuples(value) for name, value in call.items() if name not in ("x", "timestep")}
-        options = dict(named.pop("transformer_options", None) or {})
-        given = (_tuples(call["x"]), _tuples(call["timestep"]))
-        output = self._model.diffusion_model(*given, transformer_options=options, **named)
-        return output if isinstance(output, Tensor) else list(output)
+        self.module: nn.Module = self._model.diffusion_model
+        # What a class does around `_forward` (wrappers, scales of its latents) the host does.
+        self.module.forward = getattr(self.module, "_forward", self.module.forward)
+        self.shape = family.shape(self.module)
+        self.compute_dtype: torch.dtype = self._model.get_dtype_inference()
+        self.num_channels: int = self._model.latent_format.latent_channels
 
     def set_patches(self, message: SetPatches) -> int:
         """Raises InputError for any patch."""
         if message.patches:
-            raise InputError(f"the pool can't patch (LoRA) a {self.kind} of ComfyUI's own class; remove the patches")
+            raise InputError(f"the pool can't patch (LoRA) {self.family.title} yet; remove the LoRA")
         return 0
 
     def bytes_held(self) -> dict[str, int]:
@@ -80,24 +80,3 @@ def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
     names, _ = tensor.__tensor_flatten__()
     for name in names:
         yield from plain_tensors(getattr(tensor, name))
-
-
-def require_one_rank(spec: ParallelSpec, world_size: int) -> None:
-    """Raises InputError, naming the degrees, for a spec of more than one rank, or a pool of more."""
-    if spec.num_ranks > 1:
-        raise InputError(f"a model of ComfyUI's own class runs on one rank, not with {spec}; use a pool of one device")
-    if world_size > 1:
-        raise InputError(
-            f"a model of ComfyUI's own class runs on one rank, and the pool has {world_size}; use a pool of one device"
-        )
-
-
-def _tuples(value: Any) -> Any:
-    """`value` with its `Tuple`s made Python's: some models ask whether a timestep is one."""
-    if isinstance(value, Tuple):
-        return tuple(_tuples(item) for item in value.items)
-    if isinstance(value, list):
-        return [_tuples(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _tuples(item) for key, item in value.items()}
-    return value

@@ -8,9 +8,10 @@ import torch
 
 from comfy_xdit.errors import InputError
 from comfy_xdit.messages import Sample
-from comfy_xdit.models.base import Call
 from comfy_xdit.quoted import quoted
 from comfy_xdit.trajectory import Replay, SamplerProgram
+
+from .model import Call
 
 
 def check_program(message: Sample, conds: Sequence[Call]) -> None:
@@ -29,10 +30,8 @@ def check_program(message: Sample, conds: Sequence[Call]) -> None:
         raise InputError(
             f"num_patches={message.num_patches} and warmup_steps={message.warmup_steps} count something; use 0 or more"
         )
-    if message.noise.dim() != 4 or not message.noise.is_floating_point():
-        raise InputError(
-            f"noise of {list(message.noise.shape)} is no latent; give floats, [batch, channels, height, width]"
-        )
+    if message.noise.dim() < 3 or not message.noise.is_floating_point():
+        raise InputError(f"noise of {list(message.noise.shape)} is no latent; give floats, [batch, channels, …]")
 
 
 def check_replay(message: Sample, dtype: torch.dtype) -> None:

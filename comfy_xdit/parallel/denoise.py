@@ -4,36 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from comfy_xdit.errors import InputError
-from comfy_xdit.models.base import Call, Family
-from comfy_xdit.models.given import check_call
 
-from .apply import applied
 from .context import ParallelContext
+from .cut import cut
+from .model import Call, Model, first_latent, num_rows
 from .sequence import shard_sizes, shard_starts
-from .spec import ModelShape, check
+from .spec import check
 
 if TYPE_CHECKING:
     from .stage import PipelineModel
-
-
-class Model(Protocol):
-    """What `denoise` needs of a resident model."""
-
-    @property
-    def family(self) -> Family: ...
-    @property
-    def module(self) -> nn.Module: ...
-    @property
-    def shape(self) -> ModelShape: ...
-    @property
-    def compute_dtype(self) -> torch.dtype: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +29,10 @@ class Piece:
     call: int
     start: int
     stop: int
+
+    @property
+    def rows(self) -> range:
+        return range(self.start, self.stop)
 
 
 def denoise(
@@ -56,9 +46,9 @@ def denoise(
     """
     check_calls(model, calls, context)
     _check_chunks(calls, chunks)
-    with applied(model.module, model.family.plan, context):
+    with cut(model.module, model.family.plan, context):
         outputs = evaluate(model, calls, context)
-    mine = deal([call["x"].shape[0] for call in calls], cfg=context.spec.cfg, dp=context.spec.dp)[context.lane]
+    mine = deal([num_rows(call) for call in calls], cfg=context.spec.cfg, dp=context.spec.dp)[context.lane]
     report = {**context.report(), "rows": sum(piece.stop - piece.start for piece in mine)}
     return (outputs if context.rank == 0 else None), report
 
@@ -72,9 +62,8 @@ def check_calls(model: Model, calls: list[Call], context: ParallelContext) -> No
     faults = check(context.spec, num_ranks=context.world_size, shape=model.shape)
     if faults:
         raise InputError("; ".join(faults))
-    for number, call in enumerate(calls):
-        check_call(model.family.title, call, model.compute_dtype)
-        arguments_of(model, rows_of(call, Piece(call=number, start=0, stop=1)))
+    for call in calls:
+        model.family.check(model, call)
 
 
 def evaluate(model: Model, calls: list[Call], context: ParallelContext) -> list[Tensor]:
@@ -82,16 +71,17 @@ def evaluate(model: Model, calls: list[Call], context: ParallelContext) -> list[
 
     Collective over all ranks.
     """
-    batches = [call["x"].shape[0] for call in calls]
-    lanes = deal(batches, cfg=context.spec.cfg, dp=context.spec.dp)
-    mine = [rows_of(calls[piece.call], piece) for piece in lanes[context.lane]]
+    lanes = deal([num_rows(call) for call in calls], cfg=context.spec.cfg, dp=context.spec.dp)
+    mine = [model.family.of_rows(calls[piece.call], piece.rows) for piece in lanes[context.lane]]
     if context.spec.pipe > 1:
         from .drained import drained
 
         outputs = drained(cast("PipelineModel", model), mine, context)
     else:
-        outputs = [_run(model, call) for call in mine]
-    return share(calls, lanes, outputs, output_channels(model, calls[0]), model.compute_dtype, context)
+        outputs = [model.family.run(model, call) for call in mine]
+    shapes = [model.family.output_shape(model, call) for call in calls]
+    like = first_latent(calls[0]).new_empty(0, dtype=model.compute_dtype)
+    return share(shapes, lanes, outputs, like, context)
 
 
 def deal(batches: list[int], *, cfg: int, dp: int) -> list[list[Piece]]:
@@ -106,25 +96,6 @@ def deal(batches: list[int], *, cfg: int, dp: int) -> list[list[Piece]]:
     # dp is the outer axis of the mesh.
     ordered = [lanes[cfg_index][dp_index] for dp_index in range(dp) for cfg_index in range(cfg)]
     return [_pieces(batches, start, size) for start, size in ordered]
-
-
-def rows_of(value: Any, piece: Piece, *, batch: int | None = None) -> Any:
-    """A call's rows: tensors with one entry for each row are cut, those with one for all are kept."""
-    if batch is None:
-        batch = value["x"].shape[0]
-    if isinstance(value, Tensor):
-        if value.dim() == 0 or value.shape[0] == 1 != batch:
-            return value
-        if value.shape[0] != batch:
-            raise InputError(
-                f"a tensor of {value.shape[0]} rows cannot go with a batch of {batch}; use 1 or {batch}"
-            )
-        return value[piece.start : piece.stop]
-    if isinstance(value, dict):
-        return {key: rows_of(item, piece, batch=batch) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [rows_of(item, piece, batch=batch) for item in value]
-    return value
 
 
 def _spans(length: int, degree: int) -> list[tuple[int, int]]:
@@ -146,50 +117,34 @@ def _check_chunks(calls: list[Call], chunks: list[int]) -> None:
     if not calls or len(chunks) != len(calls):
         raise InputError(f"{len(calls)} calls came with {len(chunks)} numbers of chunks; send a call, and one for each")
     for call, count in zip(calls, chunks, strict=True):
-        batch = call["x"].shape[0]
+        batch = num_rows(call)
         if count < 1 or batch % count:
             raise InputError(f"a batch of {batch} is not made of {count} equal chunks; send whole chunks")
 
 
-def _run(model: Model, call: Call) -> Tensor:
-    return model.family.output(model.module(**arguments_of(model, call), return_dict=False)[0], call)
-
-
-def arguments_of(model: Model, call: Call) -> dict[str, Any]:
-    config: Any = model.module.config
-    return model.family.inputs(dict(config), call)
-
-
-def output_channels(model: Model, call: Call) -> int:
-    """Channels of ComfyUI's output for a call: ranks that have not seen it know its shape."""
-    config: Any = model.module.config
-    return model.family.output_channels(dict(config), call)
-
-
 def share(
-    calls: list[Call],
+    whole: list[tuple[int, ...]],
     lanes: list[list[Piece]],
     outputs: list[Tensor],
-    num_channels: int,
-    dtype: torch.dtype,
+    like: Tensor,
     context: ParallelContext,
 ) -> list[Tensor]:
-    """The whole outputs, on every rank. Lanes send their pieces to each other; a lane's ranks hold the same."""
+    """The whole outputs, on every rank. Lanes send their pieces to each other; a lane's ranks hold the same.
+
+    whole: each call's shape. like: with the outputs' dtype and device.
+    """
     axis = context.axis("lanes")
     if axis.degree == 1:
         return outputs
-    shapes = [
-        [(piece.stop - piece.start, num_channels, *calls[piece.call]["x"].shape[2:]) for piece in pieces]
-        for pieces in lanes
-    ]
+    shapes = [[(len(piece.rows), *whole[piece.call][1:]) for piece in pieces] for pieces in lanes]
     sizes = [sum(math.prod(shape) for shape in of_lane) for of_lane in shapes]
-    flat = calls[0]["x"].new_zeros(max(sizes), dtype=dtype)
+    flat = like.new_zeros(max(sizes))
     if outputs:
         flat[: sizes[axis.index]] = torch.cat([output.reshape(-1) for output in outputs])
     received = flat.new_empty((axis.degree, flat.numel()))
     with axis.traffic.timed("all_gather", flat.nbytes * (axis.degree - 1), flat.device):
         dist.all_gather(list(received.unbind(0)), flat, group=axis.group)
-    parts: list[list[tuple[int, Tensor]]] = [[] for _ in calls]
+    parts: list[list[tuple[int, Tensor]]] = [[] for _ in whole]
     for lane, pieces in enumerate(lanes):
         views = received[lane, : sizes[lane]].split([math.prod(shape) for shape in shapes[lane]])
         for piece, view, shape in zip(pieces, views, shapes[lane], strict=True):

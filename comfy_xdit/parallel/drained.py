@@ -10,10 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from comfy_xdit.models.base import Call
-
 from .context import ParallelContext
-from .denoise import Piece, arguments_of, output_channels, rows_of
+from .model import Call, num_rows
 from .stage import PipelineModel, Stage
 
 
@@ -22,7 +20,7 @@ def drained(model: PipelineModel, calls: list[Call], context: ParallelContext) -
     outputs = []
     with Stage(model, context) as stage:
         for call in calls:
-            rows = [rows_of(call, Piece(call=0, start=row, stop=row + 1)) for row in range(call["x"].shape[0])]
+            rows = [model.family.of_rows(call, range(row, row + 1)) for row in range(num_rows(call))]
             parts = [_forward(model, stage, row) for row in rows]
             outputs.append(torch.cat([part for part in parts if part is not None]) if stage.is_last else None)
         # What the last stage has, the first has sent: nothing is under way after this.
@@ -38,7 +36,7 @@ def share_of_time(num_rows: int, num_stages: int) -> float:
 
 
 def _forward(model: PipelineModel, stage: Stage, call: Call) -> Tensor | None:
-    out = stage.forward(arguments_of(model, call))
+    out = stage.forward(model.family.arguments(model, call))
     return None if out is None else model.family.output(out, call)
 
 
@@ -46,8 +44,7 @@ def _from_last(output: Tensor | None, call: Call, model: PipelineModel, context:
     """The last stage's output on every stage."""
     x, axis = call["x"], context.axis("pipe")
     if output is None:
-        shape = (x.shape[0], output_channels(model, call), *x.shape[2:])
-        output = x.new_empty(shape, dtype=model.compute_dtype)
+        output = x.new_empty(model.family.output_shape(model, call), dtype=model.compute_dtype)
     output = output.contiguous()
     sent = output.nbytes * (axis.degree - 1) if axis.index == axis.degree - 1 else 0
     with axis.traffic.timed("broadcast", sent, x.device):

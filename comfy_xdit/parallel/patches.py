@@ -186,8 +186,8 @@ class LastStage:
         spec = self._context.spec
         lanes = deal([x.shape[0]] * len(call.conds), cfg=spec.cfg, dp=spec.dp)
         parts = [self._patches.cut(output, patch) for output in outputs]
-        calls = [{"x": x} for _ in call.conds]
-        whole = share(calls, lanes, parts, self._num_channels, self._replies.x_dtype, self._context)
+        shapes = [(x.shape[0], self._num_channels, *x.shape[2:])] * len(call.conds)
+        whole = share(shapes, lanes, parts, x.new_empty(0, dtype=self._replies.x_dtype), self._context)
         replay.answer(evaluation.number, whole)
         shown = iter(replay.previews(evaluation.number))
         for what in self._replies.to(evaluation):

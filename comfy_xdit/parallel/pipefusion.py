@@ -18,17 +18,18 @@ from torch import Tensor
 
 from comfy_xdit.errors import InputError
 from comfy_xdit.messages import Sample
-from comfy_xdit.models.base import Call
+from comfy_xdit.models.rows import batched, rows_of
 from comfy_xdit.trajectory import SamplerProgram
 
 from .agreement import Agreement
 from .apply import Application, applied
 from .context import ParallelContext
-from .denoise import Piece, arguments_of, deal, output_channels, rows_of
+from .denoise import Piece, deal
 from .links import Inbox, Outbox, Shelf
+from .model import Call
 from .once import OncePerEvaluation
 from .patches import Evaluation, FirstStage, LastStage, Patches, Replies
-from .sample import batched, calls_argument
+from .sample import calls_argument
 from .segments import WHOLE, Segment, segments_of
 from .sequence import shard_sizes
 from .spec import check
@@ -96,7 +97,7 @@ class _Batch:
             dataclasses.replace(
                 self,
                 pieces=[Piece(call=call, start=row, stop=row + 1)],
-                call=rows_of(self.call, Piece(call=0, start=number, stop=number + 1)),
+                call=rows_of(self.call, range(number, number + 1)),
                 first=number,
             )
             for number, (call, row) in enumerate(places)
@@ -141,7 +142,7 @@ class _Pipeline:
         self._sent = (alone or Outbox(back, 0)) if stage.is_last else None
         self._last = None
         if self._sent is not None:
-            channels = output_channels(model, {"x": message.noise})
+            channels = model.family.output_shape(model, {"x": message.noise})[1]
             self._last = LastStage(message, patches, replies, self._sent, context, channels)
         self._first = None
         if stage.is_first:
@@ -274,7 +275,7 @@ class _Pipeline:
         self._keys.begin(batch.key, keep=step.evaluation.keeps, first=batch.first, num_rows=batch.num_rows)
         self._once.begin(step.evaluation.number, (batch.key, batch.first))
         self._run.segment = segment.spans
-        out = self._stage.forward(arguments_of(self._model, call), wants_output=bool(step.patches))
+        out = self._stage.forward(self._model.family.arguments(self._model, call), wants_output=bool(step.patches))
         return self._model.family.output(out, call) if out is not None else None
 
     def _dealt(self, kind: Kind) -> list[_Batch]:
@@ -289,7 +290,7 @@ class _Pipeline:
         """Raises InputError for conditionings that the model does not take or the axes cannot cut."""
         rows = [self._rows(kind, piece) for piece in pieces]
         call = batched(rows) or rows[0]
-        lengths = self._patches.lengths(arguments_of(self._model, call), self._model.family.plan)
+        lengths = self._patches.lengths(self._model.family.arguments(self._model, call), self._model.family.plan)
         segments = segments_of(
             self._patches.grid, self._patches.rows, lengths, num_shards=self._shards.degree
         )
@@ -306,7 +307,8 @@ class _Pipeline:
     def _rows(self, kind: Kind, piece: Piece) -> Call:
         """The rows' call, but for what changes: its latent is 0, its timestep too."""
         x = torch.zeros_like(self._message.noise)
-        return rows_of(calls_argument(x, 0.0, self._conds[kind[piece.call]], self._model), piece)
+        call = calls_argument(x, 0.0, self._conds[kind[piece.call]], self._model)
+        return self._model.family.of_rows(call, piece.rows)
 
 
 def _whole_rows(message: Sample, kind: Kind) -> list[Piece]:

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from comfy_xdit.messages import Sample
-from comfy_xdit.models.base import Call
 from comfy_xdit.trajectory import Replay, SamplerCall, SamplerProgram
 
 from .agreement import Agreement
-from .apply import applied
 from .attention import SequenceAttention
 from .checks import check_program, check_replay
 from .context import ParallelContext
-from .denoise import Model, check_calls, evaluate
+from .cut import cut
+from .denoise import check_calls, evaluate
 from .distri import DistriKeys
+from .model import Call, Model
 
 if TYPE_CHECKING:
     from .stage import PipelineModel
@@ -69,7 +69,7 @@ def sample(
     )
     agreement = Agreement(wish_to_stop, context.world)
     stopped = False
-    with keys, applied(model.module, model.family.plan, context, SequenceAttention(context, keys)):
+    with keys, cut(model.module, model.family.plan, context, SequenceAttention(context, keys)):
         for number, call in enumerate(program.calls):
             stopped = not agreement.go_on()
             if stopped:
@@ -89,7 +89,7 @@ def sample(
 def _outputs(model: Model, call: SamplerCall, x: Tensor, conds: list[Call], context: ParallelContext) -> list[Tensor]:
     """The model's output for each of the call's conditionings, on every rank, in the loop's dtype."""
     calls = [calls_argument(x, call.timestep, conds[index], model) for index in call.conds]
-    together = batched(calls)
+    together = model.family.batched(calls)
     if together is None:
         outputs = evaluate(model, calls, context)
     else:
@@ -107,31 +107,3 @@ def calls_argument(x: Tensor, timestep: float, cond: Call, model: Model) -> Call
     batch = x.shape[0]
     steps = torch.full((batch,), timestep, dtype=torch.float32, device=x.device)
     return {**cond, "x": x.to(model.compute_dtype), "timestep": steps}
-
-
-def batched(calls: list[Call]) -> Call | None:
-    """The calls as one batch; None where they differ in more than the numbers in their tensors."""
-    first, *rest = calls
-    if not rest:
-        return None
-    joined: Call = {}
-    for key, value in first.items():
-        others = [call.get(key) for call in rest]
-        if isinstance(value, Tensor):
-            tensors = [value, *(other for other in others if isinstance(other, Tensor))]
-            if value.dim() == 0 or [item.shape for item in tensors] != [value.shape] * len(calls):
-                return None
-            joined[key] = torch.cat([item.expand(first["x"].shape[0], *item.shape[1:]) for item in tensors])
-        elif all(other is value or (not _has_tensors(value) and other == value) for other in others):
-            joined[key] = value
-        else:
-            return None
-    return joined if all(call.keys() == first.keys() for call in rest) else None
-
-
-def _has_tensors(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(map(_has_tensors, value.values()))
-    if isinstance(value, (list, tuple)):
-        return any(map(_has_tensors, value))
-    return isinstance(value, Tensor)

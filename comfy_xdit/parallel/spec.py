@@ -93,11 +93,15 @@ class WeightShare:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """What limits the degrees of a model: its name for people, attention heads, and blocks in order."""
+    """What limits the degrees of a model: its name for people, attention heads, and blocks in order.
+
+    methods: the axes that there are for it.
+    """
 
     title: str
     num_heads: int
     num_blocks: int
+    methods: tuple[str, ...] = AXES
 
 
 def check(spec: ParallelSpec, *, num_ranks: int, shape: ModelShape | None = None) -> list[str]:
@@ -127,6 +131,9 @@ def check(spec: ParallelSpec, *, num_ranks: int, shape: ModelShape | None = None
 
 
 def _shape_faults(spec: ParallelSpec, shape: ModelShape) -> list[str]:
+    missing = [axis for axis, degree in spec.degrees.items() if degree > 1 and axis not in shape.methods]
+    if missing:
+        return [f"{shape.title} can't run with {_names(tuple(missing))} yet; use {_names(shape.methods)}"]
     faults = []
     heads = shape.num_heads
     if heads % spec.tensor:
@@ -215,4 +222,4 @@ def _ranks(count: int) -> str:
 
 
 def _names(axes: tuple[str, ...]) -> str:
-    return f"{', '.join(axes[:-1])} and {axes[-1]}"
+    return f"{', '.join(axes[:-1])} and {axes[-1]}" if axes[1:] else axes[0]

@@ -7,21 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .context import ParallelContext
-from .denoise import Model
 from .links import Inbox, Outbox
+from .model import Model
 from .stages import by_name
+
+if TYPE_CHECKING:
+    from comfy_xdit.models.base import Family
 
 
 class PipelineModel(Model, Protocol):
     """A model of which this rank holds the blocks `stage`, numbered as in `block_paths`; others are `Absent`."""
 
+    @property
+    def family(self) -> Family: ...
     @property
     def stage(self) -> range: ...
     @property

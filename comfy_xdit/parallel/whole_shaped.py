@@ -31,6 +31,9 @@ from .sequence import join
 from .token_shards import TokenShards
 from .tokens import Attention, Blocks, TokenPlan, Tokens
 
+OVERRIDE = "optimized_attention_override"
+"""Under which name ComfyUI's models look for another attention in their `transformer_options`."""
+
 KNOWN = {"scale", "enable_gqa", "transformer_options", "low_precision_attention", "_inside_attn_wrapper"}
 """What a call of the override may hold more; only the scale makes a difference here."""
 
@@ -73,7 +76,7 @@ class WholeShaped:
 
     def hook(self) -> None:
         add = self.handles.append
-        add(self.module.register_forward_pre_hook(lambda module, args: self._begin()))
+        add(self.module.register_forward_pre_hook(self._begin, with_kwargs=True))
         lists = [(rule, [block for _, block in self._required(f"{rule.path}.*")]) for rule in self.plan.blocks]
         for rule, blocks in lists:
             for block in blocks:
@@ -106,13 +109,19 @@ class WholeShaped:
         for door in self.doors:
             door.close()
 
-    def _begin(self) -> None:
+    def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """A forward begins. One that takes ComfyUI's options has the override in them."""
         self.shards = TokenShards(axis=self.axis)
         self.running.clear()
         self.in_block = self.has_cut = False
         self.due.clear()
         for door in self.doors:
             door.num_runs = 0
+        options = kwargs.get("transformer_options")
+        if options is None:
+            return args, kwargs
+        assert OVERRIDE not in options, "another attention is chosen already"
+        return args, {**kwargs, "transformer_options": {**options, OVERRIDE: self.attend}}
 
     def _settle(self) -> None:
         """The forward is over: no attention went past the engine, and nothing that was cut stays so."""

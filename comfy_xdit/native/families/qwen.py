@@ -28,7 +28,7 @@ QWEN = ComfyFamily(
         # The mask is made inside of the block, of the text that the rank has.
         attention={"transformer_blocks.*.attn": Attention(BOTH, mask="own")},
     ),
-    num_heads=lambda transformer: transformer.transformer_blocks[0].attn.heads,
+    num_heads=lambda transformer: int(transformer.transformer_blocks[0].attn.heads),
     rows=("context", "attention_mask", "ref_latents"),
     constants=("ref_latents_method", "additional_t_cond"),
 )

@@ -1,0 +1,57 @@
+"""Calls of ComfyUI's own transformers, as `messages.Denoise` brings them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from comfy_xdit.errors import InputError
+from comfy_xdit.messages import Tuple
+
+
+def rows_of(name: str, value: Any, rows: range, batch: int) -> Any:
+    """Some rows of an argument: a tensor with an entry for each row or one for all, or several of them.
+
+    Raises InputError, naming the argument, for a tensor with other numbers of entries.
+    """
+    if isinstance(value, Tensor):
+        if value.dim() == 0 or value.shape[0] == 1 != batch:
+            return value
+        if value.shape[0] != batch:
+            raise InputError(f"{name} has {value.shape[0]} rows for a batch of {batch}; use 1 or {batch}")
+        return value[rows.start : rows.stop]
+    if isinstance(value, Tuple):
+        return Tuple(items=[rows_of(name, item, rows, batch) for item in value.items])
+    if isinstance(value, list):
+        return [rows_of(name, item, rows, batch) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise InputError(f"{name} is a {type(value).__name__}, whose rows are not known; remove the node that gives it")
+
+
+def as_given(value: Any) -> Any:
+    """`value` with each `Tuple` made Python's: some models ask whether a timestep is one. Lists and dicts are new."""
+    if isinstance(value, Tuple):
+        return tuple(as_given(item) for item in value.items)
+    if isinstance(value, list):
+        return [as_given(item) for item in value]
+    if isinstance(value, dict):
+        return {key: as_given(item) for key, item in value.items()}
+    return value
+
+
+def packed(output: Tensor | list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+    """A transformer's output; several latents as ComfyUI's samplers see them: in one row, [rows, 1, numbers]."""
+    if isinstance(output, Tensor):
+        return output
+    return torch.cat([part.reshape(part.shape[0], 1, -1) for part in output], -1)
+
+
+def unpacked(output: Tensor, like: Any) -> Tensor | list[Tensor]:
+    """The latents of which `packed` made `output`; `like` has their shapes, as the transformer's x has."""
+    if isinstance(like, Tensor):
+        return output
+    parts = output.split([part[0].numel() for part in like], -1)
+    return [part.reshape(part.shape[0], *other.shape[1:]) for part, other in zip(parts, like, strict=True)]

@@ -1,0 +1,83 @@
+"""A loaded MODEL whose own class of ComfyUI's runs on the workers."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from comfy_xdit_nodes.native.options import use_comfy
+from comfy_xdit_nodes.native.source import describe
+from torch import Tensor
+
+from comfy_xdit.errors import InputError
+from comfy_xdit.messages import LoadModel
+from comfy_xdit.native.families import family_of
+from comfy_xdit.native.family import ComfyFamily
+from comfy_xdit.parallel.spec import BALANCES, ModelShape
+from comfy_xdit.weights.stamp import stamp
+
+OF_DIFFUSERS = ("Flux", "FluxInpaint", "FluxSchnell", "SD3", "PixArtAlpha", "PixArtSigma")
+"""Kinds that diffusers' classes compute as long as their weights are plain: under all parallel methods."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ComfyCheckpoint:
+    """The file that a MODEL was loaded from, and what ComfyUI made of it.
+
+    message: makes it resident, but for its degrees. num_dims: of its latent. meta: key → tensor without numbers.
+    """
+
+    message: LoadModel
+    family: ComfyFamily
+    shape: ModelShape
+    num_dims: int
+    meta: dict[str, Tensor]
+
+    @property
+    def path(self) -> str:
+        return self.message.path
+
+    def is_current(self) -> bool:
+        """Whether the file is there, and nobody has written to it or replaced it since."""
+        try:
+            return stamp(self.path) == self.message.stamp
+        except (InputError, OSError):
+            return False
+
+    def load(self, *, balance: str = BALANCES[0], **dtypes: torch.dtype) -> LoadModel:
+        """The message that makes it resident. dtypes: not looked at, ComfyUI has chosen them."""
+        return dataclasses.replace(self.message, balance=balance)
+
+
+def comfy_checkpoint(patcher: Any) -> ComfyCheckpoint | None:
+    """The file of a loaded MODEL for its own class on the workers; None where diffusers' class is to run it.
+
+    Raises ValueError when the workers can't read its weights from a file.
+    """
+    model = patcher.model
+    kind = type(model.model_config).__name__
+    family = family_of(kind)
+    if family is None or use_comfy() is None or (kind in OF_DIFFUSERS and not is_quantised(model)):
+        return None
+    message = describe(patcher)
+    if message is None:
+        raise ValueError(
+            f"the workers can't read this {family.title}: its weights are not, or no longer, those of a safetensors "
+            "file that a stock loader read; load it with Load Diffusion Model or Load Checkpoint, and sample without "
+            "Parallel Model (xDiT) if another node changes its weights"
+        )
+    weights = model.diffusion_model.state_dict()
+    return ComfyCheckpoint(
+        message=message,
+        family=family,
+        shape=family.shape(model.diffusion_model),
+        num_dims=model.latent_format.latent_dimensions + 2,
+        meta={key: torch.empty(weight.shape, dtype=weight.dtype, device="meta") for key, weight in weights.items()},
+    )
+
+
+def is_quantised(model: Any) -> bool:
+    """Whether a layer keeps its weights in another way than as plain numbers."""
+    weights = model.diffusion_model.parameters()
+    return any(type(weight.data) is not Tensor for weight in weights)

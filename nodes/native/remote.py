@@ -1,0 +1,42 @@
+"""The call that leaves ComfyUI for a model of its own class on the workers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_xdit_nodes.native.call import as_call
+from comfy_xdit_nodes.remote import RemoteModel
+from torch import Tensor
+
+from comfy_xdit.errors import InputError
+from comfy_xdit.native.calls import unpacked
+from comfy_xdit.native.family import ComfyFamily
+
+
+class ComfyRemoteModel(RemoteModel):
+    """As `RemoteModel`, with the arguments of ComfyUI's own transformer as they are."""
+
+    def __init__(self, family: ComfyFamily) -> None:
+        super().__init__()
+        self._family = family
+
+    def _arguments(self, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        bound = self._bound(*args, **kwargs)
+        x, timestep = (bound.pop(name) for name in list(bound)[:2])
+        options = bound.get("transformer_options") or {}
+        call = as_call(x, timestep, **bound)
+        if "control" in call:
+            raise ValueError("a ControlNet can't run on the pool yet; use the stock sampler for it")
+        kept = call["transformer_options"]
+        call["transformer_options"] = {name: kept[name] for name in self._family.options if name in kept}
+        try:
+            self._family.check_arguments(call)
+        except InputError as error:
+            raise ValueError(str(error)) from None
+        return call, options
+
+    def _given_back(self, output: Tensor, call: dict[str, Any]) -> Any:
+        parts = unpacked(output, call["x"])
+        if isinstance(parts, Tensor):
+            return parts.to(call["x"].device)
+        return [part.to(like.device) for part, like in zip(parts, call["x"], strict=True)]
