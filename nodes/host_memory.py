@@ -68,10 +68,9 @@ def _name(card: torch.device) -> str:
 
 def _free(card: torch.device) -> int:
     """Have ComfyUI unload its models from the card and return the memory to the driver; how many bytes that gave."""
-    from comfy_xdit_nodes.patcher import RemotePatcher
-
     before = _driver_free(card)
-    ours = [loaded for loaded in mm.current_loaded_models if isinstance(loaded.model, RemotePatcher)]
+    # A skeleton knows where its weights are resident; there is nothing of it here.
+    ours = [loaded for loaded in mm.current_loaded_models if hasattr(getattr(loaded.model, "model", None), "residency")]
     mm.free_memory(EVERYTHING, card, keep_loaded=ours)
     mm.soft_empty_cache()
     freed = max(0, _driver_free(card) - before)
