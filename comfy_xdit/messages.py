@@ -184,7 +184,8 @@ class Sample(Message):
     job: chosen by the client, for `Peek` and `Cancel`. program: a `trajectory.SamplerProgram`; noise, latent,
     mask, noises: what its terms "noise", "latent" and "n…" are, whole ([batch, channels, ...]; mask or single
     noises may be None). conds: for each of `program.conds` the arguments of ComfyUI's diffusion model but x
-    and timestep, as in `Denoise.calls`.
+    and timestep, as in `Denoise.calls`; for a model of ComfyUI's own class also "concat", channels to be added to the
+    latent, and "latent_shapes", each latent's shape without the batch where one holds several ([batch, 1, numbers]).
     num_patches, warmup_steps, stale: of the methods that reuse activations (PipeFusion, DistriFusion): 0
     patches lets the workers choose; the first `warmup_steps` evaluations are exact; not stale is exact throughout.
     Answer: `Result(value=samples)` from rank 0, None when the job was cancelled.

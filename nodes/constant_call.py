@@ -11,9 +11,10 @@ from typing import Any
 import comfy.model_patcher
 import comfy.samplers
 import torch
+from comfy_xdit_nodes.native.remote import ComfyRemoteModel
 from torch import Tensor
 
-from comfy_xdit.quoted import quoted
+from comfy_xdit.native.calls import packed, shapes_of
 from comfy_xdit.sampler_recorder import NotAProgram
 from comfy_xdit.trajectory import SamplerCall, SamplerProgram
 
@@ -26,14 +27,14 @@ class Catcher:
 
     meeting = None
 
-    def __init__(self) -> None:
+    def __init__(self, x: Tensor) -> None:
+        """x: of the sampler's latent's shape."""
         self.calls: list[dict[str, Any]] = []
+        self._x = x
 
     def evaluate(self, call: dict[str, Any], chunks: int) -> Tensor:
-        if not isinstance(call["x"], Tensor):
-            raise NotAProgram("the model has several latents")
         self.calls.append(call)
-        return torch.zeros_like(call["x"])
+        return torch.zeros_like(self._x)
 
 
 def constant_calls(
@@ -59,24 +60,35 @@ def _caught(guider: Any, name: str, call: SamplerCall, x: Tensor, model_options:
     model = guider.inner_model
     sigma = torch.full((x.shape[0],), call.sigma, dtype=torch.float32, device=x.device)
     options = comfy.model_patcher.create_model_options_clone(model_options)
-    with model.remote.answered_by(Catcher()) as catcher:
-        try:
-            comfy.samplers.calc_cond_batch(model, [guider.conds[name]], x, sigma, options)
-        except RuntimeError as error:
-            # Zeros of the network's input don't fit the latent: more channels went in.
-            raise NotAProgram(f"the host does not give the network the latent alone: {quoted(error)}") from error
+    with model.remote.answered_by(Catcher(x)) as catcher:
+        comfy.samplers.calc_cond_batch(model, [guider.conds[name]], x, sigma, options)
     if len(catcher.calls) != 1:
         raise NotAProgram(f"the host evaluates the {name} conditioning in {len(catcher.calls)} calls")
     caught = dict(catcher.calls[0])
+    if isinstance(model.remote, ComfyRemoteModel):
+        caught |= _made_of_the_latent(caught["x"], x.shape)
     foreseen = {
         "x": model.model_sampling.calculate_input(sigma, x),
         "timestep": torch.full_like(sigma, call.timestep),
     }
     for part, expected in foreseen.items():
-        got = caught.pop(part).float()
-        if got.shape != expected.shape or (got - expected).abs().max() > NEAR[part] * expected.abs().max():
+        got = caught.pop(part)
+        if not isinstance(got, Tensor) or got.shape != expected.shape or not _near(part, got, expected):
             raise NotAProgram("the host prepares the network's input in a way that the program does not know")
     return caught
+
+
+def _near(part: str, got: Tensor, expected: Tensor) -> bool:
+    return bool((got.float() - expected).abs().max() <= NEAR[part] * expected.abs().max())
+
+
+def _made_of_the_latent(given: Any, shape: torch.Size) -> dict[str, Any]:
+    """How the network's input is made of a latent of this shape, and that latent, as "x"."""
+    if isinstance(given, list):
+        return {"x": packed(given), "latent_shapes": shapes_of(given)}
+    if given.dim() == len(shape) and given.shape[1] > shape[1]:
+        return {"x": given[:, : shape[1]], "concat": given[:, shape[1] :]}
+    return {"x": given}
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -76,9 +76,11 @@ def config_of(model: Any) -> Any:
 def build(config: Any, infos: dict[str, Tensor], remote: RemoteModel) -> Any:
     """ComfyUI's model of `config`, its weights absent, its transformer's evaluation done by `remote`.
 
-    infos: key without prefix → tensor; some configurations look at keys once more here.
+    infos: key without prefix → tensor; some configurations look at keys once more here. Layers that may be quantised
+    make their weights when they are loaded: there they come from these.
     """
     model = config.get_model(dict(infos), "", device=META)
+    _complete(model.diffusion_model, infos)
     without_numbers(model, comfy.model_management.get_torch_device())
     # No memory is needed here, so cond and uncond always arrive as one batch when their shapes allow.
     model.memory_usage_factor = 0.0
@@ -91,6 +93,14 @@ def build(config: Any, infos: dict[str, Tensor], remote: RemoteModel) -> Any:
     setattr(transformer, name, remote)
     model.state_dict_for_saving = _refuse_saving
     return model
+
+
+def _complete(transformer: torch.nn.Module, infos: dict[str, Tensor]) -> None:
+    for path, part in transformer.named_modules():
+        for name in [name for name, weight in part._parameters.items() if weight is None]:
+            like = infos.get(f"{path}.{name}")
+            if like is not None:
+                part._parameters[name] = torch.nn.Parameter(torch.empty_like(like, device=META), requires_grad=False)
 
 
 def _refuse_saving(*args: Any, **kwargs: Any) -> Any:

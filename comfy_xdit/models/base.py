@@ -59,6 +59,9 @@ class Family:
 
     # As `parallel.model.Family` says.
 
+    def call_of(self, x: Tensor, timestep: Tensor, cond: Call) -> Call:
+        return {**cond, "x": x, "timestep": timestep}
+
     def check(self, model: Any, call: Call) -> None:
         check_call(self.title, call, model.compute_dtype)
         self.arguments(model, self.of_rows(call, range(1)))

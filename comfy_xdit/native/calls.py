@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -49,9 +50,12 @@ def packed(output: Tensor | list[Tensor] | tuple[Tensor, ...]) -> Tensor:
     return torch.cat([part.reshape(part.shape[0], 1, -1) for part in output], -1)
 
 
-def unpacked(output: Tensor, like: Any) -> Tensor | list[Tensor]:
-    """The latents of which `packed` made `output`; `like` has their shapes, as the transformer's x has."""
-    if isinstance(like, Tensor):
-        return output
-    parts = output.split([part[0].numel() for part in like], -1)
-    return [part.reshape(part.shape[0], *other.shape[1:]) for part, other in zip(parts, like, strict=True)]
+def shapes_of(x: list[Tensor]) -> list[list[int]]:
+    """Of a row of several latents."""
+    return [list(part.shape[1:]) for part in x]
+
+
+def unpacked(output: Tensor, shapes: list[list[int]]) -> list[Tensor]:
+    """The latents of which `packed` made `output`; shapes: of a row of each."""
+    parts = output.split([math.prod(shape) for shape in shapes], -1)
+    return [part.reshape(part.shape[0], *shape) for part, shape in zip(parts, shapes, strict=True)]

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from comfy_xdit.errors import InputError
@@ -15,7 +16,10 @@ from comfy_xdit.parallel.model import Call, first_latent, num_rows
 from comfy_xdit.parallel.spec import ModelShape
 from comfy_xdit.parallel.tokens import TokenPlan
 
-from .calls import as_given, packed, rows_of
+from .calls import as_given, packed, rows_of, unpacked
+
+OF_THE_LATENT = ("concat", "latent_shapes")
+"""Parts of a conditioning in `messages.Sample` that say how the transformer's x is made of the sampler's latent."""
 
 METHODS = ("dp", "cfg", "distri", "ring", "ulysses")
 """The parallel methods that there are for these models."""
@@ -62,6 +66,12 @@ class ComfyFamily:
         self.of_rows(call, range(1))
 
     # As `parallel.model.Family` says; `model` is a `ComfyModel`.
+
+    def call_of(self, x: Tensor, timestep: Tensor, cond: Call) -> Call:
+        made: Call = {name: value for name, value in cond.items() if name not in OF_THE_LATENT}
+        if "concat" in cond:
+            x = torch.cat([x, cond["concat"]], 1)
+        return {**made, "x": unpacked(x, cond["latent_shapes"]) if "latent_shapes" in cond else x, "timestep": timestep}
 
     def check(self, model: Any, call: Call) -> None:
         self.check_arguments(call)

@@ -28,6 +28,9 @@ class Family(Protocol):
     @property
     def plan(self) -> ModelPlan | TokenPlan: ...
 
+    def call_of(self, x: Tensor, timestep: Tensor, cond: Call) -> Call:
+        """The call for a sampler's latent, in the model's dtype, and a conditioning of `messages.Sample`."""
+
     def check(self, model: Any, call: Call) -> None:
         """Raises InputError for what the model does not take. To see it no rank computes."""
 

@@ -104,6 +104,5 @@ def loop_dtype(model: Model) -> torch.dtype:
 
 def calls_argument(x: Tensor, timestep: float, cond: Call, model: Model) -> Call:
     """One call as ComfyUI would make it: the latent in the model's dtype, the timestep in fp32."""
-    batch = x.shape[0]
-    steps = torch.full((batch,), timestep, dtype=torch.float32, device=x.device)
-    return {**cond, "x": x.to(model.compute_dtype), "timestep": steps}
+    steps = torch.full((x.shape[0],), timestep, dtype=torch.float32, device=x.device)
+    return model.family.call_of(x.to(model.compute_dtype), steps, cond)

@@ -67,11 +67,13 @@ def comfy_checkpoint(patcher: Any) -> ComfyCheckpoint | None:
             "file that a stock loader read; load it with Load Diffusion Model or Load Checkpoint, and sample without "
             "Parallel Model (xDiT) if another node changes its weights"
         )
-    weights = model.diffusion_model.state_dict()
+    net = model.diffusion_model
+    # Not of its state_dict, where a quantised weight has another shape.
+    weights = dict([*net.named_parameters(), *net.named_buffers()])
     return ComfyCheckpoint(
         message=message,
         family=family,
-        shape=family.shape(model.diffusion_model),
+        shape=family.shape(net),
         num_dims=model.latent_format.latent_dimensions + 2,
         meta={key: torch.empty(weight.shape, dtype=weight.dtype, device="meta") for key, weight in weights.items()},
     )

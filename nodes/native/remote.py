@@ -9,7 +9,7 @@ from comfy_xdit_nodes.remote import RemoteModel
 from torch import Tensor
 
 from comfy_xdit.errors import InputError
-from comfy_xdit.native.calls import unpacked
+from comfy_xdit.native.calls import shapes_of, unpacked
 from comfy_xdit.native.family import ComfyFamily
 
 
@@ -36,7 +36,7 @@ class ComfyRemoteModel(RemoteModel):
         return call, options
 
     def _given_back(self, output: Tensor, call: dict[str, Any]) -> Any:
-        parts = unpacked(output, call["x"])
-        if isinstance(parts, Tensor):
-            return parts.to(call["x"].device)
-        return [part.to(like.device) for part, like in zip(parts, call["x"], strict=True)]
+        x = call["x"]
+        if isinstance(x, Tensor):
+            return output.to(x.device)
+        return [part.to(like.device) for part, like in zip(unpacked(output, shapes_of(x)), x, strict=True)]

@@ -22,8 +22,9 @@ MODES = {
     "dp=2": (2, {"dp": 2}),
     "distri=2, all exact": (2, {"distri": 2, "warmup_steps": 10_000}),
 }
-LIMIT = 1e-5
-"""Of N ranks; one rank is equal to the bit."""
+LIMIT = {False: 1e-5, True: 1e-4}
+"""Of N ranks, by whether activations are quantised: then the last bit of a sum may make a step of a whole number more.
+One rank is equal to the bit."""
 
 
 def random(*shape, seed=1):
@@ -35,10 +36,10 @@ def text(*shape, seed, **more):
 
 
 class Case:
-    """A tiny model, and what its workflow gives it. shape: of the latent."""
+    """A tiny model, and what its workflow gives it. weights: of its file; shape: of the latent."""
 
-    def __init__(self, config, shape, channels, **more):
-        self.config, self.shape, self.channels, self.more = config, shape, channels, more
+    def __init__(self, weights, shape, channels, **more):
+        self.weights, self.shape, self.channels, self.more = weights, shape, channels, more
 
     def run(self, model, cfg=3.0, sampler="euler"):
         positive, negative = (text(1, n, self.channels, seed=n, **self.more) for n in (9, 9))
@@ -50,9 +51,26 @@ class Case:
             )
 
 
+def plain(config):
+    return make.weights(config, torch.float32)
+
+
+def i2v():
+    """Of Wan 2.1: a frame is given, as further channels."""
+    return plain(make.wan("WAN21_I2V", model_type="i2v", in_dim=36))
+
+
 CASES = {
-    "wan": Case(make.wan, (2, 16, 3, 10, 12), 4096),
-    "qwen": Case(make.qwen, (1, 16, 1, 10, 12), 3584),
+    "wan": Case(lambda: plain(make.wan()), (2, 16, 3, 10, 12), 4096),
+    "wan i2v": Case(
+        i2v,
+        (1, 16, 3, 10, 12),
+        4096,
+        concat_latent_image=random(1, 16, 3, 10, 12, seed=5),
+        concat_mask=(random(1, 1, 3, 10, 12, seed=6) > 0).float(),
+    ),
+    "qwen": Case(lambda: plain(make.qwen()), (1, 16, 1, 10, 12), 3584),
+    "qwen int8": Case(lambda: make.quantised(make.weights(make.qwen()), ["int8_tensorwise"]), (1, 16, 1, 10, 12), 3584),
 }
 
 
@@ -65,7 +83,7 @@ def stock(tmp_path_factory):
         if name not in made:
             case = CASES[name]
             path = tmp_path_factory.mktemp(name) / f"{name}.safetensors"
-            model = comfy.sd.load_diffusion_model(str(make.save(path, make.weights(case.config(), torch.float32))))
+            model = comfy.sd.load_diffusion_model(str(make.save(path, case.weights())))
             made[name] = model, case.run(model)
         return made[name]
 
@@ -81,4 +99,4 @@ def test_equal_to_stock(name, mode, stock, pools):
     error = ((ours - expected).abs().max() / expected.abs().max()).item()
     log.info("%s %s: %.1e", name, mode, error)
     assert expected.isfinite().all() and expected.std() > 0
-    assert error == 0 if num_ranks == 1 else error <= LIMIT
+    assert error == 0 if num_ranks == 1 else error <= LIMIT["int8" in name]

@@ -103,11 +103,11 @@ def qwen():
     return comfy.supported_models.QwenImage({"image_model": "qwen_image", **sizes})
 
 
-def wan():
+def wan(kind="WAN21_T2V", **more):
     sizes = {"model_type": "t2v", "patch_size": (1, 2, 2), "in_dim": 16, "out_dim": 16, "dim": 256, "ffn_dim": 256}
     sizes |= {"num_layers": 2, "num_heads": 2, "freq_dim": 256, "text_dim": 4096, "text_len": 512}
     sizes |= {"qk_norm": True, "cross_attn_norm": True, "eps": 1e-6, "window_size": (-1, -1)}
-    return comfy.supported_models.WAN21_T2V({"image_model": "wan2.1", **sizes})
+    return getattr(comfy.supported_models, kind)({"image_model": "wan2.1", **sizes, **more})
 
 
 def save(path, state):
