@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,8 +23,10 @@ class Checkpoint:
     """A diffusion transformer in a safetensors file.
 
     prefix: what its keys start with; infos: header entries without it; config: of the diffusers model.
-    stamp: of the file whose header this is. What the workers load must be that one.
+    stamp: of the file whose header this is. What the workers load must be that one. whose: class it will be, for a log.
     """
+
+    whose: ClassVar[str] = ""
 
     path: str
     prefix: str

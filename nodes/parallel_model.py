@@ -23,7 +23,10 @@ class XDiTParallelModel:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        tooltip = "A MODEL from any loader, with or without LoRA. Flux.1, SD3 / SD3.5 and PixArt can run on a pool."
+        tooltip = (
+            "A MODEL from any loader, with or without LoRA. Flux.1, SD3 / SD3.5 and PixArt run under every method; of "
+            "ComfyUI's other models those listed in docs/models.md, under cfg, dp, ulysses, ring and distri."
+        )
         return {"required": {"model": ("MODEL", {"tooltip": tooltip})}, "optional": {"pool": POOL_INPUT}}
 
     def parallelize(self, model: Any, pool: PoolSetting | None = None) -> tuple[Any]:

@@ -77,7 +77,8 @@ def _why_not(guider: Any, sampler: Any, sigmas: Tensor, *given: Any) -> str | No
 
 def _say(guider: Any, sampler: Any, num_chunks: int, how: str) -> None:
     """The one line about a run."""
-    run, title = guider.inner_model.remote.run, guider.model_patcher.model.checkpoint.shape.title
+    run, checkpoint = guider.inner_model.remote.run, guider.model_patcher.model.checkpoint
+    title = f"{checkpoint.shape.title}{checkpoint.whose}"
     spec = _spec(guider, num_chunks)
     ranks = f"{spec.num_ranks} ranks, " if spec.num_ranks > 1 else ""
     log.info("%s on pool %s (%s%s): %s runs %s", title, run.pool.name, ranks, spec, _name(sampler), how)

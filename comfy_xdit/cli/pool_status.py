@@ -97,7 +97,8 @@ def _model(model: Any) -> str:
         return str(model)
     first, end = model.get("blocks", (0, 0))
     size = sum(model["bytes"].values()) / 2**20
-    text = f"{model['family']} {_file(model['model'])}: blocks {first} to {end - 1}, {size:.0f} MiB"
+    whose = ", ComfyUI's class" if model.get("source") == "ComfyUI" else ""
+    text = f"{model['family']} {_file(model['model'])}{whose}: blocks {first} to {end - 1}, {size:.0f} MiB"
     return f"{text}, LoRA on {model['patches']} weights" if model["patches"] else text
 
 

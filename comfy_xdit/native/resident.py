@@ -19,11 +19,9 @@ class ComfyModel:
     """What a rank holds of `message`, ready to run (`parallel.model.Model`).
 
     module: the transformer. compute_dtype: what its inputs must be. num_channels: of its output, if it is one latent.
-    patches_id: always that of none; misfits: always empty; stage: no block is told apart.
+    patches_id: always that of none; misfits: always empty; stage: all its blocks.
     Raises InputError where ComfyUI finds another model in the file than the host did, and for a class without a plan.
     """
-
-    stage = range(0)
 
     def __init__(self, message: LoadModel, device: torch.device) -> None:
         from .load import load
@@ -45,6 +43,7 @@ class ComfyModel:
         # What a class does around `_forward` (wrappers, scales of its latents) the host does.
         self.module.forward = getattr(self.module, "_forward", self.module.forward)
         self.shape = family.shape(self.module)
+        self.stage = range(self.shape.num_blocks)
         self.compute_dtype: torch.dtype = self._model.get_dtype_inference()
         self.num_channels: int = self._model.latent_format.latent_channels
 

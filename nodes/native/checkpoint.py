@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from comfy_xdit_nodes.native.options import use_comfy
@@ -27,6 +27,8 @@ class ComfyCheckpoint:
 
     message: makes it resident, but for its degrees. num_dims: of its latent. meta: key → tensor without numbers.
     """
+
+    whose: ClassVar[str] = " (ComfyUI's class)"
 
     message: LoadModel
     family: ComfyFamily

@@ -26,7 +26,7 @@ def describe(patcher: Any) -> LoadModel | None:
         return None
     source = source_of(config)
     return LoadModel(
-        model=f"comfy {path} {source.config} {source.cast} {source.fp8}",
+        model="|".join([path, "ComfyUI", source.config, source.dtype, source.cast, str(source.fp8)]),
         path=path,
         prefix="",
         family=source.kind,
