@@ -5,7 +5,7 @@ Dropping it silently would give an image that looks right and isn't.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from comfy.hooks import EnumHookType
@@ -44,19 +44,23 @@ Conds = dict[str, list[dict[str, Any]]]
 def refuse_inside(patcher: Any, model_options: dict[str, Any], conds: Conds) -> None:
     """Raise ValueError, naming every change to the inside of the model, when there is one.
 
-    model_options, conds: those of the run.
+    model_options, conds: those of the run. What the model itself reads of transformer_options may be there.
     """
+    own = getattr(patcher.model.checkpoint.family, "options", ())
     _refuse(
-        *_in_options(model_options.get("transformer_options", {})),
+        *_in_options(model_options.get("transformer_options", {}), own),
         *_in_loop(model_options),
         *_in_patcher(patcher),
         *_in_conds(conds),
     )
 
 
-def refuse_options(options: dict[str, Any]) -> None:
-    """As `refuse_inside`, for the transformer_options of one call: some nodes change them in mid-run."""
-    _refuse(*_in_options(options))
+def refuse_options(options: dict[str, Any], own: Collection[str] = ()) -> None:
+    """As `refuse_inside`, for the transformer_options of one call: some nodes change them in mid-run.
+
+    own: those that the model itself reads, and that go to the workers.
+    """
+    _refuse(*_in_options(options, own))
 
 
 def _refuse(*found: str) -> None:
@@ -64,7 +68,7 @@ def _refuse(*found: str) -> None:
         raise ValueError(f"the pool can't run {'; nor '.join(dict.fromkeys(found))}{INSTEAD}")
 
 
-def _in_options(options: dict[str, Any]) -> list[str]:
+def _in_options(options: dict[str, Any], own: Collection[str] = ()) -> list[str]:
     found = [
         f"the block patch {kind!r} ({name_of(patch)})"
         for kind, patches in options.get("patches", {}).items()
@@ -80,7 +84,7 @@ def _in_options(options: dict[str, Any]) -> list[str]:
         found.append(f"the replaced attention ({name_of(override)})")
     known = HARMLESS | {"patches", "patches_replace", "optimized_attention_override"}
     for name, value in options.items():
-        if name in known or value is None or type(value).__module__ == STATE.get(name):
+        if name in known or name in own or value is None or type(value).__module__ == STATE.get(name):
             continue
         found.append(f"the transformer option {name!r}{name_of_option(name, value)}")
     return found

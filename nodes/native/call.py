@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
-from comfy_xdit_nodes.refuse import HARMLESS, refuse_options
+from comfy_xdit_nodes.refuse import refuse_options
 from torch import Tensor
 
 from comfy_xdit.messages import Tuple
 
-READ_BY_MODELS = ("cond_or_uncond", "sigmas", "sample_sigmas")
-"""Notes of ComfyUI's loop that a transformer may read: they travel, the other harmless ones stay."""
 
-
-def as_call(x: Any, timestep: Any, **named: Any) -> dict[str, Any]:
+def as_call(x: Any, timestep: Any, *, own: Collection[str] = (), **named: Any) -> dict[str, Any]:
     """What `Denoise.calls` holds for the arguments that ComfyUI's model passes to its transformer.
 
+    own: the transformer_options that the transformer reads; others that change nothing stay here.
     Raises ValueError, naming it, for an argument or an option that can't travel.
     """
     options = named.pop("transformer_options", None) or {}
-    refuse_options(options)
-    kept = {name: value for name, value in options.items() if name in READ_BY_MODELS or name not in HARMLESS}
-    # Empty: what patches_replace and the like leave behind when nothing is in them.
-    kept = {name: value for name, value in kept.items() if not (isinstance(value, dict) and not value)}
+    refuse_options(options, own)
+    kept = {name: options[name] for name in own if name in options}
     given = {"x": x, "timestep": timestep, **named, "transformer_options": kept}
     return {name: _tree(name, value) for name, value in given.items() if value is not None}
 

@@ -24,11 +24,9 @@ class ComfyRemoteModel(RemoteModel):
         bound = self._bound(*args, **kwargs)
         x, timestep = (bound.pop(name) for name in list(bound)[:2])
         options = bound.get("transformer_options") or {}
-        call = as_call(x, timestep, **bound)
+        call = as_call(x, timestep, own=self._family.options, **bound)
         if "control" in call:
             raise ValueError("a ControlNet can't run on the pool yet; use the stock sampler for it")
-        kept = call["transformer_options"]
-        call["transformer_options"] = {name: kept[name] for name in self._family.options if name in kept}
         try:
             self._family.check_arguments(call)
         except InputError as error:

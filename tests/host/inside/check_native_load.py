@@ -47,8 +47,7 @@ def stock(patcher, latent, conds):
     forward = net.forward
 
     def noted(*args, **kwargs):
-        # Of these models none reads the loop's notes.
-        seen.append({**as_call(*args, **kwargs), "transformer_options": {}})
+        seen.append(as_call(*args, **kwargs))
         seen.append(forward(*args, **kwargs))
         return seen[-1]
 
@@ -172,13 +171,14 @@ def test_a_rank_reads_its_own_part_only(tmp_path):
 def test_what_a_call_carries():
     x, time = [random(1, 2), random(1, 3)], (random(1), random(2))
     options = {"cond_or_uncond": [0], "uuids": [object()], "wrappers": {"a": print}, "patches_replace": {}}
-    call = as_call(x, time, context=None, transformer_options=options)
+    call = as_call(x, time, own=("cond_or_uncond",), context=None, transformer_options=options)
     assert isinstance(call["timestep"], m.Tuple) and call["timestep"].items == list(time)
     assert call["x"] == x and call["transformer_options"] == {"cond_or_uncond": [0]} and "context" not in call
     with pytest.raises(ValueError, match=r"argument 'payload\.inner', a object"):
         as_call(x, time, payload={"inner": object()})
     with pytest.raises(ValueError, match="'mine'"):
         as_call(x, time, transformer_options={"mine": 1})
+    assert as_call(x, time, own=("mine",), transformer_options={"mine": 1})["transformer_options"] == {"mine": 1}
 
 
 def test_a_model_without_a_file_is_not_described(tmp_path):
