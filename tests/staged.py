@@ -16,7 +16,7 @@ from comfy_xdit.parallel.context import ParallelContext
 from comfy_xdit.parallel.denoise import denoise
 from comfy_xdit.parallel.pipefusion import pipefusion
 from comfy_xdit.parallel.spec import ParallelSpec
-from comfy_xdit.parallel.stages import Absent, block_costs, block_paths, stages
+from comfy_xdit.parallel.stages import block_costs, block_paths, leave_out, stages
 from comfy_xdit.parallel.tensor import keep_own_heads, regions
 from comfy_xdit.trajectory import Operation, SamplerProgram
 from comfy_xdit.weights.resident import load
@@ -32,8 +32,7 @@ def staged_model(*, stage: int = 0, num_stages: int = 1, **options: Any) -> Any:
     model.stage = stages(block_costs(module, plan, hidden=hidden), num_stages)[stage]
     for number, path in enumerate(model.block_paths):
         if number not in model.stage:
-            blocks, _, name = path.rpartition(".")
-            module.get_submodule(blocks)._modules[name] = Absent(plan.streams)
+            leave_out(module, path, plan.streams)
     if stage + 1 < num_stages:
         for name in plan.after_blocks:
             module.get_submodule(name).to("meta")

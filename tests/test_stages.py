@@ -12,7 +12,7 @@ from comfy_xdit.messages import LoadModel, Patch, SetPatches
 from comfy_xdit.models.flux import FLUX
 from comfy_xdit.models.sd3 import SD3
 from comfy_xdit.parallel.spec import AXES, ParallelSpec
-from comfy_xdit.parallel.stages import Absent, block_costs, block_paths, by_name, stages
+from comfy_xdit.parallel.stages import Absent, block_costs, block_paths, stages
 from comfy_xdit.weights.resident import load
 
 AFTER = ("norm_out.", "proj_out.")
@@ -112,28 +112,24 @@ def test_only_own_blocks_are_held(tmp_path, kind, num_stages) -> None:
 
 @pytest.mark.parametrize("kind", ["flux", "sd35", "pixart"])
 def test_stages_one_after_the_other_are_the_model(tmp_path, kind) -> None:
-    """What the last own block gives enters the next stage in place of what its absent blocks let through."""
+    """What a stage's last block gives is what the next stage's absent block before its first gives there."""
     whole, _, models = parts(tmp_path, kind, 3)
-    streams = whole.family.plan.streams
     carried = None
     for model in models:
-        blocks = [model.module.get_submodule(model.block_paths[block]) for block in model.stage]
-        given_streams = carried
-
-        def enter(block, args, kwargs, given_streams=given_streams):
-            return (), {**by_name(streams, args, kwargs), **(given_streams or {})}
+        blocks = [model.module.get_submodule(path) for path in model.block_paths]
+        if carried is not None:
+            blocks[model.stage[0] - 1].register_forward_hook(lambda block, args, out, came=carried: came)
 
         class End(Exception):
             pass
 
-        def leave(block, args, kwargs, out):
+        def leave(block, args, out):
             nonlocal carried
-            carried = dict(zip(streams, out if isinstance(out, tuple) else (out,), strict=True))
+            carried = out
             raise End
 
-        handles = [blocks[0].register_forward_pre_hook(enter, with_kwargs=True)]
         if model is not models[-1]:
-            handles.append(blocks[-1].register_forward_hook(leave, with_kwargs=True))
+            blocks[model.stage[-1]].register_forward_hook(leave)
             with pytest.raises(End):
                 resident.run(model)
         else:

@@ -134,11 +134,15 @@ class Compressed:
 
 
 class AudioVideo(nn.Module):
-    """A pair of streams; each attends to itself and to the other, with a mask made of what the block holds."""
+    """A pair of streams; each attends to itself and to the other, with a mask made of what the block holds.
+
+    strength: the model reads it. more: further outputs.
+    """
 
     def __init__(self):
         super().__init__()
         self.own, self.audio_own, self.video, self.audio = (Attend() for _ in range(4))
+        self.strength, self.more = 0.7, ("more",)
 
     def forward(self, x, steps=None, seen=None, guide=None, options=None):
         video, audio = x
@@ -146,21 +150,22 @@ class AudioVideo(nn.Module):
         mask = None if seen is None else seen.bool()[:, None, None]
         video = video + self.own(video * frames, options=options)
         if not audio.shape[1]:
-            return video, audio, "more"
+            return video, audio, *self.more
         audio = audio + self.audio_own(audio, mask=mask, options=options)
         v, a = self.video(video, audio, mask=mask, options=options), self.audio(audio, video, options=options)
-        return video + v, audio + a, "more"
+        return video + v, audio + a, *self.more
 
 
 class Pair(nn.Module):
     def __init__(self):
         super().__init__()
-        self.blocks = nn.ModuleList([AudioVideo(), AudioVideo()])
+        self.blocks = nn.ModuleList([AudioVideo(), AudioVideo(), AudioVideo()])
 
     def forward(self, x, steps, seen=None, guide=None, options=None):
         for block in self.blocks:
-            *x, more = block(x, steps, seen=seen, guide=guide, options=options)
-            assert more == "more"
+            video, audio, *more = block(x, steps, seen=seen, guide=guide, options=options)
+            assert tuple(more) == block.more
+            x = [video * block.strength, audio]
         return torch.cat(x, 1)
 
 
@@ -233,17 +238,18 @@ GRID = TokenPlan(
     ),
     attention={"blocks.*": Attention(ALL, then=(ALL,), or_fewer=True), "side.*": Attention(ALL, then=(ALL,))},
     join={"head": {"input": Tokens(ALL, grid=3)}},
+    in_order=False,
 )
 
 TOYS = {"joint": (Joint, JOINT), "pair": (Pair, PAIR), "grid": (Grid, GRID)}
 
 
-def call(toy, **sizes):
+def call(toy, *, seed=3, dtype=torch.float64, **sizes):
     """Random arguments of a toy's forward."""
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(seed)
 
     def random(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
     if toy == "grid":
         shape = (3, sizes.get("height", 2), 3)
@@ -334,3 +340,4 @@ def run_damaged(toy, degrees, sizes):
         with contextlib.suppress(Exception):
             found[what] = compute(toy, damaged(), degrees, sizes)[0][0]
     return found
+

@@ -23,9 +23,12 @@ log = logging.getLogger("comfy_xdit")
 Mine = Callable[[str, Tensor], Tensor | None]
 """Name and whole weight → what this rank holds of it, a view where it can be, and None for nothing."""
 
+Part = Callable[[nn.Module], Mine]
+"""The transformer, whose weights are not read yet → what this rank holds; blocks of other stages are left out of it."""
 
-def whole(key: str, weight: Tensor) -> Tensor:
-    return weight
+
+def whole(net: nn.Module) -> Mine:
+    return lambda key, weight: weight
 
 
 def config_hash(config: Any) -> str:
@@ -34,8 +37,10 @@ def config_hash(config: Any) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def load(path: str, told: ComfySource, device: torch.device, mine: Mine = whole) -> tuple[Any, range]:
+def load(path: str, told: ComfySource, device: torch.device, part: Part = whole) -> tuple[Any, range]:
     """ComfyUI's BaseModel of the file, ready to run, and the addresses at which the file is mapped.
+
+    part: which of its weights are for this rank; no others are read.
 
     To be called, and the model to be run, under `torch.inference_mode`. Keys that the file lacks or has beside are
     logged, as ComfyUI does. Raises InputError when ComfyUI finds another model in the file than the host did.
@@ -48,7 +53,7 @@ def load(path: str, told: ComfySource, device: torch.device, mine: Mine = whole)
     model.device = device
     net = model.diffusion_model
     weights = config.process_unet_state_dict(dict(weights))
-    own, elsewhere = _own(net, weights, device, mine)
+    own, elsewhere = _own(net, weights, device, part(net))
     missing, unexpected = net.load_state_dict(own, strict=False, assign=True)
     for what, keys in (("missing", set(missing) - elsewhere), ("unexpected", set(unexpected))):
         if keys:
@@ -115,12 +120,12 @@ def _own(
     own: dict[str, Tensor] = {}
     elsewhere: set[str] = set()
     for key, weight in weights.items():
-        if key.endswith(".comfy_quant"):
-            own[key] = weight  # JSON in bytes, which ComfyUI reads on the CPU
-            continue
         part = mine(key, weight)
         if part is None:
             elsewhere.add(key)
+            continue
+        if key.endswith(".comfy_quant"):
+            own[key] = weight  # JSON in bytes, which ComfyUI reads on the CPU
             continue
         if part.shape != weight.shape and key in dtypes:
             _resize(net, key, part)

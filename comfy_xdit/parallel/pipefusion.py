@@ -24,6 +24,7 @@ from comfy_xdit.trajectory import SamplerProgram
 from .agreement import Agreement
 from .apply import Application, applied
 from .context import ParallelContext
+from .cut import staged
 from .denoise import Piece, deal
 from .links import Inbox, Outbox, Shelf
 from .model import Call
@@ -66,7 +67,7 @@ def pipefusion(
     result = None
     keys, plan = StaleAttention(context), model.family.plan
     once = OncePerEvaluation(model.module, plan)
-    with keys, once, applied(model.module, plan, context, keys) as run, Stage(model, context) as stage:
+    with keys, once, applied(model.module, plan, context, keys) as run, staged(model, context) as stage:
         pipeline = _Pipeline(model, message, conds, context, patches, keys, once, run, stage, post)
         if Agreement(wish_to_stop, context.world).go_on():
             result = pipeline.run(wish_to_stop)
@@ -275,7 +276,10 @@ class _Pipeline:
         self._keys.begin(batch.key, keep=step.evaluation.keeps, first=batch.first, num_rows=batch.num_rows)
         self._once.begin(step.evaluation.number, (batch.key, batch.first))
         self._run.segment = segment.spans
-        out = self._stage.forward(self._model.family.arguments(self._model, call), wants_output=bool(step.patches))
+        arguments = self._model.family.arguments(self._model, call)
+        out = self._stage.forward(
+            lambda: self._model.module(**arguments, return_dict=False)[0], wants_output=bool(step.patches)
+        )
         return self._model.family.output(out, call) if out is not None else None
 
     def _dealt(self, kind: Kind) -> list[_Batch]:

@@ -1,25 +1,26 @@
 """A model's forward of which only one stage's blocks run here: streams come from one rank and go to the next.
 
-The model's own forward runs on every stage; what other stages' blocks would compute arrives by hooks.
+The model's own forward runs on every stage. What the block before the stage's first gives arrives, so the model's code
+between blocks runs where it is needed; and after the stage's last block the forward ends.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from .context import ParallelContext
 from .links import Inbox, Outbox
 from .model import Model
-from .stages import by_name
 
 if TYPE_CHECKING:
     from comfy_xdit.models.base import Family
+
+Made = TypeVar("Made")
 
 
 class PipelineModel(Model, Protocol):
@@ -34,24 +35,22 @@ class PipelineModel(Model, Protocol):
 
 
 class Stage:
-    """Runs `model`'s forward on the pipe axis of `context` inside a `with`.
+    """This rank's stage on the pipe axis of `context`.
 
-    A stage's messages are in order: each `forward` but the first stage's takes one, each but the last's sends one.
+    Its messages are in order: each `forward` but the first stage's takes one, each but the last's sends one.
+    Who hooks a model otherwise than `between` calls `receive` and `leave`.
     """
 
-    def __init__(self, model: PipelineModel, context: ParallelContext) -> None:
-        axis = context.axis("pipe")
+    def __init__(self, context: ParallelContext) -> None:
+        self.axis = axis = context.axis("pipe")
         self.is_first = axis.index == 0
         self.is_last = axis.index == axis.degree - 1
-        self._model = model
-        self._streams = model.family.plan.streams
         # Neighbouring links have different groups, so a stage's sends and receives never wait for each other.
         links = [context.axis(name) for name in ("pipe", "pipe odd")]
         self._inbox = None if self.is_first else Inbox(links[(axis.index - 1) % 2], axis.index - 1)
         self._outbox = None if self.is_last else Outbox(links[axis.index % 2], axis.index + 1)
         self._num_expected = 0
         self._wants_output = True
-        self._handles: list[RemovableHandle] = []
 
     def expect(self, numel: int, dtype: torch.dtype, device: torch.device) -> None:
         """A message of `numel` numbers comes next."""
@@ -64,55 +63,63 @@ class Stage:
         if self._inbox is not None:
             self._inbox.post()
 
-    def forward(self, arguments: Mapping[str, Any], *, wants_output: bool = True) -> Tensor | None:
-        """The model's output on the last stage, where wanted; None otherwise."""
+    def forward(self, run: Callable[[], Made], *, wants_output: bool = True) -> Made | None:
+        """What `run`, which calls the model once, gives on the last stage, where wanted; None otherwise."""
         self._wants_output = wants_output
         try:
-            return self._model.module(**arguments, return_dict=False)[0]
+            return run()
         except _Ended:
             return None
+
+    @property
+    def ends(self) -> bool:
+        """Whether a forward ends after the stage's last block."""
+        return not (self.is_last and self._wants_output)
+
+    @contextlib.contextmanager
+    def between(self, blocks: list[nn.Module], own: range) -> Iterator[None]:
+        """Hooks for a model of which this stage has the blocks `own`, and the others are `Absent`."""
+        handles = [blocks[own[-1]].register_forward_hook(lambda block, args, made: self.leave(made))]
+        if not self.is_first:
+            handles.append(blocks[own[0] - 1].register_forward_hook(lambda block, args, made: self.receive(made)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def settle(self) -> None:
         """Let go of messages sent before the last call of this, which have arrived."""
         if self._outbox is not None:
             self._outbox.settle()
 
-    def __enter__(self) -> Stage:
-        paths = self._model.block_paths
-        own = [self._model.module.get_submodule(paths[number]) for number in self._model.stage]
-        self._handles = [
-            own[0].register_forward_pre_hook(self._enter, with_kwargs=True),
-            own[-1].register_forward_hook(self._leave),
-        ]
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._inbox is None:
-            return args, kwargs
-        given = by_name(self._streams, args, kwargs)
-        # Other stages' blocks let the embedded streams through: they have the shapes of what comes.
-        embedded = [given[name] for name in self._streams]
-        sizes = [x.numel() for x in embedded]
+    def receive(self, like: Any) -> Any:
+        """What the stage before sent: `like`, which is one stream or several, with the numbers that its block made."""
+        assert self._inbox is not None, "nothing comes before the first stage"
+        streams = _streams(like)
+        sizes = [x.numel() for x in streams]
         if not self._num_expected:
-            self.expect(sum(sizes), embedded[0].dtype, embedded[0].device)
+            self.expect(sum(sizes), streams[0].dtype, streams[0].device)
         self._num_expected -= 1
-        parts = self._inbox.take().split(sizes)
-        came = zip(self._streams, parts, embedded, strict=True)
-        return (), {**given, **{name: part.view(x.shape) for name, part, x in came}}
+        parts = iter(self._inbox.take().split(sizes))
+        if isinstance(like, Tensor):
+            return next(parts).view(like.shape)
+        return type(like)(x if x is None else next(parts).view(x.shape) for x in like)
 
-    def _leave(self, block: nn.Module, args: tuple[Any, ...], made: Tensor | tuple[Tensor, ...]) -> None:
+    def leave(self, made: Any) -> None:
+        """The stage's last block gave `made`. It goes to the next stage; the forward ends, unless it is wanted."""
         if self._outbox is not None:
-            streams = made if isinstance(made, tuple) else (made,)
-            self._outbox.send(torch.cat([x.reshape(-1) for x in streams]))
-        elif self._wants_output:
-            return
-        raise _Ended
+            self._outbox.send(torch.cat([x.reshape(-1) for x in _streams(made)]))
+        if self.ends:
+            raise _Ended
+
+
+def _streams(made: Any) -> list[Tensor]:
+    """Those that there are, all of one dtype."""
+    found = [x for x in (made if isinstance(made, (tuple, list)) else (made,)) if x is not None]
+    dtypes = {x.dtype for x in found}
+    assert len(dtypes) == 1, f"one message holds numbers of one type, not of {dtypes}"
+    return found
 
 
 class _Ended(Exception):

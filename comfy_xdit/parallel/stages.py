@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
+from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from comfy_xdit.errors import InputError
 
+from .block_call import Call
 from .plan import ModelPlan
 from .spec import BALANCES
+from .tokens import TokenPlan
 
 TYPICAL_TOKENS = 4096
 """Image tokens of 1024 × 1024 pixels: how much attention counts beside the weights."""  # noqa: RUF001
@@ -50,9 +55,24 @@ def stages(costs: Sequence[int], num_stages: int) -> list[range]:
     return [range(begin, end) for begin, end in zip((0, *ends[:-1]), ends, strict=True)]
 
 
-def block_paths(module: nn.Module, plan: ModelPlan) -> list[str]:
+def block_paths(module: nn.Module, plan: ModelPlan | TokenPlan) -> list[str]:
     """Paths of the module's blocks in the order in which they run."""
-    return [f"{name}.{i}" for name in plan.blocks for i, _ in enumerate(module.get_submodule(name).children())]
+    names = [blocks if isinstance(blocks, str) else blocks.path for blocks in plan.blocks]
+    return [f"{name}.{i}" for name in names for i, _ in enumerate(module.get_submodule(name).children())]
+
+
+def leave_out(module: nn.Module, path: str, gives: tuple[str, ...]) -> None:
+    """Put an `Absent` in the place of a block, which gives these of its arguments."""
+    blocks, _, name = path.rpartition(".")
+    module.get_submodule(blocks)._modules[name] = Absent(module.get_submodule(path), gives)
+
+
+def keep_stage(module: nn.Module, plan: TokenPlan, stage: range) -> None:
+    """Leave out all blocks but those of a stage, numbered as in `block_paths`."""
+    gives = {blocks.path: blocks.gives for blocks in plan.blocks}
+    for number, path in enumerate(block_paths(module, plan)):
+        if number not in stage:
+            leave_out(module, path, gives[path.rpartition(".")[0]])
 
 
 def block_costs(module: nn.Module, plan: ModelPlan, *, hidden: int, balance: str = BALANCES[0]) -> list[int]:
@@ -73,6 +93,37 @@ def block_costs(module: nn.Module, plan: ModelPlan, *, hidden: int, balance: str
     return costs
 
 
+def token_block_costs(module: nn.Module, plan: TokenPlan, balance: str = BALANCES[0]) -> list[int]:
+    """As `block_costs`, for any module with a `TokenPlan`; it needs no weights."""
+    light = {blocks.path: blocks.light for blocks in plan.blocks}
+    costs = []
+    for path in block_paths(module, plan):
+        matrices = _matrices(module.get_submodule(path))
+        if balance == "memory":
+            costs.append(sum(elements for _, elements, _ in matrices))
+            continue
+        few = light[path.rpartition(".")[0]]
+        light_ones = sum(elements for name, elements, _ in matrices if few and name.startswith(few))
+        widths = Counter(width for _, _, width in matrices)
+        # That of the stream, which most matrices read.
+        hidden = max(widths, key=lambda width: (widths[width], width), default=0)
+        all_elements = sum(elements for _, elements, _ in matrices)
+        costs.append(cost_of(all_elements - light_ones, light_ones, hidden=hidden))
+    return costs
+
+
+def _matrices(block: nn.Module) -> list[tuple[str, int, int]]:
+    """(name, elements, width of the input) of what a block multiplies by; a quantised layer has no weight yet."""
+    found = []
+    for name, layer in block.named_modules():
+        if isinstance(width := getattr(layer, "in_features", None), int):
+            found.append((f"{name}.weight", width * int(layer.out_features), width))  # type: ignore[arg-type]
+            continue
+        weights = layer.named_parameters(name, recurse=False)
+        found += [(key, weight.numel(), weight.shape[-1]) for key, weight in weights if weight.dim() >= 2]
+    return found
+
+
 def cost_of(image_elements: int, text_elements: int, *, hidden: int) -> int:
     """The time of a block, relative to other blocks.
 
@@ -85,25 +136,32 @@ def cost_of(image_elements: int, text_elements: int, *, hidden: int) -> int:
 
 
 class Absent(nn.Module):
-    """Stands for a block of another stage: holds nothing, and lets the streams through unchanged.
+    """Stands for a block of another stage: no weight of it is here, and its outputs are no numbers (NaN).
 
-    It keeps the other blocks' places in their list, so that paths and numbers mean the same on every stage.
-    streams: the arguments that a block returns, as `ModelPlan.streams` says.
+    It keeps the other blocks' places in their list, so that paths and numbers mean the same on every stage. It has the
+    block's attributes, which a model's code between blocks may read; weights among them are on the meta device.
+    gives: the arguments that a block returns, in its order, named as `Call` says.
+    signature: of the block's forward.
     """
 
-    def __init__(self, streams: tuple[str, ...]) -> None:
+    def __init__(self, block: nn.Module, gives: tuple[str, ...]) -> None:
         super().__init__()
-        self._streams = streams
+        # Not a submodule: nothing of it is to be loaded, moved, or counted.
+        self.__dict__["block"] = block.to("meta")
+        self.signature = inspect.signature(block.forward)
+        self._gives = gives
 
-    def forward(self, *args: Tensor, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
-        given = by_name(self._streams, args, kwargs)
-        through = tuple(given[name] for name in self._streams)
-        return through if len(through) > 1 else through[0]
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        call = Call(self.signature, args, kwargs)
+        # Not what came in: code that used it for a block's output would give a wrong picture, and nobody would know.
+        made = tuple(x if x is None else torch.full_like(x, torch.nan) for x in map(call.get, self._gives))
+        return made if len(made) > 1 else made[0]
 
-
-def by_name(streams: tuple[str, ...], args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a block by keyword."""
-    return dict(zip(streams, args, strict=False)) | kwargs
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["block"], name)
 
 
 def _least_limit(sums: list[int], num_stages: int) -> int:

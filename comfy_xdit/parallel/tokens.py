@@ -67,11 +67,14 @@ class Blocks:
     first of those in a tuple, a list, or `*x`. Arguments that are not named stay whole.
     gives: the arguments that come back, in the order of the block's outputs; further outputs stay as they are. They
     tell how many tokens each stream has.
+    light: starts of the names of a block's weights that multiply few tokens or none, as a text's and a modulation's do:
+    they weigh, but take no time.
     """
 
     path: str
     takes: dict[str, Rule]
     gives: tuple[str, ...]
+    light: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         assert self.gives, f"{self.path} gives nothing"
@@ -120,11 +123,14 @@ class TokenPlan:
     what the rank holds, as cross-attention to a whole text is.
     join: module → its arguments → tokens, which are joined before it runs. Without any, what the last block of the
     last list gives is joined.
+    in_order: each block runs once in a forward, list after list, and what a block gives only the next one needs. Else
+    no pipeline can be made of them.
     """
 
     blocks: tuple[Blocks, ...]
     attention: dict[str, Attention]
     join: dict[str, dict[str, Tokens]] = dataclasses.field(default_factory=dict)
+    in_order: bool = True
 
     def __post_init__(self) -> None:
         known = {stream for blocks in self.blocks for _, rule in blocks.given for stream in rule.streams}

@@ -25,14 +25,21 @@ from comfy_xdit.errors import InputError
 
 from .apply import find
 from .attention import Attend, Layer, SequenceAttention
+from .block_call import Call
 from .context import ParallelContext
 from .seam import Seam
 from .sequence import join
+from .stage import Stage
+from .stage_blocks import StageBlocks
+from .stages import Absent
 from .token_shards import TokenShards
 from .tokens import Attention, Blocks, TokenPlan, Tokens
 
 OVERRIDE = "optimized_attention_override"
 """Under which name ComfyUI's models look for another attention in their `transformer_options`."""
+
+Lists = list[tuple[Blocks, list[tuple[str, nn.Module]]]]
+"""Each list of blocks: its rule, and its blocks with their paths."""
 
 KNOWN = {"scale", "enable_gqa", "transformer_options", "low_precision_attention", "_inside_attn_wrapper"}
 """What a call of the override may hold more; only the scale makes a difference here."""
@@ -40,17 +47,23 @@ KNOWN = {"scale", "enable_gqa", "transformer_options", "low_precision_attention"
 
 @contextlib.contextmanager
 def whole_shaped(
-    module: nn.Module, plan: TokenPlan, context: ParallelContext, attend: Attend | None = None
+    module: nn.Module,
+    plan: TokenPlan,
+    context: ParallelContext,
+    attend: Attend | None = None,
+    stage: Stage | None = None,
 ) -> Iterator[WholeShaped]:
     """`module` computes with its tokens spread over `context`'s sequence axis inside the `with`.
 
     Every rank of the axis calls the module with the same whole arguments, and gets the whole output.
     attend: what its attention modules do; by default exact sequence parallelism.
+    stage: of a pipeline, where the other stages' blocks are `Absent`; the module is then called in its `forward`.
     Yields the engine, whose `attend` is the override for attention.
-    Raises ValueError where the plan names what the module doesn't have; in a forward InputError for what the plan
-    refuses, and RuntimeError, which names the module, where attention or a join was passed by.
+    Raises ValueError where the plan names what the module doesn't have, InputError where no pipeline can be made of its
+    blocks; in a forward InputError for what the plan refuses, and RuntimeError, which names the module, where
+    attention, a join or a block was passed by.
     """
-    work = WholeShaped(module, plan, context, attend or SequenceAttention(context))
+    work = WholeShaped(module, plan, context, attend or SequenceAttention(context), stage)
     try:
         work.hook()
         yield work
@@ -61,11 +74,14 @@ def whole_shaped(
 class WholeShaped:
     """One plan on one module: the hooks, and this rank's shards in the forward that runs."""
 
-    def __init__(self, module: nn.Module, plan: TokenPlan, context: ParallelContext, method: Attend) -> None:
+    def __init__(
+        self, module: nn.Module, plan: TokenPlan, context: ParallelContext, method: Attend, stage: Stage | None = None
+    ) -> None:
         self.module = module
         self.plan = plan
         self.axis = context.axis("sequence")
         self.method = method
+        self.stage = StageBlocks(module, plan, stage) if stage is not None else None
         self.shards = TokenShards(axis=self.axis)
         self.doors: list[Door] = []
         self.running: list[Door] = []
@@ -77,21 +93,21 @@ class WholeShaped:
     def hook(self) -> None:
         add = self.handles.append
         add(self.module.register_forward_pre_hook(self._begin, with_kwargs=True))
-        lists = [(rule, [block for _, block in self._required(f"{rule.path}.*")]) for rule in self.plan.blocks]
-        for rule, blocks in lists:
-            for block in blocks:
-                add(block.register_forward_pre_hook(self._entering(rule, _signature(block, rule)), with_kwargs=True))
+        lists = [(rule, self._required(f"{rule.path}.*")) for rule in self.plan.blocks]
+        blocks = [(number, block, rule) for number, (rule, block) in enumerate(_each(lists))]
+        for number, block, rule in blocks:
+            enter = self._entering(number, rule, _signature(block, rule))
+            add(block.register_forward_pre_hook(enter, with_kwargs=True))
         for pattern, attention in self.plan.attention.items():
-            for path, child in self._required(pattern):
+            for path, child in self._attending(pattern, lists):
                 door = Door(path, attention, self)
                 self.doors.append(door)
                 add(child.register_forward_pre_hook(door.enter))
                 add(child.register_forward_hook(door.leave, always_call=True))
         # After those of attention: a block may itself be the module that attends.
-        last = [block for _, blocks in lists for block in blocks][-1]
-        for rule, blocks in lists:
-            for block in blocks:
-                add(block.register_forward_hook(self._leaving(rule, joins=block is last and not self.plan.join)))
+        for number, block, rule in blocks:
+            joins = number + 1 == len(blocks) and not self.plan.join
+            add(block.register_forward_hook(self._leaving(number, rule, joins=joins)))
         for path, arguments in self.plan.join.items():
             ((_, child),) = self._required(path)
             add(child.register_forward_pre_hook(self._joining(path, arguments), with_kwargs=True))
@@ -102,6 +118,13 @@ class WholeShaped:
         if not found:
             raise ValueError(f"{type(self.module).__name__} has no {pattern}; the plan is for another version of it")
         return found
+
+    def _attending(self, pattern: str, lists: Lists) -> list[tuple[str, nn.Module]]:
+        """The modules that attend and are here; none where all blocks of their list are other stages'."""
+        absent = [rule.path for rule, found in lists if all(isinstance(block, Absent) for _, block in found)]
+        if pattern.startswith(tuple(f"{path}." for path in absent)):
+            return []
+        return [(path, child) for path, child in self._required(pattern) if not isinstance(child, Absent)]
 
     def unhook(self) -> None:
         for handle in self.handles:
@@ -117,6 +140,8 @@ class WholeShaped:
         self.due.clear()
         for door in self.doors:
             door.num_runs = 0
+        if self.stage is not None:
+            self.stage.begin()
         options = kwargs.get("transformer_options")
         if options is None:
             return args, kwargs
@@ -125,6 +150,8 @@ class WholeShaped:
 
     def _settle(self) -> None:
         """The forward is over: no attention went past the engine, and nothing that was cut stays so."""
+        if self.stage is not None:
+            self.stage.settle()
         for door in self.doors:
             door.settle()
         if self.due:
@@ -132,18 +159,26 @@ class WholeShaped:
 
     # A block's call.
 
-    def _entering(self, rule: Blocks, signature: inspect.Signature) -> Callable[..., Any]:
+    def _passes(self, number: int) -> bool:
+        """Whether the block's inputs and outputs are of no matter here: another stage's."""
+        return self.stage is not None and self.stage.passes(number)
+
+    def _entering(self, number: int, rule: Blocks, signature: inspect.Signature) -> Callable[..., Any]:
+        passes = self._passes(number)
+
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             assert not self.in_block, f"a block of {rule.path} inside of another block"
             call = Call(signature, args, kwargs)
             tensors = [(call.get(name), tokens) for name, tokens in rule.given]
             self.shards.learn([(x, tokens) for x, tokens in tensors if x is not None])
             self._need_enough()
-            for name, what in rule.takes.items():
-                if call.has(name):
-                    call.set(name, self.shards.narrow(call.get(name), what))
-            self.in_block = True
             self.has_cut = self.shards.cuts
+            for name, what in rule.takes.items():
+                if call.has(name) and not passes:
+                    call.set(name, self.shards.narrow(call.get(name), what))
+            if self.stage is not None:
+                self.stage.enter(number, [call.get(name) for name in rule.gives])
+            self.in_block = not passes
             return call.bound.args, call.bound.kwargs
 
         return hook
@@ -163,10 +198,17 @@ class WholeShaped:
         if short:
             self.shards.axis = self.axis.alone
 
-    def _leaving(self, rule: Blocks, *, joins: bool) -> Callable[..., Any]:
+    def _leaving(self, number: int, rule: Blocks, *, joins: bool) -> Callable[..., Any]:
+        passes = self._passes(number)
+
         def hook(module: nn.Module, args: Any, out: Any) -> Any:
             self.in_block = False
-            if not self.shards.cuts:
+            if self.stage is not None and not passes:
+                if self.stage.ends_with(number):
+                    for door in self.doors:
+                        door.settle()
+                out = self.stage.leave(number, rule, out)
+            if passes or not self.shards.cuts:
                 return out
             self.due = set() if joins else set(self.plan.join) or {"its output"}
             back = self.shards.joined if joins else self.shards.whole_shaped
@@ -305,45 +347,16 @@ class Door(Seam):
         return self.engine.ask(self, q, k, v, **more)
 
 
-class Call:
-    """A block's arguments, by the names that a plan uses: "x", and "x.0" for the first of several in `x`."""
-
-    def __init__(self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.bound = signature.bind(*args, **kwargs)
-        kinds = {parameter.kind: name for name, parameter in signature.parameters.items()}
-        self._further: dict[str, Any] = self.bound.arguments.get(kinds.get(inspect.Parameter.VAR_KEYWORD, ""), {})
-
-    def _holder(self, name: str) -> dict[str, Any]:
-        return self._further if name in self._further else self.bound.arguments
-
-    def has(self, path: str) -> bool:
-        """Whether the argument was given, and has so many items."""
-        name, _, item = path.partition(".")
-        holder = self._holder(name)
-        return name in holder and (not item or int(item) < len(holder[name]))
-
-    def get(self, path: str) -> Any:
-        """None where it was not given."""
-        if not self.has(path):
-            return None
-        name, _, item = path.partition(".")
-        value = self._holder(name)[name]
-        return value[int(item)] if item else value
-
-    def set(self, path: str, value: Any) -> None:
-        """The caller's own tuple or list stays as it is."""
-        name, _, item = path.partition(".")
-        holder = self._holder(name)
-        if item:
-            items = list(holder[name])
-            items[int(item)] = value
-            value = type(holder[name])(items)
-        holder[name] = value
+def _each(lists: Lists) -> Iterator[tuple[Blocks, nn.Module]]:
+    """The blocks in the plan's order, and their rules."""
+    for rule, found in lists:
+        for _, block in found:
+            yield rule, block
 
 
 def _signature(block: nn.Module, rule: Blocks) -> inspect.Signature:
     """Of the block's forward. Raises ValueError where it doesn't take what the plan says."""
-    signature = inspect.signature(block.forward)
+    signature = block.signature if isinstance(block, Absent) else inspect.signature(block.forward)
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
     unknown = {name.partition(".")[0] for name in rule.takes} - signature.parameters.keys()
     if unknown and not takes_any:

@@ -14,7 +14,7 @@ from comfy_xdit.messages import LoadModel, Patch, SetPatches
 from comfy_xdit.models import FAMILIES, comfy_layout
 from comfy_xdit.models.base import Family
 from comfy_xdit.parallel.spec import ModelShape, WeightShare
-from comfy_xdit.parallel.stages import Absent, block_costs, block_paths, stages
+from comfy_xdit.parallel.stages import block_costs, block_paths, leave_out, stages
 from comfy_xdit.parallel.tensor import Region, keep_own_heads, regions
 from comfy_xdit.weights.fit import check_patch, fitting
 from comfy_xdit.weights.header import FLOATS
@@ -167,8 +167,7 @@ class ResidentModel:
         """Empty the module of what is on other stages; returns how the names of its weights begin."""
         others = [path for number, path in enumerate(self.block_paths) if number not in self.stage]
         for path in others:
-            blocks, _, name = path.rpartition(".")
-            self.module.get_submodule(blocks)._modules[name] = Absent(self.family.plan.streams)
+            leave_out(self.module, path, self.family.plan.streams)
         if self.share.stage != self.share.num_stages - 1:
             others += self.family.plan.after_blocks
         return tuple(f"{path}." for path in others)
