@@ -105,7 +105,8 @@ class LoadModel(Message):
 class Patch(Message):
     """One LoRA-like change of one weight, in ComfyUI's key layout.
 
-    key: without "diffusion_model." and ".weight" kept, e.g. "double_blocks.0.img_attn.qkv.weight".
+    key: without "diffusion_model." and ".weight" kept, e.g. "double_blocks.0.img_attn.qkv.weight"; as checkpoints spell
+    it, and for a model of ComfyUI's own class as that class does.
     kind: "lora", "loha", "lokr", "glora", "oft", "boft", "diff", "set".
     weights: the adapter's tuple as ComfyUI orders it: tensors, floats and None.
     new = strength_model · base + strength · change, on rows or columns `offset` = [dim, start, length]

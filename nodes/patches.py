@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Container
 from typing import Any
 
 import comfy.lora
@@ -18,13 +18,32 @@ KINDS = ("lora", "loha", "lokr", "glora", "oft", "boft")
 MODEL = "diffusion_model."
 
 
-def encode_patches(patches: dict[str, list[tuple[Any, ...]]]) -> list[Patch]:
+def file_key(key: str) -> str:
+    """A weight's name in the checkpoint: newer versions of ComfyUI rename Flux's norm scales."""
+    key = key.removeprefix(MODEL)
+    for norm in ("query_norm", "key_norm"):
+        if key.endswith(f".{norm}.weight"):
+            return key.removesuffix("weight") + "scale"
+    return key
+
+
+def own_key(key: str) -> str:
+    """A weight's name in the transformer. Raises ValueError for what is beside it."""
+    if not key.startswith(MODEL):
+        raise ValueError(f"the pool can't apply a patch to {key}, which is no weight of the transformer")
+    return key.removeprefix(MODEL)
+
+
+def encode_patches(
+    patches: dict[str, list[tuple[Any, ...]]], spelled: Callable[[str], str] = file_key
+) -> list[Patch]:
     """ComfyUI's patches as messages, key after key, each key's in their order.
 
     patches: weight → [(strength, value, strength_model, offset, function)].
+    spelled: what the workers call a weight: `own_key` for a model of ComfyUI's own class.
     Raises ValueError, naming the weight, for what a worker can't do.
     """
-    return [_encode(key, *entry) for key, entries in patches.items() for entry in entries]
+    return [_encode(key, spelled(key), *entry) for key, entries in patches.items() for entry in entries]
 
 
 def param_bytes(model: torch.nn.Module, patched: Container[str], storage: torch.dtype, compute: torch.dtype) -> float:
@@ -38,21 +57,18 @@ def param_bytes(model: torch.nn.Module, patched: Container[str], storage: torch.
     return storage.itemsize + (compute.itemsize - storage.itemsize) * touched / total
 
 
-def file_key(key: str) -> str:
-    """A weight's name in the checkpoint: newer versions of ComfyUI rename Flux's norm scales."""
-    key = key.removeprefix(MODEL)
-    for norm in ("query_norm", "key_norm"):
-        if key.endswith(f".{norm}.weight"):
-            return key.removesuffix("weight") + "scale"
-    return key
-
-
 def _encode(
-    key: str, strength: float, value: Any, strength_model: float, offset: Any = None, function: Any = None
+    key: str,
+    spelled: str,
+    strength: float,
+    value: Any,
+    strength_model: float,
+    offset: Any = None,
+    function: Any = None,
 ) -> Patch:
     kind, weights = _value(key, value)
     return Patch(
-        key=file_key(key),
+        key=spelled,
         kind=kind,
         weights=weights,
         strength=float(strength),

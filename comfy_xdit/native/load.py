@@ -6,6 +6,7 @@ with them.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -37,8 +38,51 @@ def config_hash(config: Any) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def load(path: str, told: ComfySource, device: torch.device, part: Part = whole) -> tuple[Any, range]:
-    """ComfyUI's BaseModel of the file, ready to run, and the addresses at which the file is mapped.
+SMALL_BYTES = 4096
+"""What is no longer than a page is kept beside the model, wherever it came from."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A model, and what its file has for it. Weights are named as the transformer names them.
+
+    model: ComfyUI's BaseModel, ready to run. addresses: those at which the file is mapped.
+    shapes: of the weights that ComfyUI patches, whole, whatever part of them is here; None for those that it never
+    patches: buffers, and parameters of modules that have modules with parameters.
+    elsewhere: names of what other ranks hold; cut: names of what they hold a part of.
+    """
+
+    model: Any
+    addresses: range
+    shapes: dict[str, tuple[int, ...] | None]
+    elsewhere: frozenset[str]
+    cut: frozenset[str]
+    _base: dict[str, Tensor]
+    _lost: frozenset[str]
+    _device: torch.device
+
+    def can_restore(self, layer: str) -> bool:
+        """Whether all weights of the module `layer` can be had from the file again."""
+        return layer not in self._lost
+
+    def restore(self, layers: set[str]) -> None:
+        """Give these modules, which `can_restore`, their whole weights again, as they were after the load."""
+        net = self.model.diffusion_model
+        weights = {key: weight for key, weight in self._base.items() if layer_of(key) in layers}
+        own: dict[str, dict[str, Tensor]] = {layer: {} for layer in layers}
+        for key, value in _own(net, weights, self._device, whole(net))[0].items():
+            own[layer_of(key)][key.rpartition(".")[2]] = value
+        for layer, values in own.items():
+            _assign(net.get_submodule(layer), values, self._device)
+
+
+def layer_of(key: str) -> str:
+    """The path of the module that holds the weight `key`."""
+    return key.rpartition(".")[0]
+
+
+def load(path: str, told: ComfySource, device: torch.device, part: Part = whole) -> Loaded:
+    """ComfyUI's model of the file, with the host's choices, and how its weights are had again.
 
     part: which of its weights are for this rank; no others are read.
 
@@ -47,22 +91,31 @@ def load(path: str, told: ComfySource, device: torch.device, part: Part = whole)
     """
     weights, metadata = read(path)
     addresses = _span(list(weights.values()))
-    config, weights = _configured(weights, metadata, told)
+    config, weights = configured(weights, metadata, told)
     # On the CPU, whatever the device: there memory that is never touched is never taken.
     model = config.get_model(weights, "", device=None)
     model.device = device
     net = model.diffusion_model
+    shapes = _shapes(net)
     weights = config.process_unet_state_dict(dict(weights))
     own, elsewhere = _own(net, weights, device, part(net))
-    missing, unexpected = net.load_state_dict(own, strict=False, assign=True)
+    cut = {key for key, value in own.items() if value.shape != weights[key].shape}
+    missing, unexpected = _assign(net, own, device)
     for what, keys in (("missing", set(missing) - elsewhere), ("unexpected", set(unexpected))):
         if keys:
             log.warning("unet %s: %s", what, sorted(keys))
-    net.requires_grad_(False)
-    net.to(device)
-    if _channels_last():
-        net.to(memory_format=torch.channels_last)
-    return model, addresses
+    # What was computed from the file is not kept: it would be in memory twice.
+    base = {key: one for key, one in weights.items() if one.nbytes <= SMALL_BYTES or one.data_ptr() in addresses}
+    return Loaded(
+        model=model,
+        addresses=addresses,
+        shapes=shapes,
+        elsewhere=frozenset(elsewhere),
+        cut=frozenset(cut),
+        _base=base,
+        _lost=frozenset(layer_of(key) for key in (shapes.keys() | weights.keys()) - base.keys()),
+        _device=device,
+    )
 
 
 def read(path: str) -> tuple[dict[str, Tensor], dict[str, str] | None]:
@@ -80,7 +133,7 @@ def _span(views: list[Tensor]) -> range:
     return range(min(begins, default=0), max(ends, default=0))
 
 
-def _configured(weights: dict[str, Tensor], metadata: Any, told: ComfySource) -> tuple[Any, dict[str, Tensor]]:
+def configured(weights: dict[str, Tensor], metadata: Any, told: ComfySource) -> tuple[Any, dict[str, Tensor]]:
     """ComfyUI's configuration of the file with the host's choices, and the weights as it names them."""
     import comfy.model_detection as detection
     import comfy.utils
@@ -105,6 +158,16 @@ def _configured(weights: dict[str, Tensor], metadata: Any, told: ComfySource) ->
     return config, weights
 
 
+def _assign(layer: Any, own: dict[str, Tensor], device: torch.device) -> tuple[list[str], list[str]]:
+    """Make `own` its weights, ready to run; returns the names that are missing and those that are too many."""
+    missing, unexpected = layer.load_state_dict(own, strict=False, assign=True)
+    layer.requires_grad_(False)
+    layer.to(device)
+    if _channels_last():
+        layer.to(memory_format=torch.channels_last)
+    return missing, unexpected
+
+
 def _own(
     net: nn.Module, weights: dict[str, Tensor], device: torch.device, mine: Mine
 ) -> tuple[dict[str, Tensor], set[str]]:
@@ -112,7 +175,9 @@ def _own(
 
     On a CPU a weight that has its dtype in the file stays a view of it.
     """
-    dtypes = {key: value.dtype for key, value in (*net.named_parameters(), *net.named_buffers())}
+    held = (*net.named_parameters(), *net.named_buffers())
+    # A quantised weight calls itself what it is computed in, and is loaded as it lies in the file.
+    dtypes = {key: value.dtype for key, value in held if not hasattr(value, "__tensor_flatten__")}
     for layer in net.modules():
         # Layers that may be quantised put their weights where they were made.
         if made_with := cast("dict[str, Any]", getattr(layer, "factory_kwargs", None)):
@@ -138,6 +203,23 @@ def _resize(net: nn.Module, key: str, part: Tensor) -> None:
     path, _, name = key.rpartition(".")
     empty = torch.empty(part.shape, dtype=part.dtype, device="meta")
     net.get_submodule(path)._parameters[name] = nn.Parameter(empty, requires_grad=False)
+
+
+def _shapes(net: nn.Module) -> dict[str, tuple[int, ...] | None]:
+    """As `Loaded.shapes`; of the model before its weights are loaded."""
+    shapes: dict[str, tuple[int, ...] | None] = {name: None for name, _ in net.named_buffers()}
+    for path, layer in net.named_modules():
+        is_whole = not any(_own_shapes(child) for child in layer.modules() if child is not layer)
+        for name, shape in _own_shapes(layer).items():
+            shapes[f"{path}.{name}".lstrip(".")] = shape if is_whole else None
+    return shapes
+
+
+def _own_shapes(layer: nn.Module) -> dict[str, tuple[int, ...]]:
+    shapes = {name: tuple(value.shape) for name, value in layer.named_parameters(recurse=False)}
+    # Layers that may be quantised have no weight before they are loaded.
+    late = getattr(layer, "_orig_shape", None)
+    return shapes if late is None else {"weight": tuple(late), **shapes}
 
 
 def _channels_last() -> bool:

@@ -19,12 +19,13 @@ class ComfyModel:
     """What a rank holds of `message`, ready to run (`parallel.model.Model`).
 
     module: the transformer. compute_dtype: what its inputs must be. num_channels: of its output, if it is one latent.
-    patches_id: always that of none; misfits: always empty; stage: all its blocks.
+    stage: all its blocks.
     Raises InputError where ComfyUI finds another model in the file than the host did, and for a class without a plan.
     """
 
     def __init__(self, message: LoadModel, device: torch.device) -> None:
         from .load import load
+        from .patches import Patches
 
         assert message.source is not None
         family = family_of(message.source.kind)
@@ -32,13 +33,12 @@ class ComfyModel:
             raise InputError(f"the workers have no plan for {message.source.kind}; sample it without the pool")
         self.key = message.model
         self.family: ComfyFamily = family
-        self.patches_id = ""
-        self.misfits: list[list[str]] = []
-        self.num_patched = 0
         try:
-            self._model, self._addresses = load(message.path, message.source, device)
+            loaded = load(message.path, message.source, device)
         except InputError as error:
             raise InputError(f"{os.path.basename(message.path)}: {error}") from None
+        self._model, self._addresses = loaded.model, loaded.addresses
+        self._patches = Patches(loaded, device)
         self.module: nn.Module = self._model.diffusion_model
         # What a class does around `_forward` (wrappers, scales of its latents) the host does.
         self.module.forward = getattr(self.module, "_forward", self.module.forward)
@@ -48,10 +48,20 @@ class ComfyModel:
         self.num_channels: int = self._model.latent_format.latent_channels
 
     def set_patches(self, message: SetPatches) -> int:
-        """Raises InputError for any patch."""
-        if message.patches:
-            raise InputError(f"the pool can't patch (LoRA) {self.family.title} yet; remove the LoRA")
-        return 0
+        """As `Patches.set`."""
+        return self._patches.set(message)
+
+    @property
+    def patches_id(self) -> str:
+        return self._patches.id
+
+    @property
+    def misfits(self) -> list[list[str]]:
+        return self._patches.misfits
+
+    @property
+    def num_patched(self) -> int:
+        return self._patches.num_patched
 
     def bytes_held(self) -> dict[str, int]:
         """Bytes of the weights here: in the map ("mapped", shared by all processes) and elsewhere ("private")."""

@@ -153,8 +153,8 @@ def test_a_rank_reads_its_own_part_only(tmp_path):
             return None
         return weight[: weight.shape[0] // 2] if key.startswith("single_blocks.0.linear1") else weight
 
-    model, _ = load(str(path), source, torch.device("cpu"), lambda net: mine)
-    whole, _ = load(str(path), source, torch.device("cpu"))
+    model = load(str(path), source, torch.device("cpu"), lambda net: mine).model
+    whole = load(str(path), source, torch.device("cpu")).model
     net = model.diffusion_model
     wanted = whole.diffusion_model.single_blocks[0].linear1.weight
     own = net.single_blocks[0].linear1.weight
