@@ -17,7 +17,7 @@ from comfy_xdit_nodes.export import is_copy
 from comfy_xdit_nodes.named import name_of
 from comfy_xdit_nodes.native.checkpoint import ComfyCheckpoint, comfy_checkpoint
 from comfy_xdit_nodes.native.remote import ComfyRemoteModel
-from comfy_xdit_nodes.patches import encode_patches, param_bytes
+from comfy_xdit_nodes.patches import encode_patches, file_key, own_key, param_bytes
 from comfy_xdit_nodes.pool import PoolSetting
 from comfy_xdit_nodes.refuse import INSTEAD
 from comfy_xdit_nodes.remote import Load, RemoteModel
@@ -90,11 +90,12 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         checkpoint: Checkpoint | ComfyCheckpoint = self.model.checkpoint
         cast = self.get_model_object("manual_cast_dtype")
         storage = self.model.get_dtype()
+        spelled = own_key if isinstance(checkpoint, ComfyCheckpoint) else file_key
         return Load(
             model=checkpoint.load(storage=storage, compute=cast or storage, balance=self.setting.balance),
             patches_id=str(self.patches_uuid) if self.patches else "",
             # Of the patches, not of this MODEL: the run keeps it, and must not keep what it runs for.
-            patches=partial(encode_patches, self.patches),
+            patches=partial(encode_patches, self.patches, spelled),
             param_bytes=param_bytes(self.model, self.patches, storage, cast or storage),
         )
 

@@ -9,7 +9,6 @@ from comfy_xdit_worker.service import Service
 from comfy_xdit.errors import InputError
 from comfy_xdit.messages import ComfySource, Denoise, LoadModel, Tuple, UseComfy, decode, encode
 from comfy_xdit.native.boot import boot, kitchen_version, sources_of, version_of
-from comfy_xdit.native.resident import require_one_rank
 from comfy_xdit.parallel.spec import ParallelSpec
 
 CPU = torch.device("cpu")
@@ -54,14 +53,6 @@ def test_any_change_of_its_sources_counts(checkout):
     (checkout / "comfy" / "ops.py").write_text("")
     assert sources_of(str(checkout)) != before
     assert version_of(str(checkout)) == "0.33.0"
-
-
-def test_one_rank_only():
-    require_one_rank(ParallelSpec(), 1)
-    with pytest.raises(InputError, match="ulysses=2"):
-        require_one_rank(ParallelSpec(ulysses=2), 2)
-    with pytest.raises(InputError, match="the pool has 2"):
-        require_one_rank(ParallelSpec(), 2)
 
 
 def test_the_messages_cross():

@@ -9,9 +9,11 @@ import native_models as make
 import pytest
 import torch
 from check_lora import lora_file, random
-from check_native_load import FAMILIES, FLUX, stock
+from check_native_load import FLUX, stock
+from check_native_sample import CASES
 from comfy_xdit_nodes.native.options import use_comfy
 from comfy_xdit_nodes.native.source import describe
+from comfy_xdit_nodes.patcher import parallelize
 from comfy_xdit_nodes.patches import encode_patches, own_key
 
 from comfy_xdit import messages as m
@@ -309,22 +311,34 @@ def test_faults_leave_the_model_without_patches(models_of, monkeypatch):
         fails(patches, text, error)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_families(family, tmp_path):
-    config, latent, conds = FAMILIES[family]
-    path = make.save(tmp_path / f"{family}.safetensors", make.weights(config()))
-    patcher = comfy.sd.load_diffusion_model(str(path))
-    names = [name for name, value in patcher.model.named_parameters() if "blocks" in name and value.ndim == 2]
-    name = names[0].removesuffix(".weight")
-    lora = lora_file("lora", name, *shape_of(patcher, name)) | lora_file("lora", names[-1][:-7], 3, 4)
-    patched = dressed(patcher, lora)
-    worker = Worker(patcher)
-    comfy.model_management.load_models_gpu([patched])
-    output, call = stock(patched, latent, conds)
-    worker.wear(patched.patches)
-    assert len(worker.patches.misfits) == 1
-    assert torch.equal(worker.run(call), output)
-    worker.wear({})
-    comfy.model_management.load_models_gpu([patcher])
-    plain, _ = stock(patcher, latent, conds)
-    assert not torch.equal(plain, output) and torch.equal(worker.run(call), plain)
+def block_lora(patcher, kind):
+    """A LoRA on the first and the last matrix of a model's blocks, and one that does not fit."""
+    names = [name[:-7] for name, value in patcher.model.named_parameters() if "blocks" in name and value.ndim == 2]
+    first, last = names[0], names[-1]
+    return (
+        lora_file(kind, first, *shape_of(patcher, first))
+        | lora_file("lora", last, *shape_of(patcher, last))
+        | lora_file("lora", names[1], 3, 4)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "form"), [("wan", None), ("wan", "int8_tensorwise"), ("qwen", None), ("qwen", "nvfp4")]
+)
+def test_workflows_of_other_families(name, form, tmp_path, pools, caplog):
+    """Loaders and LoRA nodes, ours, a sampler: LoRA before it, after it, and off again."""
+    case = CASES[name]
+    weights = make.weights(case.config())
+    path = make.save(tmp_path / f"{name}.safetensors", make.quantised(weights, [form]) if form else weights)
+    model = comfy.sd.load_diffusion_model(str(path))
+    lora, pool = block_lora(model, "lokr"), pools(1)
+    patched = dressed(model, lora)
+    expected, plain = case.run(patched), case.run(model)
+    assert not torch.equal(expected, plain)
+    ours = parallelize(model, pool)
+    caplog.clear()
+    assert torch.equal(case.run(parallelize(patched, pool)), expected)
+    said = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert len(said) == 1 and said[0].startswith("ERROR lora diffusion_model."), "as stock ComfyUI says it"
+    assert torch.equal(case.run(ours), plain)
+    assert torch.equal(case.run(dressed(ours, lora)), expected)
