@@ -74,10 +74,6 @@ def _on_meta(value: Any) -> Any:
 def without_numbers(module: torch.nn.Module, device: torch.device) -> None:
     """Have a module that was built on the meta device say that its parameters and buffers are on `device`."""
     for part in module.modules():
-        # Layers of ComfyUI's that may be quantised have no weight before they are loaded.
-        if hasattr(part, "_orig_shape") and getattr(part, "weight", None) is None:
-            late = torch.empty(part._orig_shape, dtype=part.factory_kwargs["dtype"], device="meta")
-            part.weight = torch.nn.Parameter(late, requires_grad=False)
         for name, parameter in part.named_parameters(recurse=False):
             part._parameters[name] = torch.nn.Parameter(AbsentWeight(parameter, device), requires_grad=False)
         for name, buffer in part.named_buffers(recurse=False):

@@ -97,10 +97,9 @@ def build(config: Any, infos: dict[str, Tensor], remote: RemoteModel) -> Any:
 
 def _complete(transformer: torch.nn.Module, infos: dict[str, Tensor]) -> None:
     for path, part in transformer.named_modules():
-        for name in [name for name, weight in part._parameters.items() if weight is None]:
-            like = infos.get(f"{path}.{name}")
-            if like is not None:
-                part._parameters[name] = torch.nn.Parameter(torch.empty_like(like, device=META), requires_grad=False)
+        like = infos.get(f"{path}.weight")
+        if like is not None and getattr(part, "weight", None) is None:
+            part.weight = torch.nn.Parameter(torch.empty_like(like, device=META), requires_grad=False)
 
 
 def _refuse_saving(*args: Any, **kwargs: Any) -> Any:

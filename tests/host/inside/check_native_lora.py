@@ -328,7 +328,7 @@ def block_lora(patcher, kind):
 def test_workflows_of_other_families(name, form, tmp_path, pools, caplog):
     """Loaders and LoRA nodes, ours, a sampler: LoRA before it, after it, and off again."""
     case = CASES[name]
-    weights = make.weights(case.config())
+    weights = make.weights(getattr(make, name)())
     path = make.save(tmp_path / f"{name}.safetensors", make.quantised(weights, [form]) if form else weights)
     model = comfy.sd.load_diffusion_model(str(path))
     lora, pool = block_lora(model, "lokr"), pools(1)
