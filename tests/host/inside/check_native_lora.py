@@ -18,6 +18,7 @@ from comfy_xdit_nodes.patches import encode_patches, own_key
 
 from comfy_xdit import messages as m
 from comfy_xdit.errors import InputError
+from comfy_xdit.parallel.spec import ParallelSpec
 
 log = logging.getLogger("comfy_xdit")
 
@@ -35,12 +36,12 @@ KINDS = ("lora", "dora", "loha", "lokr", "glora", "oft", "boft", "diff", "set")
 class Worker:
     """What a rank does for a model, in this process."""
 
-    def __init__(self, patcher, mine=None):
+    def __init__(self, patcher, part=None):
         from comfy_xdit.native.load import load, whole
         from comfy_xdit.native.patches import Patches
 
         message = describe(patcher)
-        self.loaded = load(message.path, message.source, CPU, mine or whole)
+        self.loaded = load(message.path, message.source, CPU, part or whole)
         self.patches = Patches(self.loaded, CPU)
 
     def wear(self, patches, name="a"):
@@ -247,7 +248,7 @@ def test_a_rank_with_a_part_of_the_model(tmp_path):
     path = make.save(tmp_path / "flux.safetensors", make.flux("mixed"))
     patcher = comfy.sd.load_diffusion_model(str(path))
     whole = Worker(patcher)
-    part = Worker(patcher, mine=lambda key, weight: None if key.startswith("double_blocks.0") else weight)
+    part = Worker(patcher, part=lambda net: lambda key, weight: None if key.startswith("double_blocks.0") else weight)
     wrong = lora_file("lora", "diffusion_model.double_blocks.0.txt_mlp.0", 40, 24)
     patches = dressed(patcher, *some_loras(patcher), wrong).patches
     assert whole.wear(patches) == 7 and part.wear(patches) == 4
@@ -255,10 +256,36 @@ def test_a_rank_with_a_part_of_the_model(tmp_path):
     here = {key: value for key, value in whole.tensors().items() if not key.startswith("double_blocks.0")}
     there = {key: value for key, value in part.tensors().items() if key in here}
     assert not different(there, here)
-    cut = Worker(patcher, mine=lambda key, weight: weight[:8] if key == "single_blocks.0.linear2.bias" else weight)
+    bias = "single_blocks.0.linear2.bias"
+    cut = Worker(patcher, part=lambda net: lambda key, weight: weight[:8] if key == bias else weight)
     with pytest.raises(InputError, match="tensor=1"):
         cut.wear(patches)
     assert cut.wear({}) == 0
+
+
+@pytest.mark.parametrize("form", [None, "nvfp4"])
+def test_a_stage_of_a_pipeline(form, tmp_path):
+    from comfy_xdit.native.families import family_of
+    from comfy_xdit.native.stage import keep_share
+
+    weights = make.weights(make.wan())
+    path = make.save(tmp_path / "wan.safetensors", make.quantised(weights, [form]) if form else weights)
+    patcher = comfy.sd.load_diffusion_model(str(path))
+    patches = dressed(patcher, block_lora(patcher, "lora")).patches
+    whole = Worker(patcher)
+    assert whole.wear(patches) == 3
+    expected, count = whole.tensors(), 0
+    for rank in range(2):
+        share = ParallelSpec(pipe=2).weights_of(rank, "time")
+        stage = Worker(patcher, part=lambda net, share=share: keep_share(net, family_of("WAN21_T2V"), share)[1])
+        base = stage.tensors()
+        count += stage.wear(patches)
+        assert stage.patches.misfits == whole.patches.misfits and len(whole.patches.misfits) == 1
+        worn = stage.tensors()
+        assert not different(worn, {key: expected[key] for key in worn})
+        stage.wear({})
+        assert not different(stage.tensors(), base)
+    assert count == 3
 
 
 def test_weights_that_were_computed_from_the_file(tmp_path, monkeypatch):

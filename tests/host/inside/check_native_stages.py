@@ -63,7 +63,7 @@ def test_two_stages_one_after_the_other_are_the_model(described, caplog):
     path, source = described
     came, held = None, []
     with torch.inference_mode():
-        whole, _ = load(path, source, torch.device("cpu"))
+        whole = load(path, source, torch.device("cpu")).model
         dtype = whole.get_dtype_inference()
         x, context = torch.randn(1, 16, 3, 8, 6).to(dtype), torch.randn(1, 9, 4096).to(dtype)
         call = {"x": x, "timestep": torch.tensor([700.0]), "context": context}
@@ -79,7 +79,7 @@ def test_two_stages_one_after_the_other_are_the_model(described, caplog):
 
             caplog.clear()
             with caplog.at_level(logging.WARNING):
-                model, _ = load(path, source, torch.device("cpu"), part)
+                model = load(path, source, torch.device("cpu"), part).model
             assert not caplog.records
             net = model.diffusion_model
             paths = block_paths(net, WAN.plan)
