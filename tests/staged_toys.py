@@ -32,6 +32,7 @@ class Line(nn.Module):
 PLANS = {
     "joint": JOINT,
     "pair": PAIR,
+    "grid": GRID,
     "line": TokenPlan(blocks=GRID.blocks[:1], attention={"blocks.*": GRID.attention["blocks.*"]}),
 }
 
