@@ -74,7 +74,7 @@ class Single(nn.Module):
 
     def forward(self, x, pe, place, **further):
         x = x + self.attn[0](x, None, pe) * further["gain"]
-        kinds = torch.where(torch.arange(x.shape[1]) < place, 0.5, 2.0)
+        kinds = torch.where(torch.arange(x.shape[1], device=x.device) < place, 0.5, 2.0).to(x.dtype)
         return x + self.out(x).tanh() * kinds[:, None]
 
 
