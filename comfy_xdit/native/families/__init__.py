@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from comfy_xdit.native.family import ComfyFamily
 
+from .chroma import CHROMA
+from .flux import FLUX, FLUX2
+from .hunyuan import HUNYUAN, HUNYUAN15
+from .krea import KREA2
+from .ltx import LTXV
+from .ltx2 import LTXAV
+from .lumina import LUMINA
+from .minimax import MINIMAX
+from .pixart import PIXART
 from .qwen import QWEN
-from .wan import WAN
+from .sd3 import SD3
+from .wan import VACE, WAN
 
-FAMILIES: dict[str, ComfyFamily] = {family.name: family for family in (QWEN, WAN)}
+ALL = (MINIMAX, LTXAV, LTXV, QWEN, LUMINA, WAN, VACE, KREA2, FLUX, FLUX2, CHROMA, HUNYUAN, HUNYUAN15, SD3, PIXART)
+
+FAMILIES: dict[str, ComfyFamily] = {family.name: family for family in ALL}
 """By name."""
 
-_BY_KIND = {kind: family for family in FAMILIES.values() for kind in family.kinds}
+_BY_KIND = {kind: family for family in ALL for kind in family.kinds}
 
 
 def family_of(kind: str) -> ComfyFamily | None:

@@ -1,0 +1,16 @@
+"""Chroma: Flux.1's blocks, modulated by vectors that are made once for all of them."""
+
+from __future__ import annotations
+
+from comfy_xdit.native.family import ComfyFamily
+
+from .flux import PLAN
+
+CHROMA = ComfyFamily(
+    name="chroma",
+    title="Chroma",
+    kinds=("Chroma",),
+    plan=PLAN,
+    num_heads=lambda transformer: transformer.num_heads,
+    rows=("context", "y", "guidance", "attention_mask"),
+)

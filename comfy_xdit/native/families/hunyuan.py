@@ -1,0 +1,30 @@
+"""HunyuanVideo 1.0 and 1.5, and HunyuanImage 2.1: Flux.1's blocks over a video; 1.5 has no single ones."""
+
+from __future__ import annotations
+
+from comfy_xdit.native.family import ComfyFamily
+from comfy_xdit.parallel.tokens import Attention, TokenPlan
+
+from .flux import BOTH, DOUBLE, PLAN
+
+HUNYUAN = ComfyFamily(
+    name="hunyuan-video",
+    title="HunyuanVideo",
+    kinds=("HunyuanVideo", "HunyuanVideoI2V", "HunyuanVideoSkyreelsI2V", "HunyuanImage21", "HunyuanImage21Refiner"),
+    plan=PLAN,
+    num_heads=lambda transformer: transformer.num_heads,
+    rows=("context", "y", "guidance", "attention_mask", "guiding_frame_index", "ref_latent", "txt_byt5"),
+    constants=("disable_time_r",),
+    options=("sigmas", "sample_sigmas"),
+)
+
+HUNYUAN15 = ComfyFamily(
+    name="hunyuan-video-1.5",
+    title="HunyuanVideo 1.5",
+    kinds=("HunyuanVideo15", "HunyuanVideo15_SR_Distilled"),
+    plan=TokenPlan(blocks=(DOUBLE,), attention={"double_blocks.*": Attention(BOTH)}),
+    num_heads=lambda transformer: transformer.num_heads,
+    rows=("context", "y", "guidance", "attention_mask", "txt_byt5", "clip_fea"),
+    constants=("disable_time_r",),
+    options=("sigmas", "sample_sigmas"),
+)

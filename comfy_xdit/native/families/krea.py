@@ -1,0 +1,27 @@
+"""Krea 2: text, image and references in one sequence."""
+
+from __future__ import annotations
+
+from comfy_xdit.native.family import ComfyFamily
+from comfy_xdit.parallel.tokens import Attention, Blocks, Index, TokenPlan, Tokens
+
+ALL = ("all",)
+
+KREA2 = ComfyFamily(
+    name="krea2",
+    title="Krea 2",
+    kinds=("Krea2",),
+    plan=TokenPlan(
+        blocks=(
+            Blocks(
+                path="blocks",
+                takes={"x": Tokens(ALL), "freqs": Tokens(ALL, dim=2), "timestep_zero_index": Index(ALL)},
+                gives=("x",),
+            ),
+        ),
+        attention={"blocks.*.attn": Attention(ALL)},
+    ),
+    num_heads=lambda transformer: transformer.heads,
+    rows=("context", "ref_latents"),
+    constants=("ref_latents_method",),
+)

@@ -1,0 +1,35 @@
+"""Z-Image, Z-Image Omni and Lumina 2: an image that is refined by itself, then after its caption."""
+
+from __future__ import annotations
+
+from comfy_xdit.native.family import ComfyFamily
+from comfy_xdit.parallel.tokens import Attention, Blocks, Ranges, TokenPlan, Tokens
+
+IMAGE = ("image",)
+BOTH = ("caption", "image")
+"""The caption's part holds all that comes before the images: captions of references, and what SigLIP saw."""
+
+LUMINA = ComfyFamily(
+    name="z-image",
+    title="Z-Image",
+    kinds=("ZImage", "Lumina2"),
+    plan=TokenPlan(
+        blocks=(
+            Blocks(
+                path="noise_refiner",
+                takes={"x": Tokens(IMAGE), "freqs_cis": Tokens(IMAGE), "timestep_zero_index": Ranges(IMAGE)},
+                gives=("x",),
+            ),
+            Blocks(
+                path="layers",
+                takes={"x": Tokens(BOTH), "freqs_cis": Tokens(BOTH), "timestep_zero_index": Ranges(BOTH)},
+                gives=("x",),
+            ),
+        ),
+        attention={"noise_refiner.*.attention": Attention(IMAGE), "layers.*.attention": Attention(BOTH)},
+    ),
+    num_heads=lambda transformer: transformer.layers[0].attention.n_local_heads,
+    rows=("context", "attention_mask", "clip_text_pooled", "ref_latents", "ref_contexts", "siglip_feats"),
+    constants=("num_tokens",),
+    options=("rope_options",),
+)

@@ -1,0 +1,29 @@
+"""MiniMax-H3: text, conditions, sound and video in one sequence, which has no dim of the batch."""
+
+from __future__ import annotations
+
+from comfy_xdit.native.family import ComfyFamily
+from comfy_xdit.parallel.tokens import Attention, Blocks, Ranges, TokenPlan, Tokens
+
+ALL = ("all",)
+
+MINIMAX = ComfyFamily(
+    name="minimax-h3",
+    title="MiniMax-H3",
+    kinds=("MiniMaxH3",),
+    plan=TokenPlan(
+        blocks=(
+            Blocks(
+                path="blocks",
+                takes={"x": Tokens(ALL, dim=0), "mod_segments": Ranges(ALL), "rope_freqs": Tokens(ALL)},
+                gives=("x",),
+            ),
+        ),
+        attention={"blocks.*.attn": Attention(ALL)},
+    ),
+    num_heads=lambda transformer: transformer.blocks[0].attn.num_heads,
+    rows=("context",),
+    # It takes one row only, so what belongs to it is the same for all.
+    constants=("minimax_payload",),
+    options=("minimax_h3_sigma_shift_video", "minimax_h3_sigma_shift_audio"),
+)

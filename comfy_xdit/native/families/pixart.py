@@ -1,0 +1,21 @@
+"""PixArt: image tokens, and a text that each rank holds whole."""
+
+from __future__ import annotations
+
+from comfy_xdit.native.family import ComfyFamily
+from comfy_xdit.parallel.tokens import Attention, Blocks, TokenPlan, Tokens
+
+IMAGE = ("image",)
+
+PIXART = ComfyFamily(
+    name="pixart",
+    title="PixArt",
+    kinds=("PixArtAlpha", "PixArtSigma"),
+    plan=TokenPlan(
+        blocks=(Blocks(path="blocks", takes={"x": Tokens(IMAGE)}, gives=("x",)),),
+        # It passes no options on to its attention.
+        attention={"blocks.*.attn": Attention(IMAGE, seam="sdpa")},
+    ),
+    num_heads=lambda transformer: transformer.num_heads,
+    rows=("context", "c_size", "c_ar"),
+)

@@ -1,0 +1,24 @@
+"""SD3 and SD3.5: text and image attend together, and the image once more by itself in some blocks."""
+
+from __future__ import annotations
+
+from comfy_xdit.native.family import ComfyFamily
+from comfy_xdit.parallel.tokens import Attention, Blocks, TokenPlan, Tokens
+
+SD3 = ComfyFamily(
+    name="sd3",
+    title="SD3",
+    kinds=("SD3",),
+    plan=TokenPlan(
+        blocks=(
+            Blocks(
+                path="joint_blocks",
+                takes={"args.0": Tokens(("text",)), "args.1": Tokens(("image",))},
+                gives=("args.0", "args.1"),
+            ),
+        ),
+        attention={"joint_blocks.*": Attention(("text", "image"), then=(("image",),), or_fewer=True)},
+    ),
+    num_heads=lambda transformer: transformer.joint_blocks[0].x_block.attn.num_heads,
+    rows=("context", "y"),
+)

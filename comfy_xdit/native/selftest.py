@@ -1,0 +1,160 @@
+"""Whether a family's plan holds for the ComfyUI at hand: its own classes, tiny, on N ranks against one.
+
+A plan is written for what a model's code did when it was read. Another version may join text and image in the other
+order, and the picture is wrong without an error. So the real class is made with few and small blocks and random
+weights, called with every argument that the family names, and compared. The ranks are threads (`thread_ranks.py`).
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from comfy_xdit.errors import InputError
+from comfy_xdit.parallel.context import ParallelContext
+from comfy_xdit.parallel.spec import ParallelSpec
+from comfy_xdit.parallel.thread_ranks import on_threads
+from comfy_xdit.parallel.tokens import TokenPlan
+from comfy_xdit.parallel.whole_shaped import whole_shaped
+
+from .family import ComfyFamily
+from .subject import Call, Config, Subject, build, exists
+
+LIMIT = 1e-4
+"""The largest relative difference of N ranks from one, in fp32: roundings stay a hundred times below it."""
+
+SPECS = (ParallelSpec(ulysses=2), ParallelSpec(ring=3))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What came of one call. error: relative, the worst rank's; infinite where it failed, and `why` says how."""
+
+    call: str
+    error: float
+    why: str = ""
+
+    @property
+    def holds(self) -> bool:
+        return self.error <= LIMIT
+
+
+def selftest(
+    family: ComfyFamily,
+    subjects: Iterable[Subject],
+    specs: Iterable[ParallelSpec] = SPECS,
+    real: dict[str, Config] | None = None,
+) -> list[Outcome]:
+    """Each call of each subject on each spec; none where this ComfyUI has none of the kinds.
+
+    real: kind → the configuration of a file that is to be run; the other kinds are then left out.
+    Nothing is raised for what a model or the plan does. ComfyUI must be imported, for a CPU and with torch's attention.
+    """
+    found: list[Outcome] = []
+    for subject in subjects:
+        if exists(subject.kind) and (real is None or subject.kind in real):
+            found += _outcomes(family.plan, subject, list(specs), (real or {}).get(subject.kind))
+    return found
+
+
+def verdict(family: ComfyFamily, outcomes: Iterable[Outcome], version: str) -> str:
+    """Why the family is refused with this ComfyUI, "" where it is not."""
+    failed = next((outcome for outcome in outcomes if not outcome.holds), None)
+    if failed is None:
+        return ""
+    how = failed.why or f"another result, by {failed.error:.1e}"
+    return (
+        f"{family.title} is not run on several GPUs with ComfyUI {version}: its self-test failed at {failed.call} "
+        f"({how}); use a pool of one device, or another version of ComfyUI"
+    )
+
+
+def _outcomes(plan: TokenPlan, subject: Subject, specs: list[ParallelSpec], real: Config | None) -> Iterator[Outcome]:
+    try:
+        config = subject.configured(real)
+        model = build(subject.kind, config)
+        calls = subject.calls(config)
+        refused = subject.refused(config) if subject.refused else {}
+    except Exception as error:
+        yield Outcome(call=f"{subject.kind}, which could not be made", error=math.inf, why=_text(error))
+        return
+    for name, call in {**calls, **refused}.items():
+        title = f"{subject.kind} {name}"
+        try:
+            expected = on_one(model, call)
+        except Exception as error:
+            yield Outcome(call=f"{title} on one rank", error=math.inf, why=_text(error))
+            continue
+        for spec in specs:
+            if name in refused:
+                why = why_not_refused(model, plan, spec, call)
+                yield Outcome(call=f"{title} on {spec}, refused", error=math.inf if why else 0.0, why=why)
+                continue
+            difference, why = compared(model, plan, spec, call, expected)
+            yield Outcome(call=f"{title} on {spec}", error=difference, why=why)
+
+
+def on_one(model: nn.Module, call: Call) -> list[Tensor]:
+    """What the model gives by itself. Raises ValueError where that shows nothing."""
+    with torch.inference_mode():
+        out = _tensors(run(model, call))
+    if not all(part.isfinite().all() and part.std() > 0 for part in out):
+        raise ValueError("the tiny model gives no usable numbers")
+    return out
+
+
+def compared(
+    model: nn.Module, plan: TokenPlan, spec: ParallelSpec, call: Call, expected: list[Tensor]
+) -> tuple[float, str]:
+    """The relative difference of the worst rank, and why it is infinite where it is."""
+    try:
+        answers = on_threads(spec, lambda context: _on_rank(model, plan, call, context))
+    except Exception as error:
+        return math.inf, _text(error)
+    pairs = [pair for out in answers for pair in zip(out, expected, strict=True)]
+    worst = max(((got - wanted).norm() / wanted.norm()).item() for got, wanted in pairs)
+    return (worst, "") if math.isfinite(worst) else (math.inf, "numbers that are none")
+
+
+def why_not_refused(model: nn.Module, plan: TokenPlan, spec: ParallelSpec, call: Call) -> str:
+    """"" where the plan refuses the call."""
+    try:
+        on_threads(spec, lambda context: _on_rank(model, plan, call, context))
+    except InputError:
+        return ""
+    except Exception as error:
+        return _text(error)
+    return "it was not refused"
+
+
+def _on_rank(model: nn.Module, plan: TokenPlan, call: Call, context: ParallelContext) -> list[Tensor]:
+    with torch.inference_mode(), whole_shaped(_twin(model), plan, context) as engine:
+        out = _tensors(run(engine.module, call))
+    if not context.traffic.bytes:
+        raise ValueError("nothing was cut")
+    return out
+
+
+def run(model: nn.Module, call: Call) -> Any:
+    """One evaluation, with a copy of the call: models write into what they are given."""
+    named = {"transformer_options": {}, **copy.deepcopy(call)}
+    return model(named.pop("x"), named.pop("timestep"), **named)
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    """A module with the same weights, to which hooks can be added."""
+    return copy.deepcopy(model, {id(weight): weight for weight in (*model.parameters(), *model.buffers())})
+
+
+def _tensors(out: Any) -> list[Tensor]:
+    return list(out) if isinstance(out, (list, tuple)) else [out]
+
+
+def _text(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]

@@ -1,0 +1,102 @@
+"""The self-test on a toy: a plan that holds passes; one that doesn't is refused in words, as is what shows nothing."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from token_toys import JOINT, PAIR, call, lines, toy_model
+
+from comfy_xdit.native import selftest as under_test
+from comfy_xdit.native.family import ComfyFamily
+from comfy_xdit.native.selftest import LIMIT, selftest, verdict
+from comfy_xdit.native.subject import Subject
+from comfy_xdit.parallel.spec import ParallelSpec
+
+
+class Options(torch.nn.Module):
+    """A toy whose options and places of arguments are those of ComfyUI's transformers."""
+
+    def __init__(self, toy):
+        super().__init__()
+        self.toy, self.module = toy, toy_model(toy)
+
+    def forward(self, x, timestep, transformer_options, **named):
+        override = transformer_options.get("optimized_attention_override")
+        return self.module(x, timestep, options={"override": override} if override else {}, **named)
+
+
+def inside(plan):
+    """The plan of a toy, for the module that holds it."""
+    blocks = tuple(dataclasses.replace(blocks, path=f"module.{blocks.path}") for blocks in plan.blocks)
+    attention = {f"module.{path}": rule for path, rule in plan.attention.items()}
+    return dataclasses.replace(plan, blocks=blocks, attention=attention)
+
+
+def family(plan):
+    return ComfyFamily(name="toy", title="Toy", kinds=("Toy",), plan=inside(plan), num_heads=lambda toy: 6, rows=())
+
+
+def toy_call(toy, **sizes):
+    first, second, *rest = (found := call(toy, **sizes))
+    return {"x": found[first], "timestep": found[second], **{name: found[name] for name in rest}}
+
+
+def subject(toy, refused=None, **sizes):
+    calls = {"masked": toy_call(toy, masked=True), "plain": toy_call(toy, **sizes)}
+    return Subject(
+        kind="Toy", config={"toy": toy}, small=("toy",), calls=lambda config: calls, refused=refused
+    )
+
+
+@pytest.fixture(autouse=True)
+def toys(monkeypatch):
+    monkeypatch.setattr(under_test, "exists", lambda kind: kind == "Toy")
+    monkeypatch.setattr(under_test, "build", lambda kind, config: Options(config["toy"]))
+
+
+@pytest.mark.parametrize(("toy", "plan"), [("joint", JOINT), ("pair", PAIR)])
+def test_a_plan_that_holds(toy, plan):
+    outcomes = selftest(family(plan), [subject(toy)])
+    assert [outcome.call for outcome in outcomes][:2] == ["Toy masked on ulysses=2", "Toy masked on ring=3"]
+    assert len(outcomes) == 4 and all(outcome.error <= 1e-12 and outcome.holds for outcome in outcomes)
+    assert verdict(family(plan), outcomes, "1.2.3") == ""
+
+
+GIVEN = ("doubles img", "doubles txt", "singles x")
+"""Lines without which there is no plan."""
+
+
+@pytest.mark.parametrize("what", [what for what, _ in lines("joint") if what not in GIVEN])
+def test_a_damaged_line_is_refused(what):
+    damaged = dict(lines("joint"))[what]()
+    outcomes = selftest(family(damaged), [subject("joint")])
+    assert "Toy is not run on several GPUs with ComfyUI 1.2.3" in verdict(family(damaged), outcomes, "1.2.3")
+
+
+def test_another_result_is_told_by_its_difference():
+    damaged = dict(lines("pair"))["blocks steps"]()
+    (outcome, *_) = selftest(family(damaged), [subject("pair")], [ParallelSpec(ulysses=2)])
+    assert not outcome.holds and (outcome.why or LIMIT < outcome.error < math.inf)
+
+
+def test_what_is_cut_nowhere_shows_nothing():
+    outcomes = selftest(family(JOINT), [subject("joint", text=1)], [ParallelSpec(ulysses=2)])
+    assert [outcome.why for outcome in outcomes] == ["", "ValueError: nothing was cut"]
+
+
+def test_what_a_plan_refuses_must_be_refused():
+    def refused(config):
+        return {"guided": {**toy_call("pair"), "guide": 1}}
+
+    spec = [ParallelSpec(ulysses=2)]
+    assert all(outcome.holds for outcome in selftest(family(PAIR), [subject("pair", refused)], spec))
+    takes = {name: rule for name, rule in PAIR.blocks[0].takes.items() if name != "guide"}
+    open_plan = dataclasses.replace(PAIR, blocks=(dataclasses.replace(PAIR.blocks[0], takes=takes),))
+    outcomes = selftest(family(open_plan), [subject("pair", refused)], spec)
+    assert [outcome.why for outcome in outcomes if not outcome.holds] == ["it was not refused"]
+
+
+def test_kinds_that_are_not_there_are_left_out():
+    assert selftest(family(JOINT), [dataclasses.replace(subject("joint"), kind="Newer")]) == []
+    assert selftest(family(JOINT), [subject("joint")], real={"Other": {}}) == []
