@@ -59,7 +59,8 @@ def sample_whole(
         except NotAProgram as found:
             reason = str(found)
         else:
-            _say(guider, sampler, _num_chunks(job), f"as a whole on the workers, {len(job.program.calls)} evaluations")
+            how = f"as a whole on the workers, {len(job.program.calls)} evaluations"
+            _say(guider, sampler, _num_chunks(job), how + _price_of_whole(guider, _num_chunks(job), noise.shape[0]))
             return _run(guider, job, callback, disable_pbar).to(noise.device)
     num_chunks = count_chunks(guider)
     price = _price(_spec(guider, num_chunks), num_chunks * noise.shape[0])
@@ -93,16 +94,27 @@ def _price(spec: ParallelSpec, num_rows: int) -> str:
     """What becomes of the approximate methods when a step comes by itself; num_rows: it evaluates so many."""
     if spec.distri > 1:
         return "; distri waits for fresh keys there, so it is exact"
-    if spec.pipe > 1:
-        # Here: it brings the engine, which ComfyUI's start need not wait for.
-        from comfy_xdit.parallel.drained import share_of_time
+    return _price_of_stages(spec, num_rows)
 
-        share = share_of_time(math.ceil(num_rows / (spec.cfg * spec.dp)), spec.pipe)
-        return (
-            f"; the pipeline of {spec.pipe} stages runs empty after every evaluation there, so it is exact, "
-            f"and each rank works {share:.0%} of the time"
-        )
-    return ""
+
+def _price_of_whole(guider: Any, num_chunks: int, num_images: int) -> str:
+    """The same of a whole run: only models of ComfyUI's own classes have no PipeFusion yet."""
+    if not guider.model_patcher.model.checkpoint.whose:
+        return ""
+    return _price_of_stages(_spec(guider, num_chunks), num_chunks * num_images)
+
+
+def _price_of_stages(spec: ParallelSpec, num_rows: int) -> str:
+    if spec.pipe == 1:
+        return ""
+    # Here: it brings the engine, which ComfyUI's start need not wait for.
+    from comfy_xdit.parallel.drained import share_of_time
+
+    share = share_of_time(math.ceil(num_rows / (spec.cfg * spec.dp)), spec.pipe)
+    return (
+        f"; the pipeline of {spec.pipe} stages runs empty after every evaluation there, so it is exact, "
+        f"and each rank works {share:.0%} of the time"
+    )
 
 
 def _name(sampler: Any) -> str:

@@ -88,7 +88,7 @@ class Residents:
 
     def _load(self, message: m.LoadModel) -> ResidentModel | ComfyModel:
         if message.source is not None:
-            return ComfyModel(message, self._device)
+            return ComfyModel(message, self._device, message.spec.weights_of(self._rank, message.balance))
         from comfy_xdit.weights.resident import load
 
         return load(message, self._device, rank=self._rank)

@@ -22,7 +22,7 @@ OF_THE_LATENT = ("concat", "latent_shapes")
 """Parts of a conditioning in `messages.Sample` that say how the transformer's x is made of the sampler's latent."""
 
 METHODS = ("dp", "cfg", "distri", "ring", "ulysses")
-"""The parallel methods that there are for these models."""
+"""The parallel methods that there are for all of these models."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,8 @@ class ComfyFamily:
         """What limits the degrees of this model; it may be one without weights."""
         num_blocks = sum(len(list(transformer.get_submodule(blocks.path).children())) for blocks in self.plan.blocks)
         heads = self.num_heads(transformer)
-        return ModelShape(title=self.title, num_heads=heads, num_blocks=num_blocks, methods=METHODS)
+        methods = (*METHODS, "pipe") if self.plan.in_order else METHODS
+        return ModelShape(title=self.title, num_heads=heads, num_blocks=num_blocks, methods=methods)
 
     def check_arguments(self, call: Call) -> None:
         """Raises InputError, naming it, for an argument that these models can't be given on a pool."""

@@ -10,20 +10,26 @@ from torch import Tensor, nn
 
 from comfy_xdit.errors import InputError
 from comfy_xdit.messages import LoadModel, SetPatches
+from comfy_xdit.parallel.spec import ModelShape, WeightShare
 
 from .families import family_of
 from .family import ComfyFamily
+from .load import Mine
+from .stage import keep_share
 
 
 class ComfyModel:
     """What a rank holds of `message`, ready to run (`parallel.model.Model`).
 
     module: the transformer. compute_dtype: what its inputs must be. num_channels: of its output, if it is one latent.
-    stage: all its blocks.
+    share: this rank's part; no other weights are read. stage: its blocks, numbered through the plan's lists.
     Raises InputError where ComfyUI finds another model in the file than the host did, and for a class without a plan.
     """
 
-    def __init__(self, message: LoadModel, device: torch.device) -> None:
+    shape: ModelShape
+    stage: range
+
+    def __init__(self, message: LoadModel, device: torch.device, share: WeightShare) -> None:
         from .load import load
         from .patches import Patches
 
@@ -33,8 +39,14 @@ class ComfyModel:
             raise InputError(f"the workers have no plan for {message.source.kind}; sample it without the pool")
         self.key = message.model
         self.family: ComfyFamily = family
+
+        def part(net: nn.Module) -> Mine:
+            self.shape = family.shape(net)
+            self.stage, mine = keep_share(net, family, share)
+            return mine
+
         try:
-            loaded = load(message.path, message.source, device)
+            loaded = load(message.path, message.source, device, part)
         except InputError as error:
             raise InputError(f"{os.path.basename(message.path)}: {error}") from None
         self._model, self._addresses = loaded.model, loaded.addresses
@@ -42,8 +54,6 @@ class ComfyModel:
         self.module: nn.Module = self._model.diffusion_model
         # What a class does around `_forward` (wrappers, scales of its latents) the host does.
         self.module.forward = getattr(self.module, "_forward", self.module.forward)
-        self.shape = family.shape(self.module)
-        self.stage = range(self.shape.num_blocks)
         self.compute_dtype: torch.dtype = self._model.get_dtype_inference()
         self.num_channels: int = self._model.latent_format.latent_channels
 

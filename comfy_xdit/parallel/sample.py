@@ -19,6 +19,7 @@ from .cut import cut
 from .denoise import check_calls, evaluate
 from .distri import DistriKeys
 from .model import Call, Model
+from .plan import ModelPlan
 
 if TYPE_CHECKING:
     from .stage import PipelineModel
@@ -41,14 +42,14 @@ def sample(
     post: takes each progress entry {"step", "total", "denoised"}; called on rank 0.
     wish_to_stop: asked before each evaluation; one rank's yes stops all.
     Every rank replays the sampler on the whole latent, which costs next to nothing; only the model's
-    evaluations are shared out; on a pipe axis see `pipefusion`.
+    evaluations are shared out; on a pipe axis see `pipefusion`, or, for a model with a `TokenPlan`, `drained`: exact.
     Collective over all ranks. Raises InputError alike on every rank.
     """
     program: SamplerProgram = message.program
     check_program(message, conds)
     check_calls(model, [calls_argument(message.noise, 0.0, cond, model) for cond in conds], context)
     check_replay(message, loop_dtype(model))
-    if context.spec.pipe > 1:
+    if context.spec.pipe > 1 and isinstance(model.family.plan, ModelPlan):
         from .pipefusion import pipefusion
 
         staged = cast("PipelineModel", model)

@@ -98,7 +98,7 @@ FLUX_FORMS = (
 
 
 def qwen():
-    sizes = {"patch_size": 2, "in_channels": 64, "out_channels": 16, "num_layers": 1, "attention_head_dim": 128}
+    sizes = {"patch_size": 2, "in_channels": 64, "out_channels": 16, "num_layers": 2, "attention_head_dim": 128}
     sizes |= {"num_attention_heads": 24, "joint_attention_dim": 3584, "axes_dims_rope": (16, 56, 56)}
     return comfy.supported_models.QwenImage({"image_model": "qwen_image", **sizes})
 
