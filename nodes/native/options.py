@@ -10,8 +10,9 @@ import comfy.utils
 import comfyui_version
 from comfy.cli_args import args
 
-from comfy_xdit.messages import UseComfy
+from comfy_xdit.messages import Result, UseComfy
 from comfy_xdit.native.boot import kitchen_version, sources_of
+from comfy_xdit.pool.errors import PoolError
 
 NUMBERS = (
     *("force_fp32", "force_fp16", "fp32_unet", "fp64_unet", "bf16_unet", "fp16_unet"),
@@ -23,6 +24,10 @@ NUMBERS = (
     *("force_upcast_attention", "dont_upcast_attention", "deterministic"),
 )
 """Options of the command line that change what is computed, in any version."""
+
+
+ASKED = {"version": "ComfyUI's version", "sources": "the sources of ComfyUI", "kitchen": "comfy-kitchen's version"}
+"""What each rank answers about the ComfyUI that it uses, and what people call it."""
 
 
 def use_comfy() -> UseComfy | None:
@@ -37,6 +42,20 @@ def use_comfy() -> UseComfy | None:
         kitchen=kitchen_version(),
         options=number_options(),
     )
+
+
+def same_everywhere(answers: list[Result]) -> None:
+    """Raises PoolError, naming it, for what two ranks use differently. answers: of all ranks to `use_comfy`."""
+    first = answers[0].value
+    for rank, answer in enumerate(answers):
+        for name, title in ASKED.items():
+            if answer.value[name] != first[name]:
+                raise PoolError(
+                    f"the workers differ in {title}: rank 0 has {first[name] or 'none'}, rank {rank} "
+                    f"{answer.value[name] or 'none'}; give every machine of the pool the same ComfyUI and Python "
+                    "packages, and restart the pool",
+                    kind="input",
+                )
 
 
 def number_options() -> dict[str, Any]:

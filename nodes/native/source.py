@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
 import torch
+from comfy_xdit_nodes.native.same_weights import why_not_of
 
 from comfy_xdit.messages import ComfySource, LoadModel
 from comfy_xdit.native.load import config_hash
 from comfy_xdit.weights.stamp import stamp
+
+log = logging.getLogger("comfy_xdit")
 
 LOADERS = ("load_diffusion_model", "load_checkpoint_guess_config")
 """Functions of comfy.sd whose first argument is the file that a MODEL came from."""
@@ -18,13 +22,21 @@ LOADERS = ("load_diffusion_model", "load_checkpoint_guess_config")
 def describe(patcher: Any) -> LoadModel | None:
     """What has a worker load the same model by ComfyUI's own class; None when only the MODEL knows its weights.
 
-    That is so for other loaders, files that can't be mapped, and layers of another node's making. Not looked at:
-    whether the file is still the one that the loader read, and whether something changed the weights in place.
+    That is so for other loaders, files that can't be mapped, layers of another node's making, and where the file is
+    no longer the one that the loader read, or the weights were changed in place, as far as `same_weights` can tell.
     """
     path, config = _file_of(patcher), patcher.model.model_config
     if path is None or config.custom_operations is not None:
         return None
     source = source_of(config)
+    # First: who writes to the file while it is looked at gives it another stamp.
+    before = stamp(path)
+    reason = why_not_of(path, source, patcher)
+    if reason is None and stamp(path) != before:
+        reason = "it was written to"
+    if reason is not None:
+        log.info("the workers can't load %s for its MODEL: %s", os.path.basename(path), reason)
+        return None
     return LoadModel(
         model="|".join([path, "ComfyUI", source.config, source.dtype, source.cast, str(source.fp8)]),
         path=path,
@@ -32,7 +44,7 @@ def describe(patcher: Any) -> LoadModel | None:
         family=source.kind,
         storage_dtype=source.dtype,
         compute_dtype=source.cast or source.dtype,
-        stamp=stamp(path),
+        stamp=before,
         source=source,
     )
 
