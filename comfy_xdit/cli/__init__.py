@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bench memory": ("comfy_xdit_bench.memory", "bytes of weights per rank and per machine"),
     "bench vae": ("comfy_xdit_bench.vae", "a rank's peak memory in the parallel VAE"),
     "bench lora": ("comfy_xdit_bench.lora", "switching a LoRA on the pool against ComfyUI's own way"),
+    "bench native": ("comfy_xdit_bench.native", "ComfyUI's own classes on one rank and on several, against its own"),
     "bench wire": ("comfy_xdit_bench.wire", "bytes that each method sends, beside the formulas"),
     "bench drift": ("comfy_xdit_bench.drift", "pictures of the approximate methods against exact ones"),
     "bench trace": ("comfy_xdit_bench.trace", "what each rank did when in one job, as a Chrome trace and a picture"),

@@ -24,6 +24,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", type=int, metavar="RANKS", help="measure modes of so many ranks instead")
     parser.add_argument("--lora", nargs=2, type=int, metavar=("RANKS", "TURNS"), help="time LoRA switching instead")
     parser.add_argument("--skeleton", action="store_true", help="measure what a MODEL costs ComfyUI instead")
+    parser.add_argument("--native", type=json.loads, help="time ComfyUI's own classes instead; arguments as JSON")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="comfy-xdit-parity-") as base:
         # These pools are not the user's.
@@ -38,6 +39,8 @@ def main() -> None:
                 sys.stdout.write(json.dumps(skeleton_memory(folder)) + "\n")
             elif args.lora:
                 measure_lora(folder, *args.lora)
+            elif args.native:
+                measure_native(folder, args.native)
             elif args.modes:
                 measure_modes(folder, args.modes)
             else:
@@ -92,6 +95,15 @@ def measure_lora(folder: Path, num_ranks: int, num_turns: int) -> None:
     torch.set_num_threads(1)
     with torch.inference_mode():
         sys.stdout.write(json.dumps(switching(folder, num_ranks=num_ranks, num_turns=num_turns)) + "\n")
+
+
+def measure_native(folder: Path, asked: dict[str, Any]) -> None:
+    import torch
+    from comfy_xdit_nodes.parity.native_speed import speed
+
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        sys.stdout.write(json.dumps(speed(folder, **asked)) + "\n")
 
 
 def stop_pools(*names: str) -> None:
