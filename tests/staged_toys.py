@@ -61,10 +61,10 @@ def alone(toy, sizes, dtype):
 
 
 @contextlib.contextmanager
-def on_stage(model, plan, degrees, ends):
+def on_stage(model, plan, degrees, ends, attend_of=lambda context: None):
     """The engine on the toy, of which this rank keeps its stage; the stage; and the job's context.
 
-    ends: of the stages' blocks, numbered through all lists.
+    ends: of the stages' blocks, numbered through all lists. attend_of(context): the attention.
     """
     from ranks import groups
 
@@ -78,7 +78,8 @@ def on_stage(model, plan, degrees, ends):
     place = context.axis("pipe").index
     keep_stage(model, plan, range((0, *ends)[place], ends[place]))
     stage = Stage(context)
-    with torch.inference_mode(), whole_shaped(model, plan, context, stage=stage) as work:
+    attend = attend_of(context)
+    with torch.inference_mode(), whole_shaped(model, plan, context, attend, stage) as work:
         yield work, stage, context
 
 

@@ -182,8 +182,8 @@ class Application:
         scale: float | None,
     ) -> Tensor:
         lengths = tuple(self.lengths[stream] for stream in streams)
-        spans = tuple(self.segment[stream] for stream in streams) if self.segment is not None else None
-        layer = Layer(path=path, lengths=lengths, spans=spans, num_shards=self.axis.degree)
+        runs = tuple((self.segment[stream],) for stream in streams) if self.segment is not None else None
+        layer = Layer(path=path, lengths=lengths, runs=runs, num_shards=self.axis.degree)
         return self.attend(q, k, v, layer, mask=mask, scale=scale)
 
     def _join(self, value: Tensor, rule: Cut) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 from . import kernels
 from .context import Axis, ParallelContext
 from .distri import DistriKeys
-from .sequence import exchange, shard_sizes, shard_starts
+from .sequence import Runs, exchange, shard_sizes, shard_starts, shards_of_runs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,16 +28,19 @@ class Layer:
     """An attention module in a forward: its path, and the whole lengths of its streams in order.
 
     num_shards: over how many ranks the tokens are cut; 1 where there are too few, and every rank holds all.
-    spans: the tokens of each stream that the forward computes, (first, number); None for all.
+    runs: the tokens of each stream that the forward computes; None for all.
     key_lengths: of the streams of keys and values, where those are others than the queries' (video that attends to
-    audio); they are cut over the same ranks.
+    audio); they are cut over the same ranks. key_runs: of these, as `runs`.
+    has_own_mask: a mask is for the keys that the forward computes, not for all.
     """
 
     path: str
     lengths: tuple[int, ...]
     num_shards: int
-    spans: tuple[tuple[int, int], ...] | None = None
+    runs: tuple[Runs, ...] | None = None
     key_lengths: tuple[int, ...] | None = None
+    key_runs: tuple[Runs, ...] | None = None
+    has_own_mask: bool = False
 
 
 class Attend(Protocol):
@@ -129,20 +132,19 @@ class SequenceAttention:
 class Places:
     """Which tokens of the whole sequence each rank holds: every stream is cut by itself.
 
-    spans: rank → (first token, number of tokens) for each stream.
+    spans: rank → (first token, number of tokens), stream after stream.
     """
 
     spans: list[list[tuple[int, int]]]
 
     @classmethod
-    def of(cls, lengths: Sequence[int], degree: int) -> Places:
+    def of(cls, lengths: Sequence[int], degree: int, runs: Sequence[Runs] | None = None) -> Places:
+        """runs: of each stream that are held; None for all of it."""
         spans: list[list[tuple[int, int]]] = [[] for _ in range(degree)]
-        offset = 0
-        for length in lengths:
-            sizes = shard_sizes(length, degree)
-            for rank, start in enumerate(shard_starts(sizes)):
-                spans[rank].append((offset + start, sizes[rank]))
-            offset += length
+        held = runs or [((0, length),) for length in lengths]
+        for offset, of_stream in zip(shard_starts(list(lengths)), held, strict=True):
+            for rank, parts in enumerate(shards_of_runs(of_stream, degree)):
+                spans[rank] += [(offset + first, size) for first, size in parts]
         return cls(spans=spans)
 
     @property

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from .context import Axis
 
+Runs = tuple[tuple[int, int], ...]
+"""Runs of tokens, in order: (first, number)."""
+
 
 def shard_sizes(length: int, degree: int) -> list[int]:
     """Lengths of the shards of `length`: as `torch.tensor_split`, the first ones are one longer; may be 0."""
@@ -22,6 +25,21 @@ def shard_sizes(length: int, degree: int) -> list[int]:
 
 def shard_starts(sizes: list[int]) -> list[int]:
     return [0, *accumulate(sizes)][:-1]
+
+
+def shards_of_runs(runs: Runs, degree: int) -> list[list[tuple[int, int]]]:
+    """For each rank the parts that it holds of runs of tokens which are cut as one length; one part at least."""
+    sizes = shard_sizes(sum(number for _, number in runs), degree)
+    found = []
+    for begin, size in zip(shard_starts(sizes), sizes, strict=True):
+        parts, passed = [], 0
+        for first, number in runs:
+            low, high = max(begin, passed), min(begin + size, passed + number)
+            if low < high:
+                parts.append((first + low - passed, high - low))
+            passed += number
+        found.append(parts or [(runs[0][0] if runs else 0, 0)])
+    return found
 
 
 def cut(x: Tensor, dim: int, axis: Axis) -> Tensor:

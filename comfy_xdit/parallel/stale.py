@@ -19,7 +19,6 @@ from torch import Tensor
 from . import kernels
 from .attention import Layer, Places, heads_for_sequence, heads_of_mask, sequence_for_heads
 from .context import Axis, ParallelContext
-from .sequence import shard_sizes, shard_starts
 
 
 class StaleAttention:
@@ -35,7 +34,7 @@ class StaleAttention:
     def __init__(self, context: ParallelContext) -> None:
         self._ring = context.axis("ring")
         self._ulysses = context.axis("ulysses")
-        self._kept: dict[Hashable, dict[str, tuple[Tensor, Tensor]]] = {}
+        self._kept: dict[Hashable, dict[tuple[str, int], tuple[Tensor, ...]]] = {}
         self._run: Hashable = None
         self._keep = False
         self._first, self._num_rows = 0, 1
@@ -57,55 +56,58 @@ class StaleAttention:
         self._kept.clear()
 
     def _bytes_held(self) -> int:
-        return sum(x.nbytes for layers in self._kept.values() for pair in layers.values() for x in pair)
+        return sum(x.nbytes for layers in self._kept.values() for kept in layers.values() for x in kept)
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, layer: Layer, *, mask: Tensor | None, scale: float | None
     ) -> Tensor:
-        places = places_of(layer)
+        places, keys = places_of(layer)
         if not sum(places.sizes):
             return q  # the segment has no token of this layer's streams, on any rank
-        own = [places.sizes[rank] for rank in self._group(self._ring.index)]
+        ring, ulysses = (axis if layer.num_shards > 1 else axis.alone for axis in (self._ring, self._ulysses))
+        rings = [range(each * ulysses.degree, (each + 1) * ulysses.degree) for each in range(ring.degree)]
+        beside = rings[ring.index]
+        own, own_keys = ([at.sizes[rank] for rank in beside] for at in (places, keys))
         num_heads = q.shape[1]
-        if self._ulysses.degree > 1:
-            q, k, v = heads_for_sequence([q, k, v], own, self._ulysses)
-        rings = [self._group(ring) for ring in range(self._ring.degree)]
-        lengths = [sum(places.sizes[rank] for rank in group) for group in rings]
-        k, v = gathered([k, v], lengths, self._ring)
-        spans = [span for group in rings for rank in group for span in places.spans[rank]]
-        k, v = self._renewed(k, v, layer, spans)
+        if ulysses.degree > 1 and own == own_keys:
+            q, k, v = heads_for_sequence([q, k, v], own, ulysses)
+        elif ulysses.degree > 1:
+            (q,) = heads_for_sequence([q], own, ulysses)
+            k, v = heads_for_sequence([k, v], own_keys, ulysses)
+        lengths = [sum(keys.sizes[rank] for rank in group) for group in rings]
+        k, v = gathered([k, v], lengths, ring)
+        spans = [span for group in rings for rank in group for span in keys.spans[rank]]
+        k, v = self._renewed(layer, spans, k, v)
+        if mask is not None and layer.has_own_mask:
+            (mask,) = self._renewed(layer, _runs_of(layer), mask.transpose(2, 3).expand(k.shape[0], -1, -1, -1))
+            mask = mask.transpose(2, 3)
         if mask is not None:
-            mask = heads_of_mask(mask, num_heads, self._ulysses)
+            mask = heads_of_mask(mask, num_heads, ulysses)
             if mask.shape[2] > 1:
-                mask = mask.index_select(2, places.tokens(rings[self._ring.index], q.device))
+                mask = mask.index_select(2, places.tokens(beside, q.device))
         out = kernels.attention(q, k, v, mask=mask, scale=scale)
-        return sequence_for_heads(out, own, num_heads, self._ulysses) if self._ulysses.degree > 1 else out
+        return sequence_for_heads(out, own, num_heads, ulysses) if ulysses.degree > 1 else out
 
-    def _renewed(
-        self, k: Tensor, v: Tensor, layer: Layer, spans: list[tuple[int, int]]
-    ) -> tuple[Tensor, Tensor]:
-        """The run's whole buffers, with `k` and `v`, which come span after span, in their places."""
-        pair = self._kept.get(self._run, {}).get(layer.path)
-        first, num_rows = (self._first, self._num_rows) if pair is not None or self._keep else (0, k.shape[0])
-        if pair is None:
-            assert layer.spans is None, f"{layer.path}: nothing was kept of the other tokens"
-            length = sum(layer.lengths)
-            keys, values = (x.new_empty((num_rows, x.shape[1], length, x.shape[3])) for x in (k, v))
-            pair = keys, values
+    def _renewed(self, layer: Layer, spans: list[tuple[int, int]], *fresh: Tensor) -> tuple[Tensor, ...]:
+        """The run's whole buffers, with fresh tensors, which come span after span along dim 2, in their places."""
+        # A mask has buffers of its own.
+        key = (layer.path, len(fresh))
+        kept = self._kept.get(self._run, {}).get(key)
+        rows = fresh[0].shape[0]
+        first, num_rows = (self._first, self._num_rows) if kept is not None or self._keep else (0, rows)
+        if kept is None:
+            assert layer.runs is None, f"{layer.path}: nothing was kept of the other tokens"
+            length = sum(layer.key_lengths or layer.lengths)
+            kept = tuple(x.new_empty((num_rows, x.shape[1], length, x.shape[3])) for x in fresh)
             if self._keep:
-                self._kept.setdefault(self._run, {})[layer.path] = pair
+                self._kept.setdefault(self._run, {})[key] = kept
                 self.most_bytes_held = max(self.most_bytes_held, self._bytes_held())
-        keys, values = (whole[first : first + k.shape[0]] for whole in pair)
-        for whole, fresh in ((keys, k), (values, v)):
-            parts = fresh.split([size for _, size in spans], 2)
+        own = tuple(whole[first : first + rows] for whole in kept)
+        for whole, new in zip(own, fresh, strict=True):
+            parts = new.split([size for _, size in spans], 2)
             for (start, size), part in zip(spans, parts, strict=True):
                 whole.narrow(2, start, size).copy_(part)
-        return keys, values
-
-    def _group(self, ring: int) -> range:
-        """Places on the sequence axis of the ranks that differ on the ulysses axis only."""
-        first = ring * self._ulysses.degree
-        return range(first, first + self._ulysses.degree)
+        return own
 
     def __enter__(self) -> StaleAttention:
         return self
@@ -116,15 +118,18 @@ class StaleAttention:
         self.close()
 
 
-def places_of(layer: Layer) -> Places:
-    """Where the tokens that each rank computes stand in the whole sequence."""
-    spans: list[list[tuple[int, int]]] = [[] for _ in range(layer.num_shards)]
-    computed = layer.spans or [(0, length) for length in layer.lengths]
-    for begin, (first, number) in zip(shard_starts(list(layer.lengths)), computed, strict=True):
-        sizes = shard_sizes(number, layer.num_shards)
-        for rank, start in enumerate(shard_starts(sizes)):
-            spans[rank].append((begin + first + start, sizes[rank]))
-    return Places(spans=spans)
+def places_of(layer: Layer) -> tuple[Places, Places]:
+    """Where the tokens that each rank computes stand in the whole sequence; and their keys."""
+    places = Places.of(layer.lengths, layer.num_shards, layer.runs)
+    if layer.key_lengths is None:
+        return places, places
+    return places, Places.of(layer.key_lengths, layer.num_shards, layer.key_runs)
+
+
+def _runs_of(layer: Layer) -> list[tuple[int, int]]:
+    """The runs of keys that the forward computes, in the whole sequence."""
+    lengths, runs = layer.key_lengths or layer.lengths, layer.key_runs if layer.key_lengths else layer.runs
+    return Places.of(lengths, 1, runs).spans[0]
 
 
 def gathered(tensors_BHLD: list[Tensor], lengths: list[int], axis: Axis) -> list[Tensor]:

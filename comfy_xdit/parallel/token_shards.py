@@ -11,8 +11,10 @@ from torch import Tensor
 
 from comfy_xdit.errors import InputError
 
+from .attention import Places
 from .context import Axis
-from .sequence import join, shard_sizes, shard_starts
+from .patch_tokens import PatchTokens
+from .sequence import Runs, join, shard_sizes
 from .tokens import Index, Ranges, Refused, Rule, Streams, Tokens
 
 
@@ -21,16 +23,19 @@ class TokenShards:
     """Which tokens of each stream this rank holds in one forward.
 
     axis: of the ranks over which each stream is cut.
+    patch: what is computed of each stream; None for all.
     lengths: of the whole streams, as far as they are known. grids: of those that lie along several dims.
     """
 
     axis: Axis
+    patch: PatchTokens | None = None
     lengths: dict[str, int] = dataclasses.field(default_factory=dict)
     grids: dict[Streams, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    _pieces: dict[tuple[Streams, int], list[tuple[int, int]]] = dataclasses.field(default_factory=dict)
 
     @property
     def cuts(self) -> bool:
-        return self.axis.degree > 1
+        return self.axis.degree > 1 or self.patch is not None
 
     def learn(self, found: list[tuple[Tensor, Tokens]]) -> None:
         """Lengths from whole tensors: of those with one stream first, then of what several leave over.
@@ -51,18 +56,27 @@ class TokenShards:
         """The whole streams' lengths."""
         return tuple(self.lengths[stream] for stream in streams)
 
+    def runs(self, streams: Streams) -> tuple[Runs, ...]:
+        """For each stream the tokens that are computed, on all ranks together."""
+        if self.patch is None:
+            return tuple(((0, length),) for length in self.of(streams))
+        return tuple(self.patch.runs(stream, self.lengths[stream], self.axis.degree) for stream in streams)
+
+    def computed(self, streams: Streams) -> list[int]:
+        """How many tokens of each that are."""
+        return [sum(size for _, size in runs) for runs in self.runs(streams)]
+
     def pieces(self, streams: Streams) -> list[tuple[int, int]]:
-        """For each stream this rank's (first token, number); the first in the sequence of all `streams`."""
-        found, offset = [], 0
-        for length in self.of(streams):
-            sizes = shard_sizes(length, self.axis.degree)
-            found.append((offset + shard_starts(sizes)[self.axis.index], sizes[self.axis.index]))
-            offset += length
-        return found
+        """What this rank holds, as (first token, number); the first in the sequence of all `streams`."""
+        key = streams, self.axis.degree
+        if key not in self._pieces:
+            places = Places.of(self.of(streams), self.axis.degree, self.runs(streams))
+            self._pieces[key] = places.spans[self.axis.index]
+        return self._pieces[key]
 
     def own(self, streams: Streams) -> list[int]:
         """How many tokens of each this rank holds."""
-        return [size for _, size in self.pieces(streams)]
+        return [shard_sizes(num, self.axis.degree)[self.axis.index] for num in self.computed(streams)]
 
     def narrow(self, value: Any, rule: Rule) -> Any:
         """This rank's part of a whole value; None stays None.
@@ -121,26 +135,34 @@ class TokenShards:
         """A tensor of whole size with this rank's tokens `x` at their places, and 0 at the others'."""
         if not self.cuts:
             return x
-        pieces = self.pieces(rule.streams)
-        shape = list(x.shape)
-        shape[rule.dim] = sum(self.of(rule.streams))
-        whole = x.new_zeros(shape)
-        for part, (first, size) in zip(self._parts(x, rule), pieces, strict=True):
-            whole.narrow(rule.dim, first, size).copy_(part)
-        return self._shaped(whole, rule)
+        return self._shaped(self._placed(x, rule, self.pieces(rule.streams)), rule)
 
     def joined(self, x: Tensor, rule: Tokens) -> Tensor:
         """A tensor of whole size with every rank's tokens. Collective over the axis."""
         if not self.cuts:
             return x
-        parts = zip(self._parts(x, rule), self.of(rule.streams), strict=True)
-        return self._shaped(torch.cat([join(part, rule.dim, n, self.axis) for part, n in parts], rule.dim), rule)
-
-    def _parts(self, x: Tensor, rule: Tokens) -> tuple[Tensor, ...]:
         own = self.own(rule.streams)
-        if x.shape[rule.dim] != sum(own):
-            raise ValueError(f"{x.shape[rule.dim]} tokens of {rule.streams} on a rank that holds {own}")
-        return x.split(own, rule.dim)
+        self._check(x, rule, own)
+        parts = zip(x.split(own, rule.dim), self.computed(rule.streams), strict=True)
+        tokens = torch.cat([join(part, rule.dim, num, self.axis) for part, num in parts], rule.dim)
+        if self.patch is not None:
+            tokens = self._placed(tokens, rule, Places.of(self.of(rule.streams), 1, self.runs(rule.streams)).spans[0])
+        return self._shaped(tokens, rule)
+
+    def _placed(self, x: Tensor, rule: Tokens, pieces: list[tuple[int, int]]) -> Tensor:
+        """Zeros of whole size, with the tokens `x` in these places."""
+        sizes = [size for _, size in pieces]
+        self._check(x, rule, sizes)
+        shape = list(x.shape)
+        shape[rule.dim] = sum(self.of(rule.streams))
+        whole = x.new_zeros(shape)
+        for part, (first, size) in zip(x.split(sizes, rule.dim), pieces, strict=True):
+            whole.narrow(rule.dim, first, size).copy_(part)
+        return whole
+
+    def _check(self, x: Tensor, rule: Tokens, sizes: list[int]) -> None:
+        if x.shape[rule.dim] != sum(sizes):
+            raise ValueError(f"{x.shape[rule.dim]} tokens of {rule.streams} on a rank that holds {sizes}")
 
     def _shaped(self, x: Tensor, rule: Tokens) -> Tensor:
         return x if rule.grid == 1 else x.reshape(*x.shape[: rule.dim], *self.grids[rule.streams], *_after(x, rule))

@@ -27,6 +27,7 @@ from .apply import find
 from .attention import Attend, Layer, SequenceAttention
 from .block_call import Call
 from .context import ParallelContext
+from .patch_tokens import PatchTokens
 from .seam import Seam
 from .sequence import join
 from .stage import Stage
@@ -56,14 +57,14 @@ def whole_shaped(
     """`module` computes with its tokens spread over `context`'s sequence axis inside the `with`.
 
     Every rank of the axis calls the module with the same whole arguments, and gets the whole output.
-    attend: what its attention modules do; by default exact sequence parallelism.
+    attend: what its attention modules do, which it sees all of; by default exact sequence parallelism.
     stage: of a pipeline, where the other stages' blocks are `Absent`; the module is then called in its `forward`.
     Yields the engine, whose `attend` is the override for attention.
     Raises ValueError where the plan names what the module doesn't have, InputError where no pipeline can be made of its
     blocks; in a forward InputError for what the plan refuses, and RuntimeError, which names the module, where
     attention, a join or a block was passed by.
     """
-    work = WholeShaped(module, plan, context, attend or SequenceAttention(context), stage)
+    work = WholeShaped(module, plan, context, attend, stage)
     try:
         work.hook()
         yield work
@@ -72,16 +73,22 @@ def whole_shaped(
 
 
 class WholeShaped:
-    """One plan on one module: the hooks, and this rank's shards in the forward that runs."""
+    """One plan on one module: the hooks, and this rank's shards in the forward that runs.
+
+    patch: what forwards compute from now on; None for all. Arguments and outputs keep their whole size; of the output
+    the patch's tokens alone mean anything. Attention's other keys are the method's, which must be `StaleAttention`.
+    """
 
     def __init__(
-        self, module: nn.Module, plan: TokenPlan, context: ParallelContext, method: Attend, stage: Stage | None = None
+        self, module: nn.Module, plan: TokenPlan, context: ParallelContext, method: Attend | None, stage: Stage | None
     ) -> None:
         self.module = module
         self.plan = plan
         self.axis = context.axis("sequence")
-        self.method = method
+        self.sees_all = method is not None
+        self.method = method or SequenceAttention(context)
         self.stage = StageBlocks(module, plan, stage) if stage is not None else None
+        self.patch: PatchTokens | None = None
         self.shards = TokenShards(axis=self.axis)
         self.doors: list[Door] = []
         self.running: list[Door] = []
@@ -134,7 +141,7 @@ class WholeShaped:
 
     def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """A forward begins. One that takes ComfyUI's options has the override in them."""
-        self.shards = TokenShards(axis=self.axis)
+        self.shards = TokenShards(axis=self.axis, patch=self.patch)
         self.running.clear()
         self.in_block = self.has_cut = False
         self.due.clear()
@@ -255,7 +262,7 @@ class WholeShaped:
         by_override = door is not None and door.rule.seam == "override"
         if by_override and door is not None:
             door.count()
-        if not by_override or door is None or not self.shards.cuts:
+        if not by_override or door is None or not (self.shards.cuts or self.sees_all):
             shapes = {"skip_reshape": skip_reshape, "skip_output_reshape": skip_output_reshape}
             return func(q, k, v, heads, mask=mask, attn_precision=attn_precision, **shapes, **more)
         if more.keys() - KNOWN:
@@ -277,22 +284,31 @@ class WholeShaped:
         lengths, key_lengths = self.shards.of(streams), self.shards.of(keys or streams)
         if mask is not None:
             mask = self._whole_mask(mask, door, keys or streams)
-            fits = mask.shape[-2] in (1, sum(lengths)) and mask.shape[-1] in (1, sum(key_lengths))
+            seen = self.shards.computed(keys or streams) if door.rule.mask == "own" else key_lengths
+            fits = mask.shape[-2] in (1, sum(lengths)) and mask.shape[-1] in (1, sum(seen))
             if not fits:
                 raise ValueError(f"{door.path}: a mask of {tuple(mask.shape)} for {lengths} and {key_lengths} tokens")
-            mask = mask.expand(*mask.shape[:-1], sum(key_lengths))
-        of_keys = None if keys is None else key_lengths
-        layer = Layer(path=door.path, lengths=lengths, num_shards=self.shards.axis.degree, key_lengths=of_keys)
+            mask = mask.expand(*mask.shape[:-1], sum(seen))
+        is_part = self.shards.patch is not None
+        layer = Layer(
+            path=door.call,
+            lengths=lengths,
+            num_shards=self.shards.axis.degree,
+            runs=self.shards.runs(streams) if is_part else None,
+            key_lengths=None if keys is None else key_lengths,
+            key_runs=self.shards.runs(keys) if is_part and keys is not None else None,
+            has_own_mask=door.rule.mask == "own",
+        )
         return self.method(q, k, v, layer, mask=mask, scale=scale)
 
     def _whole_mask(self, mask: Tensor, door: Door, keys: tuple[str, ...]) -> Tensor:
-        """Over all keys, of a mask for this rank's where the plan says so. Collective then."""
+        """Over the keys of all ranks, of a mask for this rank's where the plan says so. Collective then."""
         own = self.shards.own(keys)
         if door.rule.mask == "whole" or not self.shards.cuts:
             return mask
         if mask.shape[-2] != 1 or mask.shape[-1] != sum(own):
             raise ValueError(f"{door.path}: a mask of {tuple(mask.shape)} on a rank that holds {own} keys")
-        parts = zip(mask.split(own, -1), self.shards.of(keys), strict=True)
+        parts = zip(mask.split(own, -1), self.shards.computed(keys), strict=True)
         return torch.cat([join(part, part.ndim - 1, num, self.shards.axis) for part, num in parts], -1)
 
 
@@ -334,6 +350,11 @@ class Door(Seam):
     def count(self) -> None:
         """A call has come by the override."""
         self._asked += 1
+
+    @property
+    def call(self) -> str:
+        """A name for the call that has just come: the path, and which of several it is."""
+        return self.path if self._asked == 1 else f"{self.path}, call {self._asked}"
 
     def streams(self) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
         """Of the queries of the call that has just come; and of its keys, where they are others."""
