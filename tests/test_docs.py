@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from comfy_xdit.cli import COMMANDS
+from comfy_xdit.native.families import FAMILIES
 from comfy_xdit.pool import client, connections, devices, failure_policy, folder, pace, roster, silence, starts
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,7 +46,7 @@ def test_every_node_has_its_help_page():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_and_options_exist(page):
-    for line in re.findall(r"comfy[-_]xdit ((?:pool|bench)[^`\n]*)", page.read_text("utf-8")):
+    for line in re.findall(r"comfy[-_]xdit ((?:pool|bench|selftest)[^`\n]*)", page.read_text("utf-8")):
         name = next((name for name in COMMANDS if line.startswith(name)), None)
         assert name is not None, f"{page.name}: {line}"
         parser = argparse.ArgumentParser()
@@ -70,6 +71,15 @@ def test_quoted_errors_are_the_codes():
     known = fragments()
     unknown = [quote for quote in quotes if not any(fragment in quote for fragment in known)]
     assert len(quotes) >= 15 and not unknown
+
+
+def test_every_family_is_in_the_table_of_models():
+    rows = {row.split(" | ")[0].strip("| "): row for row in text("models.md").splitlines() if row.startswith("| ")}
+    assert rows.keys() == {"model"} | {family.title for family in FAMILIES.values()}
+    for family in FAMILIES.values():
+        _, kinds, arguments, _ = rows[family.title].strip("| ").split(" | ")
+        assert re.findall(r"`(\w+)`", kinds) == [*family.kinds]
+        assert re.findall(r"`(\w+)`", arguments) == [*family.rows, *family.constants, *family.options]
 
 
 def test_limits_are_the_codes():

@@ -54,11 +54,17 @@ def version_of(folder: str) -> str:
 
 def sources_of(folder: str) -> str:
     """A hash of the Python files of its package `comfy`: a checkout changes between two versions, too."""
-    root, seen = Path(folder) / "comfy", hashlib.blake2b(digest_size=16)
-    for path in sorted(root.rglob("*.py")):
-        content = path.read_bytes()
-        seen.update(f"{path.relative_to(root).as_posix()} {len(content)}\n".encode())
-        seen.update(content)
+    return hash_of_sources(Path(folder) / "comfy")
+
+
+def hash_of_sources(*roots: Path) -> str:
+    """Of the Python files in the folders `roots`, their names and what is in them."""
+    seen = hashlib.blake2b(digest_size=16)
+    for root in roots:
+        for path in sorted(root.rglob("*.py")):
+            content = path.read_bytes()
+            seen.update(f"{path.relative_to(root).as_posix()} {len(content)}\n".encode())
+            seen.update(content)
     return seen.hexdigest()
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ class Outcome:
 def selftest(
     family: ComfyFamily,
     subjects: Iterable[Subject],
-    specs: Iterable[ParallelSpec] = SPECS,
+    specs: Sequence[ParallelSpec] = SPECS,
     real: dict[str, Config] | None = None,
 ) -> list[Outcome]:
     """Each call of each subject on each spec; none where this ComfyUI has none of the kinds.
@@ -56,11 +56,19 @@ def selftest(
     real: kind → the configuration of a file that is to be run; the other kinds are then left out.
     Nothing is raised for what a model or the plan does. ComfyUI must be imported, for a CPU and with torch's attention.
     """
-    found: list[Outcome] = []
+    return list(outcomes_of(family, subjects, specs, real))
+
+
+def outcomes_of(
+    family: ComfyFamily,
+    subjects: Iterable[Subject],
+    specs: Sequence[ParallelSpec] = SPECS,
+    real: dict[str, Config] | None = None,
+) -> Iterator[Outcome]:
+    """As `selftest`, one after the other."""
     for subject in subjects:
         if exists(subject.kind) and (real is None or subject.kind in real):
-            found += _outcomes(family.plan, subject, list(specs), (real or {}).get(subject.kind))
-    return found
+            yield from _outcomes(family.plan, subject, specs, (real or {}).get(subject.kind))
 
 
 def verdict(family: ComfyFamily, outcomes: Iterable[Outcome], version: str) -> str:
@@ -75,7 +83,9 @@ def verdict(family: ComfyFamily, outcomes: Iterable[Outcome], version: str) -> s
     )
 
 
-def _outcomes(plan: TokenPlan, subject: Subject, specs: list[ParallelSpec], real: Config | None) -> Iterator[Outcome]:
+def _outcomes(
+    plan: TokenPlan, subject: Subject, specs: Sequence[ParallelSpec], real: Config | None
+) -> Iterator[Outcome]:
     try:
         config = subject.configured(real)
         model = build(subject.kind, config)

@@ -27,6 +27,13 @@ def base_folder() -> Path:
     return Path(home).absolute() if home else Path(f"/tmp/comfy-xdit-{os.getuid()}")
 
 
+def own_folder() -> Path:
+    """`base_folder`, made when missing. Raises PoolError where it can't be made, or others can enter it."""
+    path = base_folder()
+    _make_private(path)
+    return path
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PoolFolder:
     """Paths of one pool. Whoever can write here can command the workers, hence mode 0700."""

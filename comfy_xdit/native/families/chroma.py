@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from comfy_xdit.native.family import ComfyFamily
 
-from .flux import PLAN
+from .flux import DOUBLE, SINGLE, plan_of
 
 CHROMA = ComfyFamily(
     name="chroma",
     title="Chroma",
     kinds=("Chroma",),
-    plan=PLAN,
+    plan=plan_of(DOUBLE, SINGLE),
     num_heads=lambda transformer: transformer.num_heads,
     rows=("context", "y", "guidance", "attention_mask"),
 )

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from comfy_xdit.native.family import ComfyFamily
-from comfy_xdit.parallel.tokens import Attention, TokenPlan
 
-from .flux import BOTH, DOUBLE, PLAN
+from .flux import DOUBLE, TIMED, plan_of
 
 HUNYUAN = ComfyFamily(
     name="hunyuan-video",
     title="HunyuanVideo",
     kinds=("HunyuanVideo", "HunyuanVideoI2V", "HunyuanVideoSkyreelsI2V", "HunyuanImage21", "HunyuanImage21Refiner"),
-    plan=PLAN,
+    plan=TIMED,
     num_heads=lambda transformer: transformer.num_heads,
     rows=("context", "y", "guidance", "attention_mask", "guiding_frame_index", "ref_latent", "txt_byt5"),
     constants=("disable_time_r",),
@@ -22,7 +21,7 @@ HUNYUAN15 = ComfyFamily(
     name="hunyuan-video-1.5",
     title="HunyuanVideo 1.5",
     kinds=("HunyuanVideo15", "HunyuanVideo15_SR_Distilled"),
-    plan=TokenPlan(blocks=(DOUBLE,), attention={"double_blocks.*": Attention(BOTH)}),
+    plan=plan_of(DOUBLE, None),
     num_heads=lambda transformer: transformer.num_heads,
     rows=("context", "y", "guidance", "attention_mask", "txt_byt5", "clip_fea"),
     constants=("disable_time_r",),

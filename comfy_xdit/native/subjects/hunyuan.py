@@ -23,12 +23,12 @@ def calls(config: Config) -> dict[str, Call]:
     found = {"text": one, "batch 2": base(2), "padded": {**one, "attention_mask": padded(1, 9)}}
     if config["byt5"]:
         found["text to be drawn"] = {**one, "txt_byt5": rand(1, 4, 1472)}
-    if config["vision_in_dim"]:
+    if config.get("vision_in_dim"):
         seen = {**one, "txt_byt5": rand(1, 4, 1472), "clip_fea": rand(1, 7, config["vision_in_dim"])}
         found["an image seen by CLIP"] = {**seen, "disable_time_r": False}
     if config["meanflow"]:
         found["without the next timestep"] = {**one, "disable_time_r": True}
-    if is_video and not config["vision_in_dim"]:
+    if is_video and not config.get("vision_in_dim"):
         found["a frame that is given"] = {**one, "guiding_frame_index": times(0)}
         found["a reference"] = {**one, "ref_latent": rand(1, channels, 1, 10, 12)}
     return found

@@ -1,21 +1,29 @@
 """Families of ComfyUI's own classes: each plan equals one rank on this ComfyUI; what a family names was tried."""
 
+import dataclasses
 import inspect
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import comfyui_version
 import pytest
 import torch
 from comfy_xdit_nodes.native.options import use_comfy
 
+from comfy_xdit.native import proof
 from comfy_xdit.native.families import FAMILIES
-from comfy_xdit.native.selftest import run, selftest, verdict
+from comfy_xdit.native.selftest import outcomes_of, run, selftest, verdict
 from comfy_xdit.native.subject import build, exists
-from comfy_xdit.native.subjects import SUBJECTS
+from comfy_xdit.native.subjects import SUBJECTS, hunyuan
+from comfy_xdit.parallel.spec import ParallelSpec
+from comfy_xdit.parallel.tokens import Refused
 
 log = logging.getLogger("comfy_xdit")
 
-pytestmark = pytest.mark.skipif(use_comfy() is None, reason="this ComfyUI keeps to diffusers' classes")
+is_new = pytest.mark.skipif(use_comfy() is None, reason="this ComfyUI keeps to diffusers' classes")
 
 KNOWN = {name: family for name, family in FAMILIES.items() if any(exists(kind) for kind in family.kinds)}
 
@@ -37,6 +45,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@is_new
 @pytest.mark.parametrize("name", KNOWN)
 def test_every_family_holds(name):
     outcomes = selftest(KNOWN[name], SUBJECTS[name])
@@ -65,6 +74,7 @@ def arguments(model, call):
     return found
 
 
+@is_new
 @pytest.mark.parametrize("name", KNOWN)
 def test_what_a_family_names_is_what_was_tried(name):
     """Whatever reaches the transformer is named, and whatever is named was there in a call."""
@@ -79,3 +89,106 @@ def test_what_a_family_names_is_what_was_tried(name):
             options |= call.get("transformer_options", {}).keys()
     assert named == set(family.rows) | set(family.constants)
     assert options == set(family.options)
+
+
+def damaged(plan):
+    """(what, the plan with one line gone, or with its streams in the other order)."""
+    for at, blocks in enumerate(plan.blocks):
+
+        def with_takes(takes, at=at, blocks=blocks):
+            changed = dataclasses.replace(blocks, takes=takes)
+            return dataclasses.replace(plan, blocks=(*plan.blocks[:at], changed, *plan.blocks[at + 1 :]))
+
+        for name, rule in blocks.takes.items():
+            if name not in blocks.gives:
+                rest = {other: what for other, what in blocks.takes.items() if other != name}
+                yield f"{blocks.path}: {name} gone", with_takes(rest)
+            if not isinstance(rule, Refused) and len(rule.streams) > 1:
+                turned = dataclasses.replace(rule, streams=rule.streams[::-1])
+                yield f"{blocks.path}: {name} turned", with_takes({**blocks.takes, name: turned})
+    for pattern, rule in plan.attention.items():
+        rest = {other: what for other, what in plan.attention.items() if other != pattern}
+        yield f"{pattern} gone", dataclasses.replace(plan, attention=rest)
+        if rule.mask == "own":
+            changed = {**plan.attention, pattern: dataclasses.replace(rule, mask="whole")}
+            yield f"{pattern} with a whole mask", dataclasses.replace(plan, attention=changed)
+    if plan.join:
+        yield "join gone", dataclasses.replace(plan, join={})
+
+
+@is_new
+def test_every_damaged_line_is_refused():
+    silent, num = [], 0
+    for name, family in KNOWN.items():
+        for what, plan in damaged(family.plan):
+            num += 1
+            found = outcomes_of(dataclasses.replace(family, plan=plan), SUBJECTS[name], [ParallelSpec(ulysses=2)])
+            if all(outcome.holds for outcome in found):
+                silent.append(f"{name} {what}")
+    log.info("%d of %d damaged lines refused", num - len(silent), num)
+    assert num > 80 and not silent
+
+
+TURNED = {
+    "torch.cat([txt_query, img_query]": "torch.cat([img_query, txt_query]",
+    "torch.cat([txt_key, img_key]": "torch.cat([img_key, txt_key]",
+    "torch.cat([txt_value, img_value]": "torch.cat([img_value, txt_value]",
+    "attn_mask[:, 0, :seq_txt] =": "attn_mask[:, 0, seq_img:] =",
+    "joint_hidden_states[:, :seq_txt, :]": "joint_hidden_states[:, seq_img:, :]",
+    "joint_hidden_states[:, seq_txt:, :]": "joint_hidden_states[:, :seq_img, :]",
+    "ids = torch.cat((txt_ids, img_ids)": "ids = torch.cat((img_ids, txt_ids)",
+}
+"""In Qwen-Image's class: the image first, then the text. On one rank nothing changes by it."""
+
+
+def selftest_command(folder, *more):
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    command = [sys.executable, "-m", "comfy_xdit", "selftest", "--comfyui", str(folder), *more]
+    return subprocess.run(command, env=environment, cwd=Path(proof.__file__).parents[2], capture_output=True, text=True)
+
+
+@is_new
+def test_a_changed_comfyui_is_refused_by_name(tmp_path):
+    here = Path(comfyui_version.__file__).parent
+    for path in (*(here / "comfy").rglob("*"), here / "comfyui_version.py"):
+        if path.suffix in (".py", ".json", ".txt", ".model"):
+            (copy := tmp_path / path.relative_to(here)).parent.mkdir(parents=True, exist_ok=True)
+            copy.symlink_to(path)
+    for name in ("comfy_api", "comfy_execution", "comfy_config", "utils", "comfy_aimdo"):
+        if (here / name).exists():
+            (tmp_path / name).symlink_to(here / name)
+    module = tmp_path / "comfy" / "ldm" / "qwen_image" / "model.py"
+    text = module.read_text("utf-8")
+    for old, new in TURNED.items():
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    assert selftest_command(tmp_path, "--family", "qwen-image").returncode == 0
+    module.unlink()
+    module.write_text(text, "utf-8")
+    done = selftest_command(tmp_path, "--family", "qwen-image")
+    assert done.returncode == 1, done.stderr[-2000:]
+    version = comfyui_version.__version__
+    assert f"Qwen-Image is not run on several GPUs with ComfyUI {version}" in done.stdout
+
+
+@is_new
+def test_a_finding_is_kept(tmp_path, monkeypatch):
+    results = tmp_path / "selftest.json"
+    monkeypatch.setenv("COMFY_XDIT_HOME", str(tmp_path))
+    folder = use_comfy().folder
+    assert proof.why_refused(KNOWN["krea2"], folder, results) == ""
+    assert proof.findings(results) == {proof.finding_key(KNOWN["krea2"], folder): ""}
+    monkeypatch.setattr(subprocess, "run", None)
+    assert proof.why_refused(KNOWN["krea2"], folder, results) == ""
+
+
+@pytest.mark.skipif(use_comfy() is not None, reason="the order of its tokens is another one")
+def test_hunyuan_video_of_another_order_is_refused():
+    family = FAMILIES["hunyuan-video"]
+    subject = SUBJECTS["hunyuan-video"][0]
+    config = {name: value for name, value in subject.config.items() if name not in hunyuan.NEWER}
+    outcomes = selftest(family, [dataclasses.replace(subject, config=config)])
+    why = verdict(family, outcomes, comfyui_version.__version__)
+    log.info("%s: %s", why, [outcome.error for outcome in outcomes])
+    assert "HunyuanVideo is not run on several GPUs with ComfyUI 0.3" in why
+    assert any(1e-2 < outcome.error < 10 for outcome in outcomes)

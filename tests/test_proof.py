@@ -1,0 +1,123 @@
+"""What is kept of a self-test, for which versions, and how the command tells it; without ComfyUI."""
+
+import dataclasses
+import json
+import subprocess
+
+import pytest
+
+from comfy_xdit.cli import main
+from comfy_xdit.cli import selftest as command
+from comfy_xdit.native import proof
+from comfy_xdit.native.families import FAMILIES
+from comfy_xdit.native.proof import finding_key, findings, keep, why_refused
+from comfy_xdit.native.selftest import Outcome
+
+WAN = FAMILIES["wan"]
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    (tmp_path / "comfyui" / "comfy").mkdir(parents=True)
+    for name in ("ops", "model_detection"):
+        (tmp_path / "comfyui" / "comfy" / f"{name}.py").write_text("")
+    (tmp_path / "comfyui" / "comfyui_version.py").write_text('__version__ = "1.2.3"\n')
+    return tmp_path / "comfyui"
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Commands that were started; each prints `asked.answer`."""
+
+    class Asked(list):
+        answer = json.dumps([{"refused": "no"}])
+
+        def run(self, command, **how):
+            self.append(command)
+            return subprocess.CompletedProcess(command, 1, stdout=self.answer, stderr="")
+
+    asked = Asked()
+    monkeypatch.setattr(proof.subprocess, "run", asked.run)
+    return asked
+
+
+def test_what_is_kept_is_not_asked_again(checkout, tmp_path, asked):
+    results = tmp_path / "selftest.json"
+    assert why_refused(WAN, str(checkout), results) == "no"
+    assert asked[0][-6:] == ["selftest", "--comfyui", str(checkout), "--family", "wan", "--json"]
+    keep(results, finding_key(WAN, str(checkout)), "")
+    assert why_refused(WAN, str(checkout), results) == "" and len(asked) == 1
+    (checkout / "comfy" / "ops.py").write_text("# changed")
+    assert why_refused(WAN, str(checkout), results) == "no" and len(asked) == 2
+
+
+def test_a_finding_is_for_one_plan(checkout):
+    other = dataclasses.replace(WAN, plan=FAMILIES["wan-vace"].plan)
+    assert finding_key(WAN, str(checkout)) != finding_key(other, str(checkout))
+    assert finding_key(WAN, str(checkout)) == finding_key(WAN, str(checkout))
+
+
+@pytest.mark.parametrize("answer", ["", "[]", "not JSON", '[{"refused": ""}, {"refused": ""}]'])
+def test_a_selftest_that_could_not_run_refuses_and_is_not_kept(answer, checkout, tmp_path, asked):
+    asked.answer = answer
+    assert "its self-test could not be run" in why_refused(WAN, str(checkout), tmp_path / "selftest.json")
+    assert not (tmp_path / "selftest.json").exists()
+
+
+def test_a_selftest_without_end_refuses(checkout, tmp_path, monkeypatch):
+    def run(command, **how):
+        raise subprocess.TimeoutExpired(command, how["timeout"])
+
+    monkeypatch.setattr(proof.subprocess, "run", run)
+    assert "could not be run (TimeoutExpired)" in why_refused(WAN, str(checkout), tmp_path / "selftest.json")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "\x00"])
+def test_a_broken_file_of_findings_is_none(text, tmp_path):
+    results = tmp_path / "selftest.json"
+    results.write_text(text)
+    assert findings(results) == {}
+    keep(results, "a", "why")
+    keep(results, "b", "")
+    assert findings(results) == {"a": "why", "b": ""}
+    assert [path.name for path in tmp_path.iterdir()] == ["selftest.json"]
+
+
+def test_what_can_not_be_kept_is_no_error(tmp_path):
+    keep(tmp_path / "none" / "selftest.json", "a", "")
+
+
+@pytest.fixture
+def outcomes(monkeypatch, tmp_path):
+    """Family → what its self-test finds."""
+    found = {}
+    monkeypatch.setenv("COMFY_XDIT_HOME", str(tmp_path / "pools"))
+    monkeypatch.setattr(command, "boot", lambda wanted, device: None)
+    monkeypatch.setattr(command, "selftest", lambda family, subjects: found.get(family.name, []))
+    return found
+
+
+def test_the_command_tells_and_keeps(checkout, tmp_path, outcomes, capsys):
+    outcomes["wan"] = [Outcome(call="video on ring=3", error=2e-7)]
+    assert main(["selftest", "--comfyui", str(checkout)]) == 0
+    assert capsys.readouterr().out == "wan                holds: 1 calls, worst difference 2.0e-07\n"
+    kept = findings(tmp_path / "pools" / "selftest.json")
+    assert kept[finding_key(WAN, str(checkout))] == ""
+    assert "ComfyUI 1.2.3 has no Krea 2" in kept[finding_key(FAMILIES["krea2"], str(checkout))]
+
+
+def test_the_command_refuses(checkout, tmp_path, outcomes, capsys):
+    outcomes["wan"] = [Outcome(call="video on ring=3", error=0.3), Outcome(call="a", error=float("inf"), why="broken")]
+    assert main(["selftest", "--comfyui", str(checkout), "--family", "wan"]) == 1
+    shown = capsys.readouterr().out
+    assert "refused: Wan is not run on several GPUs with ComfyUI 1.2.3" in shown and "    a: broken\n" in shown
+    assert main(["selftest", "--comfyui", str(checkout), "--family", "wan", "--json"]) == 1
+    (entry,) = json.loads(capsys.readouterr().out)
+    assert entry["worst"] is None and entry["failed"] == ["video on ring=3: 0.3", "a: broken"]
+    assert findings(tmp_path / "pools" / "selftest.json")[finding_key(WAN, str(checkout))] == entry["refused"]
+    assert main(["selftest", "--comfyui", str(checkout), "--family", "krea2"]) == 1
+
+
+def test_a_folder_without_comfyui_is_named(tmp_path, capsys):
+    assert main(["selftest", "--comfyui", str(tmp_path)]) == 1
+    assert "without a ComfyUI in it" in capsys.readouterr().err
