@@ -23,10 +23,12 @@ class Checkpoint:
     """A diffusion transformer in a safetensors file.
 
     prefix: what its keys start with; infos: header entries without it; config: of the diffusers model.
-    stamp: of the file whose header this is. What the workers load must be that one. whose: class it will be, for a log.
+    stamp: of the file whose header this is. What the workers load must be that one. whose: class it will be, for a log;
+    way_out: how a MODEL gets a file that every machine can read.
     """
 
     whose: ClassVar[str] = ""
+    way_out: ClassVar[str] = "load it with Load Diffusion Model (xDiT)"
 
     path: str
     prefix: str

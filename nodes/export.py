@@ -28,11 +28,11 @@ SHARED_MEMORY = Path("/dev/shm")
 
 NAMES = {dtype: name for name, dtype in FLOATS.items()}
 
+ALIGNMENT = 64
+"""Bytes: what the memory of a tensor begins at a multiple of."""
+
 MARGIN_BYTES = 64 * 2**20
 """Left free: others keep their own things in shared memory, and a full one kills them."""
-
-
-MODEL_WAY_OUT = "load it with Load Diffusion Model (xDiT)"
 
 
 def require_reachable(pool: Any, path: str, *, what: str, way_out: str) -> None:
@@ -57,14 +57,22 @@ def export(owner: Any, weights: dict[str, Tensor], root: Path = SHARED_MEMORY) -
 
     Raises ValueError, in one sentence, when there is no room or the weights' type is not known.
     """
-    way_out = f"{MODEL_WAY_OUT}, which needs no copy"
+    way_out = f"{Checkpoint.way_out}, which needs no copy"
     return open_checkpoint(str(export_file(owner, weights, what="MODEL", way_out=way_out, root=root)))
 
 
-def export_file(owner: Any, weights: dict[str, Tensor], *, what: str, way_out: str, root: Path = SHARED_MEMORY) -> Path:
+def export_file(
+    owner: Any,
+    weights: dict[str, Tensor],
+    *,
+    what: str,
+    way_out: str,
+    root: Path = SHARED_MEMORY,
+    names: dict[torch.dtype, str] = NAMES,
+) -> Path:
     """Where `weights` lie in shared memory; the file is removed when `owner` is collected, or at exit.
 
-    what, way_out: for the sentence of the ValueError when there is no room or no shared memory.
+    what, way_out: for the sentence of the ValueError when there is no room or no shared memory. names: as in `write`.
     """
     needed = sum(weight.numel() * weight.element_size() for weight in weights.values())
     folder = _private_folder(root, what, way_out)
@@ -79,24 +87,27 @@ def export_file(owner: Any, weights: dict[str, Tensor], *, what: str, way_out: s
     finalizer = weakref.finalize(owner, _remove, held, os.getpid())
     log.info("handing %.2f GB of weights to the workers through %s", needed / 1e9, held.path)
     try:
-        write(held.path, weights)
+        write(held.path, weights, names)
     except BaseException:
         finalizer()
         raise
     return held.path
 
 
-def write(path: Path, weights: dict[str, Tensor]) -> None:
-    """Fill a safetensors file, tensor after tensor: no second copy of the model in memory."""
+def write(path: Path, weights: dict[str, Tensor], names: dict[torch.dtype, str] = NAMES) -> None:
+    """Fill a safetensors file, tensor after tensor: no second copy of the model in memory.
+
+    names: the types of numbers that the weights may have. Raises ValueError for others.
+    """
     entries, end = {}, 0
     for key, weight in weights.items():
-        if weight.dtype not in NAMES:
+        if weight.dtype not in names:
             raise ValueError(f"{key} is {weight.dtype}; the pool takes fp32, fp16, bf16 and plain fp8")
         begin, end = end, end + weight.numel() * weight.element_size()
         shape = list(weight.shape)
-        entries[key] = {"dtype": NAMES[weight.dtype], "shape": shape, "data_offsets": [begin, end]}
+        entries[key] = {"dtype": names[weight.dtype], "shape": shape, "data_offsets": [begin, end]}
     header = json.dumps(entries).encode()
-    header += b" " * (-len(header) % 8)
+    header += b" " * (-(8 + len(header)) % ALIGNMENT)
     with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for weight in weights.values():

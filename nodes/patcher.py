@@ -15,7 +15,7 @@ from comfy_xdit_nodes.checkpoint import Checkpoint
 from comfy_xdit_nodes.concurrent_calls import calc_cond_batch
 from comfy_xdit_nodes.export import is_copy
 from comfy_xdit_nodes.named import name_of
-from comfy_xdit_nodes.native.checkpoint import ComfyCheckpoint, comfy_checkpoint
+from comfy_xdit_nodes.native.checkpoint import ComfyCheckpoint, comfy_checkpoint, comfy_family
 from comfy_xdit_nodes.native.remote import ComfyRemoteModel
 from comfy_xdit_nodes.patches import encode_patches, file_key, own_key, param_bytes
 from comfy_xdit_nodes.pool import PoolSetting
@@ -165,11 +165,14 @@ def parallelize(patcher: Any, setting: PoolSetting | None = None) -> RemotePatch
 
 def _origin(patcher: Any) -> tuple[Checkpoint | ComfyCheckpoint, RemoteModel]:
     """Where the workers get a loaded MODEL from, and what takes its calls there."""
-    comfys = comfy_checkpoint(patcher)
-    if comfys is not None:
-        return comfys, ComfyRemoteModel(comfys.family)
-    remote = RemoteModel()
-    checkpoint = checkpoint_of(patcher, remote)
+    checkpoint: Checkpoint | ComfyCheckpoint
+    family = comfy_family(patcher)
+    if family is None:
+        remote = RemoteModel()
+        checkpoint = checkpoint_of(patcher, remote)
+    else:
+        remote = ComfyRemoteModel(family)
+        checkpoint = comfy_checkpoint(patcher, family, remote)
     if is_copy(checkpoint.path):
         # Nobody will load it again, but the workers' maps keep its memory.
         remote.residency.ends_with(remote)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from comfy.samplers import CFGGuider
-from comfy_xdit_nodes.export import MODEL_WAY_OUT, require_reachable
+from comfy_xdit_nodes.export import require_reachable
 from comfy_xdit_nodes.pool import connect
 from comfy_xdit_nodes.refuse import refuse_inside
 from comfy_xdit_nodes.remote import poll
@@ -34,7 +34,8 @@ def sample_on_pool(executor: Any, *args: Any, **kwargs: Any) -> Any:
     refuse_shapes(patcher.model.checkpoint, args[0], guider.conds)
     load = patcher.load_message()
     pool = connect(patcher.setting)
-    require_reachable(pool, load.model.path, what="MODEL", way_out=f"{MODEL_WAY_OUT}, from a path that each has")
+    way_out = f"{patcher.model.checkpoint.way_out}, from a path that each has"
+    require_reachable(pool, load.model.path, what="MODEL", way_out=way_out)
     # Degrees are chosen inside the turn: it starts a pool that was stopped, and only then it is sure which pool
     # runs, on what, and what was measured of it.
     with pool.turn(poll=poll):

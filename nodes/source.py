@@ -39,7 +39,7 @@ def pristine(patcher: Any) -> dict[str, Tensor]:
     """
     weights = {file_key(key): entries[0][0] for key, entries in patcher.get_key_patches(MODEL).items()}
     formats = {
-        key.removesuffix(".weight"): _format(patcher.model.diffusion_model, key, weight)
+        key.removesuffix(".weight"): format_of(patcher.model.diffusion_model, key, weight)
         for key, weight in weights.items()
         if type(weight) not in (Tensor, torch.nn.Parameter)
     }
@@ -48,7 +48,7 @@ def pristine(patcher: Any) -> dict[str, Tensor]:
     return weights
 
 
-def _format(transformer: torch.nn.Module, key: str, weight: Any) -> str:
+def format_of(transformer: torch.nn.Module, key: str, weight: Any) -> str:
     """What ComfyUI calls the format of a quantised weight; else the class that another node made it of."""
     layer = transformer.get_submodule(key.rpartition(".")[0])
     return str(getattr(layer, "quant_format", None) or type(weight).__name__)

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, ClassVar
 
 import torch
+from comfy_xdit_nodes.native.export import WAY_OUT, export
 from comfy_xdit_nodes.native.options import use_comfy
 from comfy_xdit_nodes.native.source import describe
 from torch import Tensor
@@ -23,12 +24,13 @@ OF_DIFFUSERS = ("Flux", "FluxInpaint", "FluxSchnell", "SD3", "PixArtAlpha", "Pix
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ComfyCheckpoint:
-    """The file that a MODEL was loaded from, and what ComfyUI made of it.
+    """The file that the workers load a MODEL from, and what ComfyUI made of it.
 
     message: makes it resident, but for its degrees. num_dims: of its latent. meta: key → tensor without numbers.
     """
 
     whose: ClassVar[str] = " (ComfyUI's class)"
+    way_out: ClassVar[str] = WAY_OUT
 
     message: LoadModel
     family: ComfyFamily
@@ -52,28 +54,28 @@ class ComfyCheckpoint:
         return dataclasses.replace(self.message, balance=balance)
 
 
-def comfy_checkpoint(patcher: Any) -> ComfyCheckpoint | None:
-    """The file of a loaded MODEL for its own class on the workers; None where diffusers' class is to run it.
-
-    Raises ValueError when the workers can't read its weights from a file.
-    """
+def comfy_family(patcher: Any) -> ComfyFamily | None:
+    """Of a loaded MODEL whose own class runs on the workers; None where diffusers' class is to run it."""
     model = patcher.model
     kind = type(model.model_config).__name__
     family = family_of(kind)
     if family is None or use_comfy() is None or (kind in OF_DIFFUSERS and not is_quantised(model)):
         return None
-    message = describe(patcher)
-    if message is None:
-        raise ValueError(
-            f"the workers can't read this {family.title}: its weights are not, or no longer, those of a safetensors "
-            "file that a stock loader read; load it with Load Diffusion Model or Load Checkpoint, and sample without "
-            "Parallel Model (xDiT) if another node changes its weights"
-        )
+    return family
+
+
+def comfy_checkpoint(patcher: Any, family: ComfyFamily, owner: Any) -> ComfyCheckpoint:
+    """The file of a loaded MODEL for its own class on the workers.
+
+    Its own file where that has its weights, else a copy in shared memory that lives as long as `owner`. Raises
+    ValueError when the workers can't have its weights.
+    """
+    model = patcher.model
     net = model.diffusion_model
     # Not of its state_dict, where a quantised weight has another shape.
     weights = dict([*net.named_parameters(), *net.named_buffers()])
     return ComfyCheckpoint(
-        message=message,
+        message=describe(patcher) or export(patcher, owner),
         family=family,
         shape=family.shape(net),
         num_dims=model.latent_format.latent_dimensions + 2,

@@ -44,18 +44,19 @@ def why_not_of(path: str, source: ComfySource, patcher: Any) -> str | None:
     source: how ComfyUI made the MODEL from its file.
     """
     try:
-        # In inference mode tensors don't count the writes to them.
-        with torch.inference_mode(False), torch.no_grad():
-            in_file = _as_comfyui_names_them(*read(path), source)
+        in_file = named_by_comfyui(*read(path), source)
     except InputError as error:
         return str(error)
     except (OSError, SafetensorError):
         return "it is no whole safetensors file"
     net = patcher.model.diffusion_model
+    state = pristine(patcher)
+    for key in unknown(state):
+        return f"its {key} is a {type(state[key]).__name__}"
     own_buffers = {name for name, _ in net.named_buffers()}
-    for key, weight in pristine(patcher).items():
+    for key, weight in state.items():
         if key in in_file:
-            if not _is_same(key, in_file[key], weight):
+            if not is_same(key, in_file[key], weight):
                 return f"{key} is another one"
         elif key not in own_buffers:
             return f"it has no {key}"
@@ -78,29 +79,39 @@ def pristine(patcher: Any) -> dict[str, Tensor]:
     return state
 
 
-def _as_comfyui_names_them(
+def unknown(state: dict[str, Tensor]) -> list[str]:
+    """Names of weights of a state dict that are of another node's making: neither plain numbers nor ComfyUI's."""
+    return [key for key, weight in state.items() if type(weight) not in (Tensor, torch.nn.Parameter)]
+
+
+def named_by_comfyui(
     views: dict[str, Tensor], metadata: Any, source: ComfySource
 ) -> dict[str, tuple[Tensor, Tensor | None]]:
     """Name in the transformer → (shape and dtype, numbers); no numbers for what is computed of large weights.
 
-    ComfyUI's own conversions are run, on stand-ins for all that has more than one dim: they may join weights, or
-    write to them.
+    views, metadata: what a file has. ComfyUI's own conversions are run, on stand-ins for all that has more than one
+    dim: they may join weights, or write to them. Raises InputError when ComfyUI finds another model in it.
     """
-    given = {key: view if view.dim() < 2 else view.to("meta") for key, view in views.items()}
-    origins = {id(value): views[key] for key, value in given.items()}
-    # `configured` takes entries out of what it is given, and an id is another's when its object is gone.
-    config, made = configured(dict(given), metadata, source)
-    made = config.process_unet_state_dict(dict(made))
-    return {key: (value, _numbers(value, origins.get(id(value)))) for key, value in made.items()}
+    # In inference mode tensors don't count the writes to them.
+    with torch.inference_mode(False), torch.no_grad():
+        # Copies: what is written to here is not to be read there.
+        given = {key: view.cpu().clone() if view.dim() < 2 else view.to("meta") for key, view in views.items()}
+        origins = {id(value): (views[key], value._version) for key, value in given.items()}
+        # `configured` takes entries out of what it is given, and an id is another's when its object is gone.
+        config, made = configured(dict(given), metadata, source)
+        made = config.process_unet_state_dict(dict(made))
+    return {key: (value, _numbers(value, *origins.get(id(value), (None, 0)))) for key, value in made.items()}
 
 
-def _numbers(value: Tensor, origin: Tensor | None) -> Tensor | None:
+def _numbers(value: Tensor, origin: Tensor | None, version: int) -> Tensor | None:
+    """version: of the stand-in `value` as long as nothing was written to it."""
     if not value.is_meta:
         return value
-    return origin if value._version == 0 else None
+    return origin if value._version == version else None
 
 
-def _is_same(key: str, in_file: tuple[Tensor, Tensor | None], weight: Tensor) -> bool:
+def is_same(key: str, in_file: tuple[Tensor, Tensor | None], weight: Tensor) -> bool:
+    """Whether one of `named_by_comfyui` and the weight of a state dict are, as far as can be seen, the same."""
     shape, numbers = in_file
     if key.endswith(".comfy_quant"):
         return numbers is not None and _same_note(_note(numbers), _note(weight))

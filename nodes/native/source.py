@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from comfy_xdit_nodes.native.same_weights import why_not_of
 
-from comfy_xdit.messages import ComfySource, LoadModel
+from comfy_xdit.messages import ComfySource, FileStamp, LoadModel
 from comfy_xdit.native.load import config_hash
 from comfy_xdit.weights.stamp import stamp
 
@@ -37,6 +37,11 @@ def describe(patcher: Any) -> LoadModel | None:
     if reason is not None:
         log.info("the workers can't load %s for its MODEL: %s", os.path.basename(path), reason)
         return None
+    return load_message(path, source, before)
+
+
+def load_message(path: str, source: ComfySource, seen: FileStamp) -> LoadModel:
+    """What has a worker load the file, of which `seen` is the stamp, as `source`."""
     return LoadModel(
         model="|".join([path, "ComfyUI", source.config, source.dtype, source.cast, str(source.fp8)]),
         path=path,
@@ -44,7 +49,7 @@ def describe(patcher: Any) -> LoadModel | None:
         family=source.kind,
         storage_dtype=source.dtype,
         compute_dtype=source.cast or source.dtype,
-        stamp=before,
+        stamp=seen,
         source=source,
     )
 

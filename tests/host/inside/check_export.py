@@ -182,5 +182,5 @@ def test_a_loaded_models_format_is_named(known, name, models, shared):
         weight = block.linear1.weight
         block.linear1.weight = torch.nn.Parameter(weight.detach().as_subclass(Quantised), requires_grad=False)
         block.linear1.quant_format = known
-    with pytest.raises(ValueError, match=rf"has single_blocks.0.linear1 and 1 other layer in {name}; use fp32"):
+    with pytest.raises(ValueError, match=rf"its single_blocks\.0\.linear1\.weight is in {name}; load it with"):
         parallelize(stock)

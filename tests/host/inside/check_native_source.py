@@ -177,6 +177,17 @@ def test_weights_changed_in_place(files):
     large[5, 100:110] -= 1
 
 
+class Wrapped(torch.Tensor):
+    """As a node pack makes of weights, to compute with them in its own way."""
+
+
+def test_weights_of_another_nodes_making(files):
+    patcher = loaded(files("bf16"))
+    layer = patcher.model.diffusion_model.img_in
+    layer.weight = torch.nn.Parameter(layer.weight.detach().as_subclass(Wrapped), requires_grad=False)
+    assert why_not(patcher) == "its img_in.weight is a Wrapped"
+
+
 def test_a_merged_model_has_patches(files, tmp_path):
     import comfy_extras.nodes_model_merging as merging
 
