@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from comfy_xdit_nodes.native.export import WAY_OUT, export
 from comfy_xdit_nodes.native.options import use_comfy
-from comfy_xdit_nodes.native.source import describe
+from comfy_xdit_nodes.native.source import describe, load_message
 from torch import Tensor
 
 from comfy_xdit.errors import InputError
@@ -26,7 +26,8 @@ OF_DIFFUSERS = ("Flux", "FluxInpaint", "FluxSchnell", "SD3", "PixArtAlpha", "Pix
 class ComfyCheckpoint:
     """The file that the workers load a MODEL from, and what ComfyUI made of it.
 
-    message: makes it resident, but for its degrees. num_dims: of its latent. meta: key → tensor without numbers.
+    message: makes it resident, but for its degrees. num_dims: of its latent. is_quantised: whether a layer is.
+    meta: key → tensor without numbers.
     """
 
     whose: ClassVar[str] = " (ComfyUI's class)"
@@ -36,6 +37,7 @@ class ComfyCheckpoint:
     family: ComfyFamily
     shape: ModelShape
     num_dims: int
+    is_quantised: bool
     meta: dict[str, Tensor]
 
     @property
@@ -49,9 +51,24 @@ class ComfyCheckpoint:
         except (InputError, OSError):
             return False
 
-    def load(self, *, balance: str = BALANCES[0], **dtypes: torch.dtype) -> LoadModel:
-        """The message that makes it resident. dtypes: not looked at, ComfyUI has chosen them."""
-        return dataclasses.replace(self.message, balance=balance)
+    def load(self, *, storage: torch.dtype, compute: torch.dtype, balance: str = BALANCES[0]) -> LoadModel:
+        """The message that makes it resident.
+
+        storage: not looked at, ComfyUI has chosen it. compute: as ComfyUI chose it, or a node on the MODEL.
+        Raises ValueError for another one of a quantised model: ComfyUI then computes with other operations.
+        """
+        source = self.message.source
+        assert source is not None
+        name = str(compute).removeprefix("torch.")
+        if name == self.message.compute_dtype:
+            return dataclasses.replace(self.message, balance=balance)
+        if self.is_quantised:
+            raise ValueError(
+                f"the pool can't compute in {name} with a quantised {self.family.title}, which is made for "
+                f"{self.message.compute_dtype}; remove the node ModelComputeDtype"
+            )
+        cast = dataclasses.replace(source, cast="" if name == source.dtype else name)
+        return dataclasses.replace(load_message(self.path, cast, self.message.stamp), balance=balance)
 
 
 def comfy_family(patcher: Any) -> ComfyFamily | None:
@@ -79,6 +96,7 @@ def comfy_checkpoint(patcher: Any, family: ComfyFamily, owner: Any) -> ComfyChec
         family=family,
         shape=family.shape(net),
         num_dims=model.latent_format.latent_dimensions + 2,
+        is_quantised=is_quantised(model),
         meta={key: torch.empty(weight.shape, dtype=weight.dtype, device="meta") for key, weight in weights.items()},
     )
 

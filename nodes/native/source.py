@@ -40,7 +40,7 @@ def describe(patcher: Any) -> LoadModel | None:
     return load_message(path, source, before)
 
 
-def load_message(path: str, source: ComfySource, seen: FileStamp) -> LoadModel:
+def load_message(path: str, source: ComfySource, seen: FileStamp | None) -> LoadModel:
     """What has a worker load the file, of which `seen` is the stamp, as `source`."""
     return LoadModel(
         model="|".join([path, "ComfyUI", source.config, source.dtype, source.cast, str(source.fp8)]),

@@ -10,10 +10,12 @@ import pytest
 import safetensors.torch
 import torch
 from check_native_lora import LINEAR, dressed, some_loras
+from check_native_sample import CASES
 from comfy_xdit_nodes.native import same_weights, source
 from comfy_xdit_nodes.native.options import use_comfy
 from comfy_xdit_nodes.native.same_weights import why_not_of
 from comfy_xdit_nodes.native.source import describe, source_of
+from comfy_xdit_nodes.patcher import parallelize
 
 from comfy_xdit.weights.stamp import stamp
 
@@ -249,3 +251,27 @@ def test_a_file_in_diffusers_layout(tmp_path):
     assert why_not(patcher) is None
     patcher.model.diffusion_model.img_in.weight.mul_(1.01)
     assert why_not(patcher) == "img_in.weight is another one"
+
+
+@pytest.mark.parametrize("dtype", ["default", "fp32", "fp16", "bf16"])
+def test_another_compute_dtype(dtype, tmp_path, pools):
+    """As the node sets it on a MODEL, in front of ours and behind it."""
+    from comfy_extras.nodes_model_advanced import ModelComputeDtype
+
+    model, case = loaded(make.save(tmp_path / "wan.safetensors", make.weights(make.wan()))), CASES["wan"]
+    (other,) = ModelComputeDtype().patch(model, dtype)
+    plain, expected = case.run(model), case.run(other)
+    assert torch.equal(expected, plain) == (dtype in ("default", "fp32")), "what ComfyUI chooses"
+    ours = parallelize(model, pools(1))
+    assert torch.equal(case.run(parallelize(other, pools(1))), expected)
+    assert torch.equal(case.run(ModelComputeDtype().patch(ours, dtype)[0]), expected)
+    assert torch.equal(case.run(ours), plain)
+
+
+def test_another_compute_dtype_of_a_quantised_model(tmp_path, pools):
+    from comfy_extras.nodes_model_advanced import ModelComputeDtype
+
+    weights = make.quantised(make.weights(make.wan()), ["nvfp4"])
+    ours = parallelize(loaded(make.save(tmp_path / "wan.safetensors", weights)), pools(1))
+    with pytest.raises(ValueError, match=r"compute in float16 with a quantised .*remove the node ModelComputeDtype"):
+        CASES["wan"].run(ModelComputeDtype().patch(ours, "fp16")[0])
