@@ -97,6 +97,12 @@ def test_what_a_plan_refuses_must_be_refused():
     assert [outcome.why for outcome in outcomes if not outcome.holds] == ["it was not refused"]
 
 
+def test_a_wrong_number_of_heads_is_told():
+    wrong = dataclasses.replace(family(JOINT), num_heads=lambda toy: 12)
+    (outcome,) = (outcome for outcome in selftest(wrong, [subject("joint")]) if not outcome.holds)
+    assert outcome.why == "12 heads, of which attention has [6]"
+
+
 def test_kinds_that_are_not_there_are_left_out():
     assert selftest(family(JOINT), [dataclasses.replace(subject("joint"), kind="Newer")]) == []
     assert selftest(family(JOINT), [subject("joint")], real={"Other": {}}) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -91,8 +92,8 @@ class ComfyFamily:
     def run(self, model: Any, call: Call) -> Tensor:
         # New lists and dicts: models write into them.
         named = {name: as_given(value) for name, value in call.items()}
-        # All models ask for a context, though some can do without.
-        given = {"context": None, "transformer_options": {}, **named}
+        # What is None does not travel, but a class may ask for it.
+        given = {**dict.fromkeys(_required(model.module)), "transformer_options": {}, **named}
         output = packed(model.module(given.pop("x"), given.pop("timestep"), **given))
         shape = self.output_shape(model, call)
         if output.shape != shape or output.dtype != model.compute_dtype:
@@ -104,3 +105,9 @@ class ComfyFamily:
         if isinstance(x, Tensor):
             return (x.shape[0], model.num_channels, *x.shape[2:])
         return (num_rows(call), 1, sum(math.prod(part.shape[1:]) for part in x))
+
+
+def _required(module: nn.Module) -> list[str]:
+    """Arguments of the module's forward, after the first two, that have no default."""
+    _, _, *rest = inspect.signature(module.forward).parameters.values()
+    return [one.name for one in rest if one.kind is one.POSITIONAL_OR_KEYWORD and one.default is one.empty]

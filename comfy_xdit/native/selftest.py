@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from comfy_xdit.errors import InputError
+from comfy_xdit.parallel.attention import Layer, SequenceAttention
 from comfy_xdit.parallel.context import ParallelContext
 from comfy_xdit.parallel.spec import ParallelSpec
 from comfy_xdit.parallel.thread_ranks import on_threads
@@ -68,7 +69,7 @@ def outcomes_of(
     """As `selftest`, one after the other."""
     for subject in subjects:
         if exists(subject.kind) and (real is None or subject.kind in real):
-            yield from _outcomes(family.plan, subject, specs, (real or {}).get(subject.kind))
+            yield from _outcomes(family, subject, specs, (real or {}).get(subject.kind))
 
 
 def verdict(family: ComfyFamily, outcomes: Iterable[Outcome], version: str) -> str:
@@ -84,11 +85,12 @@ def verdict(family: ComfyFamily, outcomes: Iterable[Outcome], version: str) -> s
 
 
 def _outcomes(
-    plan: TokenPlan, subject: Subject, specs: Sequence[ParallelSpec], real: Config | None
+    family: ComfyFamily, subject: Subject, specs: Sequence[ParallelSpec], real: Config | None
 ) -> Iterator[Outcome]:
     try:
         config = subject.configured(real)
-        model = build(subject.kind, config)
+        trial = Trial(model=build(subject.kind, config), plan=family.plan)
+        num_heads = family.shape(trial.model).num_heads
         calls = subject.calls(config)
         refused = subject.refused(config) if subject.refused else {}
     except Exception as error:
@@ -97,17 +99,20 @@ def _outcomes(
     for name, call in {**calls, **refused}.items():
         title = f"{subject.kind} {name}"
         try:
-            expected = on_one(model, call)
+            expected = on_one(trial.model, call)
         except Exception as error:
             yield Outcome(call=f"{title} on one rank", error=math.inf, why=_text(error))
             continue
         for spec in specs:
             if name in refused:
-                why = why_not_refused(model, plan, spec, call)
+                why = trial.why_not_refused(call, spec)
                 yield Outcome(call=f"{title} on {spec}, refused", error=math.inf if why else 0.0, why=why)
                 continue
-            difference, why = compared(model, plan, spec, call, expected)
+            difference, why = trial.compared(call, spec, expected)
             yield Outcome(call=f"{title} on {spec}", error=difference, why=why)
+    if trial.heads and num_heads != min(trial.heads):
+        why = f"{num_heads} heads, of which attention has {sorted(trial.heads)}"
+        yield Outcome(call=f"{subject.kind}'s number of heads", error=math.inf, why=why)
 
 
 def on_one(model: nn.Module, call: Call) -> list[Tensor]:
@@ -119,36 +124,46 @@ def on_one(model: nn.Module, call: Call) -> list[Tensor]:
     return out
 
 
-def compared(
-    model: nn.Module, plan: TokenPlan, spec: ParallelSpec, call: Call, expected: list[Tensor]
-) -> tuple[float, str]:
-    """The relative difference of the worst rank, and why it is infinite where it is."""
-    try:
-        answers = on_threads(spec, lambda context: _on_rank(model, plan, call, context))
-    except Exception as error:
-        return math.inf, _text(error)
-    pairs = [pair for out in answers for pair in zip(out, expected, strict=True)]
-    worst = max(((got - wanted).norm() / wanted.norm()).item() for got, wanted in pairs)
-    return (worst, "") if math.isfinite(worst) else (math.inf, "numbers that are none")
+@dataclasses.dataclass(kw_only=True)
+class Trial:
+    """A model under a plan, on several ranks. heads: of each kind of attention that came by."""
 
+    model: nn.Module
+    plan: TokenPlan
+    heads: set[int] = dataclasses.field(default_factory=set)
 
-def why_not_refused(model: nn.Module, plan: TokenPlan, spec: ParallelSpec, call: Call) -> str:
-    """"" where the plan refuses the call."""
-    try:
-        on_threads(spec, lambda context: _on_rank(model, plan, call, context))
-    except InputError:
-        return ""
-    except Exception as error:
-        return _text(error)
-    return "it was not refused"
+    def compared(self, call: Call, spec: ParallelSpec, expected: list[Tensor]) -> tuple[float, str]:
+        """The relative difference of the worst rank, and why it is infinite where it is."""
+        try:
+            answers = on_threads(spec, lambda context: self._on_rank(call, context))
+        except Exception as error:
+            return math.inf, _text(error)
+        pairs = [pair for out in answers for pair in zip(out, expected, strict=True)]
+        worst = max(((got - wanted).norm() / wanted.norm()).item() for got, wanted in pairs)
+        return (worst, "") if math.isfinite(worst) else (math.inf, "numbers that are none")
 
+    def why_not_refused(self, call: Call, spec: ParallelSpec) -> str:
+        """"" where the plan refuses the call."""
+        try:
+            on_threads(spec, lambda context: self._on_rank(call, context))
+        except InputError:
+            return ""
+        except Exception as error:
+            return _text(error)
+        return "it was not refused"
 
-def _on_rank(model: nn.Module, plan: TokenPlan, call: Call, context: ParallelContext) -> list[Tensor]:
-    with torch.inference_mode(), whole_shaped(_twin(model), plan, context) as engine:
-        out = _tensors(run(engine.module, call))
-    if not context.traffic.bytes:
-        raise ValueError("nothing was cut")
-    return out
+    def _on_rank(self, call: Call, context: ParallelContext) -> list[Tensor]:
+        method = SequenceAttention(context)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, layer: Layer, **more: Any) -> Tensor:
+            self.heads.add(q.shape[1])
+            return method(q, k, v, layer, **more)
+
+        with torch.inference_mode(), whole_shaped(_twin(self.model), self.plan, context, attend) as engine:
+            out = _tensors(run(engine.module, call))
+        if not context.traffic.bytes:
+            raise ValueError("nothing was cut")
+        return out
 
 
 def run(model: nn.Module, call: Call) -> Any:

@@ -21,7 +21,7 @@ MINIMAX = ComfyFamily(
         ),
         attention={"blocks.*.attn": Attention(ALL)},
     ),
-    num_heads=lambda transformer: transformer.blocks[0].attn.num_heads,
+    num_heads=lambda transformer: transformer.blocks[0].attn.heads,
     rows=("context",),
     # It takes one row only, so what belongs to it is the same for all.
     constants=("minimax_payload",),
