@@ -147,6 +147,10 @@ class _Stage:
         fault.mend(scene)
         mended = time.monotonic()
         next_job, next_sentence = self._attempt(self._settled(following) if not sentence else following, None)
+        if ended == "right" and next_job == "told":
+            # It struck when the job had just ended, so the next one met it.
+            ended, sentence = next_job, next_sentence
+            next_job, next_sentence = self._attempt(self._settled(following), None)
         healed_s = time.monotonic() - mended
         orphans = self._orphans()
         faulthandler.cancel_dump_traceback_later()

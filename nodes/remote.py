@@ -16,7 +16,7 @@ import torch
 from comfy_xdit_nodes.concurrent_calls import Meeting
 from comfy_xdit_nodes.held import Constants
 from comfy_xdit_nodes.host_memory import make_room
-from comfy_xdit_nodes.native.options import use_comfy
+from comfy_xdit_nodes.native.options import same_everywhere, use_comfy
 from comfy_xdit_nodes.patches import MODEL
 from comfy_xdit_nodes.record import Record
 from comfy_xdit_nodes.refuse import refuse_options
@@ -182,7 +182,7 @@ def _use_this_comfyui(pool: Pool) -> None:
     """Have the workers import this ComfyUI's classes, if they haven't."""
     message = use_comfy()
     assert message is not None, "no MODEL is described for workers that can't have its class"
-    pool.call_all(message, poll=poll)
+    same_everywhere(pool.call_all(message, poll=poll))
 
 
 def _say_misfits(message: m.SetPatches, misfits: list[list[str]]) -> None:

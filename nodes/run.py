@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from comfy.samplers import CFGGuider
 from comfy_xdit_nodes.export import require_reachable
+from comfy_xdit_nodes.native.proven import require_proven
 from comfy_xdit_nodes.pool import connect
 from comfy_xdit_nodes.refuse import refuse_inside
 from comfy_xdit_nodes.remote import poll
@@ -44,6 +45,8 @@ def sample_on_pool(executor: Any, *args: Any, **kwargs: Any) -> Any:
             pool, patcher.setting.requested, patcher.model.checkpoint, noise=args[0], load=load, room_bytes=room_bytes
         )
         spec = choose(count_chunks(guider))
+        if load.model.source is not None and spec.num_ranks > 1:
+            require_proven(patcher.model.checkpoint.family)
         choose = keeping_weights(choose, spec)
         with patcher.model.remote.running(pool, load.spread(spec), choose, trace=patcher.setting.trace):
             return executor(*args, **kwargs)

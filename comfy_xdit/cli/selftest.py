@@ -15,13 +15,10 @@ from comfy_xdit.errors import InputError
 from comfy_xdit.messages import UseComfy
 from comfy_xdit.native.boot import boot, kitchen_version, sources_of, version_of
 from comfy_xdit.native.families import FAMILIES
-from comfy_xdit.native.proof import finding_key, keep
+from comfy_xdit.native.proof import RESULTS, finding_key, keep
 from comfy_xdit.native.selftest import selftest, verdict
 from comfy_xdit.native.subjects import SUBJECTS
 from comfy_xdit.pool.folder import own_folder
-
-RESULTS = "selftest.json"
-"""The file of findings, in the folder of all pools."""
 
 TORCHS_ATTENTION = {"use_pytorch_cross_attention": True}
 """What ComfyUI chooses by itself on a GPU."""

@@ -22,6 +22,9 @@ from comfy_xdit import parallel
 from .boot import hash_of_sources, sources_of
 from .family import ComfyFamily
 
+RESULTS = "selftest.json"
+"""The file of findings, in the folder of all pools."""
+
 TIMEOUT_S = 300.0
 """A self-test takes seconds; so long on a machine that is busy."""
 

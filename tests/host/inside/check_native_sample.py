@@ -102,3 +102,16 @@ def test_equal_to_stock(name, mode, stock, pools):
     log.info("%s %s: %.1e", name, mode, error)
     assert expected.isfinite().all() and expected.std() > 0
     assert error == 0 if num_ranks == 1 else error <= LIMIT["int8" in name]
+
+
+def test_a_plan_that_does_not_hold_here_is_refused(stock, pools, monkeypatch):
+    """What an earlier self-test found; on one rank nothing is cut, and nothing refused."""
+    from comfy_xdit_nodes.native import proven
+
+    model, expected = stock("wan")
+    monkeypatch.setattr(proven, "why_refused", lambda family, *where: f"{family.title} is refused")
+    proven._why_refused.cache_clear()
+    with pytest.raises(ValueError, match="Wan is refused"):
+        CASES["wan"].run(parallelize(model, pools(2, ulysses=2)))
+    assert torch.equal(CASES["wan"].run(parallelize(model, pools(1))), expected)
+    proven._why_refused.cache_clear()
