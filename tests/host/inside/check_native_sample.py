@@ -43,13 +43,24 @@ class Case:
     def __init__(self, weights, shape, channels, **more):
         self.weights, self.shape, self.channels, self.more = weights, shape, channels, more
 
-    def run(self, model, cfg=3.0, sampler="euler"):
+    def run(self, model, cfg=3.0, sampler="euler", steps=3, callback=None):
         positive, negative = (text(1, n, self.channels, seed=n, **self.more) for n in (9, 9))
         latent = torch.zeros(self.shape)
         noise = random(*self.shape)
         with torch.inference_mode():
             return comfy.sample.sample(
-                model, noise, 3, cfg, sampler, "simple", positive, negative, latent, disable_pbar=True, seed=1
+                model,
+                noise,
+                steps,
+                cfg,
+                sampler,
+                "simple",
+                positive,
+                negative,
+                latent,
+                callback=callback,
+                disable_pbar=True,
+                seed=1,
             )
 
 
