@@ -16,11 +16,15 @@ from comfy_xdit.models.rows import batched
 from comfy_xdit.parallel.model import Call, first_latent, num_rows
 from comfy_xdit.parallel.spec import ModelShape
 from comfy_xdit.parallel.tokens import TokenPlan
+from comfy_xdit.quoted import quoted
 
 from .calls import as_given, packed, rows_of, unpacked
 
 OF_THE_LATENT = ("concat", "latent_shapes")
 """Parts of a conditioning in `messages.Sample` that say how the transformer's x is made of the sampler's latent."""
+
+MISFITS = ("shapes cannot be multiplied", "normalized_shape")
+"""What torch says of an input of other channels than the layer that reads it has."""
 
 METHODS = ("dp", "cfg", "distri", "ring", "ulysses")
 """The parallel methods that there are for all of these models."""
@@ -94,7 +98,15 @@ class ComfyFamily:
         named = {name: as_given(value) for name, value in call.items()}
         # What is None does not travel, but a class may ask for it.
         given = {**dict.fromkeys(_required(model.module)), "transformer_options": {}, **named}
-        output = packed(model.module(given.pop("x"), given.pop("timestep"), **given))
+        try:
+            output = packed(model.module(given.pop("x"), given.pop("timestep"), **given))
+        except RuntimeError as error:
+            if not any(words in str(error) for words in MISFITS):
+                raise
+            raise InputError(
+                f"{self.title} can't take what it is given ({quoted(error)}); use the text encoders, the empty latent "
+                "and the VAE that belong to the model"
+            ) from error
         shape = self.output_shape(model, call)
         if output.shape != shape or output.dtype != model.compute_dtype:
             raise RuntimeError(f"{self.title} gave {tuple(output.shape)} of {output.dtype}, not {shape}")

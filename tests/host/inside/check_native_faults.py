@@ -98,8 +98,10 @@ def test_what_does_not_fit_is_told_before_a_worker_is_touched(ours):
 
 @pytest.mark.parametrize("channels", [48, 4100])
 def test_text_of_another_model_is_a_sentence(channels, ours):
-    model, _, is_right = ours
+    model, setting, is_right = ours
+    generation = connect(setting).generation
     texts, latent = [[torch.zeros(1, 9, channels), {}]], torch.zeros(CASE.shape)
-    with pytest.raises((PoolError, ValueError), match=r"^[^\n]+$"):
+    with pytest.raises(PoolError, match=r"^Wan can't take what it is given \([^\n]+\); use the text encoders"):
         comfy.sample.sample(model, latent, 3, 1.0, "euler", "simple", texts, texts, latent, disable_pbar=True, seed=1)
-    assert is_right()
+    # All ranks saw it before their first message, but for a stage after the first.
+    assert is_right() and ("pipe" in str(setting.requested) or connect(setting).generation == generation)
