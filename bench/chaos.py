@@ -168,7 +168,7 @@ class _Stage:
         )
 
     def _scene(self, job: Job, chance: random.Random) -> Scene:
-        with self._pool.turn():
+        with self._pool.lease():
             found = self._pool.status()
         workers = [rank["pid"] for rank in found["ranks"]]
         self._seen |= {found["pid"], *workers}

@@ -84,8 +84,8 @@ def cancel(scene: Scene) -> None:
     scene.cancelled.set()
 
 
-def remove_door(scene: Scene) -> None:
-    pool_folder(scene.pool_name).door.unlink(missing_ok=True)
+def remove_coordinator(scene: Scene) -> None:
+    pool_folder(scene.pool_name).socket.unlink(missing_ok=True)
 
 
 def remove_folder(scene: Scene) -> None:
@@ -174,7 +174,7 @@ FAULTS: dict[str, Fault] = {
     "kill the supervisor": Fault(strike=kill_supervisor),
     "pool stop": Fault(strike=stop_pool),
     "cancel": Fault(strike=cancel),
-    "remove the door's socket": Fault(strike=remove_door),
+    "remove the coordinator's socket": Fault(strike=remove_coordinator),
     "remove the pool's folder": Fault(strike=remove_folder),
     "delete the model's file": Fault(strike=delete_file, mend=restore_file),
     "truncate the model's file": Fault(strike=truncate_file, mend=restore_file),

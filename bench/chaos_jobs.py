@@ -150,7 +150,7 @@ def _loading(job: Job, path: str) -> LoadModel:
 
 def run_job(pool: Pool, models: Models, job: Job, *, poll: Callable[[], Any] | None = None) -> Tensor:
     """What a client of the pool does for one run. Raises PoolError; FileNotFoundError; and what `poll` raises."""
-    with pool.turn(poll):
+    with pool.lease(poll):
         pool.call(models.load_message(job), poll=poll, timeout_s=CALL_LIMIT_S)
         message = job.message()
         try:

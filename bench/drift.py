@@ -63,7 +63,7 @@ def drift(
     ]
     cases += [Case(spec=ParallelSpec(distri=num_ranks), num_patches=None, warmup_steps=warmup) for warmup in warmups]
     found = []
-    with bench_pool(num_ranks) as pool, pool.turn():
+    with bench_pool(num_ranks) as pool, pool.lease():
         load_vae(pool)
         exact = sampled(pool, Case(spec=ParallelSpec(ulysses=num_ranks), num_patches=None, warmup_steps=0), settings)
         for case in cases:

@@ -53,7 +53,7 @@ def heal(pool: Pool, cycles: int, *, job: Message | None = None) -> Report:
     job = Status() if job is None else job
     done: list[Cycle] = []
     used: set[int] = set()
-    with pool.turn():
+    with pool.lease():
         pool.call(job)
         for index in range(cycles):
             pids = [rank["pid"] for rank in pool.status()["ranks"]]

@@ -36,7 +36,7 @@ def main(told: dict[str, Any]) -> None:
     pool = Pool.connect("default", start=False)
     bench = Bench(pool, told)
     try:
-        with pool.turn():
+        with pool.lease():
             for spec in SPECS.values():
                 pool.call(bench.load(spec), timeout_s=RUN_TIMEOUT_S)
             for gbit in told["rates"]:

@@ -34,7 +34,7 @@ def against_one_rank(num_ranks: int, families: Sequence[str] = tuple(SUBJECTS)) 
     drift and psnr_db: of an approximate mode with one exact evaluation, against one rank, else None. Errors are the
     largest difference over the largest number of the latent; decibels are of the latent's range.
     """
-    with tempfile.TemporaryDirectory() as folder, bench_pool(num_ranks) as pool, pool.turn():
+    with tempfile.TemporaryDirectory() as folder, bench_pool(num_ranks) as pool, pool.lease():
         for family in families:
             path = SUBJECTS[family].write(Path(folder) / f"{family}.safetensors")
             message = LoadModel(

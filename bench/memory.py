@@ -32,7 +32,7 @@ def memory(*, num_ranks: int = 2, hidden: int = 1024) -> dict[str, Any]:
         del contest.model
         # What a first job imports and allocates is no weight: a small model pays for it before the count begins.
         small = Contest(Path(tempfile.mkdtemp(dir=folder)), FluxSize(hidden=128))
-        with pool.turn():
+        with pool.lease():
             pool.call(dataclasses.replace(small.message, model="small"))
             _touch(small, pool, "small")
             pids = [rank["pid"] for rank in pool.status()["ranks"]]

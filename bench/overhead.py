@@ -21,7 +21,7 @@ def overhead(*, tokens: int = 512, num_turns: int = 9) -> dict[str, Any]:
     call = random_call(size, tokens=tokens)
     with tempfile.TemporaryDirectory() as folder, bench_pool(1) as pool:
         contest = Contest(Path(folder), size)
-        with pool.turn():
+        with pool.lease():
             pool.call(contest.message)
             outputs: dict[str, Any] = {}
 

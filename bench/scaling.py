@@ -61,7 +61,7 @@ def scaling(tokens: Sequence[int], size: FluxSize, settings: Settings) -> dict[s
     ranks: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder, bench_pool(settings.num_ranks) as pool:
         contest = Contest(Path(folder), size)
-        with pool.turn():
+        with pool.lease():
             pool.call(contest.message)
             link, device = measure(pool)
             bench = Bench(contest, pool, settings, read_network(contest.message.path), link, device)

@@ -32,7 +32,7 @@ def trace(
         model=MODEL, path=path, prefix="", family="flux", storage_dtype="float32", compute_dtype="float32"
     )
     jobs = {}
-    with bench_pool(specs[0].num_ranks) as pool, pool.turn():
+    with bench_pool(specs[0].num_ranks) as pool, pool.lease():
         for spec in specs:
             pool.call(dataclasses.replace(load, spec=spec))
             pool.call(whole_run(MODEL, call, spec, num_evaluations=2, num_patches=num_patches))

@@ -112,7 +112,7 @@ def _row(pool: Pool, path: str, network: Network, family: str, spec: ParallelSpe
     else:
         work = dataclasses.replace(work, num_evaluations=1)
         message = Denoise(model=MODEL, patches_id="", spec=spec, calls=[call], chunks=[chunks])
-    with pool.turn():
+    with pool.lease():
         pool.call(load)
         results = pool.call_all(message)
     return compare(results, network, work, spec)

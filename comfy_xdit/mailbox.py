@@ -59,7 +59,7 @@ class Mailbox:
             self._is_abandoned = True
 
     def renew(self) -> None:
-        """What comes now is another client's, or another turn's."""
+        """What comes now is another client's, or another lease's."""
         with self._lock:
             self._is_abandoned = False
 

@@ -137,7 +137,7 @@ class SetPatches(Message):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Hold(Message):
-    """Keep `value` on the workers under `name` until the client's turn ends or `Drop`."""
+    """Keep `value` on the workers under `name` until the client's lease ends or `Drop`."""
 
     name: str
     value: Tree
@@ -272,8 +272,8 @@ class Probe(Message):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TurnEnded(Message):
-    """The client's turn is over: forget what it asked to hold."""
+class LeaseEnded(Message):
+    """The client's lease is over: forget what it asked to hold."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -53,7 +53,7 @@ class Meeting:
     def serve(self) -> None:
         """Send each round when it is full, until every thread has left.
 
-        Runs in the thread that started them: the turn on the pool and inference mode are its own.
+        Runs in the thread that started them: the lease on the pool and inference mode are its own.
         """
         with self._changed:
             while True:

@@ -42,7 +42,7 @@ def constant_calls(
 ) -> list[dict[str, Any]]:
     """For each of the program's conditionings, the network's arguments but for "x" and "timestep".
 
-    guider: as in its `inner_sample`, of a model on the pool; inside the pool's turn. noise: of the
+    guider: as in its `inner_sample`, of a model on the pool; inside the pool's lease. noise: of the
     latent's shape. Tensors have the latent's batch. Raises NotAProgram when a program's numbers don't say
     what the network is given: when the host adds channels to the latent, or changes arguments by step.
     """

@@ -135,14 +135,14 @@ class RemoteModel:
     def running(
         self, pool: Pool, load: Load, choose: Callable[[int], ParallelSpec], *, trace: bool = False
     ) -> Iterator[Run]:
-        """A sampling run on `pool`: its turn, the model and its patches on the workers.
+        """A sampling run on `pool`: its lease, the model and its patches on the workers.
 
         choose: number of chunks → degrees; called first of all, so that what doesn't fit is said
         before a worker is touched. trace: what the workers did is written to ComfyUI's output folder.
         Raises ValueError, PoolError, or ComfyUI's interruption.
         """
         before = self._run
-        with pool.turn(poll=poll):
+        with pool.lease(poll=poll):
             self._bring(pool, load)
             run = Run(pool, load, choose, trace=trace)
             self._run = run
@@ -221,7 +221,7 @@ class Run:
         self._call = self._record.call if self._record is not None else pool.call
         self._load = load
         self._choose = choose
-        # Of the pool, not of this run: a run that refers to itself would outlive its turn, and the MODEL with it.
+        # Of the pool, not of this run: a run that refers to itself would outlive its lease, and the MODEL with it.
         self._constants = Constants(hold=partial(_hold, pool), drop=partial(_drop, pool))
         self.meeting: Meeting | None = None
 

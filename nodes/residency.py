@@ -90,7 +90,7 @@ class Residency:
 
         For what nobody can load again.
         """
-        # Collected at any moment, perhaps in the midst of another turn: so another thread tells the workers.
+        # Collected at any moment, perhaps in the midst of another lease: so another thread tells the workers.
         weakref.finalize(owner, _undertaker().put, self).atexit = False
         _mortal.add(self)
 

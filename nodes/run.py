@@ -1,4 +1,4 @@
-"""ComfyUI's sampling run, with a turn on the pool around it."""
+"""ComfyUI's sampling run, with a lease on the pool around it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def sample_on_pool(executor: Any, *args: Any, **kwargs: Any) -> Any:
-    """ComfyUI's OUTER_SAMPLE wrapper: refuse what can't run, take a turn, have the model loaded, sample."""
+    """ComfyUI's OUTER_SAMPLE wrapper: refuse what can't run, take a lease, have the model loaded, sample."""
     guider = executor.class_obj
     patcher = guider.model_patcher
     refuse_inside(patcher, guider.model_options, guider.conds)
@@ -37,9 +37,9 @@ def sample_on_pool(executor: Any, *args: Any, **kwargs: Any) -> Any:
     pool = connect(patcher.setting)
     way_out = f"{patcher.model.checkpoint.way_out}, from a path that each has"
     require_reachable(pool, load.model.path, what="MODEL", way_out=way_out)
-    # Degrees are chosen inside the turn: it starts a pool that was stopped, and only then it is sure which pool
+    # Degrees are chosen inside the lease: it starts a pool that was stopped, and only then it is sure which pool
     # runs, on what, and what was measured of it.
-    with pool.turn(poll=poll):
+    with pool.lease(poll=poll):
         room_bytes = patcher.model.remote.make_room(pool, load)
         choose = chooser(
             pool, patcher.setting.requested, patcher.model.checkpoint, noise=args[0], load=load, room_bytes=room_bytes
@@ -61,7 +61,7 @@ def chooser(
     load: Load,
     room_bytes: int | None = None,
 ) -> Callable[[int], ParallelSpec]:
-    """Number of chunks → degrees: the cheapest for this noise. To be asked inside the pool's turn.
+    """Number of chunks → degrees: the cheapest for this noise. To be asked inside the pool's lease.
 
     room_bytes: what every rank has for the model; None: not known.
 

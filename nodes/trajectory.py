@@ -90,7 +90,7 @@ def plan(
 ) -> Job:
     """The job of `sampler.sample` with these arguments; `guider` as in its `inner_sample`.
 
-    Call it inside the pool's turn. constants: finds the network's constant arguments.
+    Call it inside the pool's lease. constants: finds the network's constant arguments.
     Afterwards torch's random generators are where the host's own run would have left them.
     Raises NotAProgram when the run has to stay in the host's loop, or the host's interruption; all generators,
     the sampler's own too, and the sampler's state are then as they were.

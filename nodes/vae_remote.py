@@ -80,7 +80,7 @@ class RemoteVAE:
         require_reachable(pool, self.load.path, what="VAE", way_out=f"{WAY_OUT}, or a pool of this machine")
         make_room(pool, self._residency, self.load.vae)
         comfy.model_management.load_models_gpu([self._patcher])
-        with pool.turn(poll=poll):
+        with pool.lease(poll=poll):
             self._residency.add(pool, self.load.vae)
             pool.call(self.load, poll=poll)
             return pool.call(message, poll=poll).value

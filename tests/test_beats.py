@@ -24,8 +24,8 @@ GIB = 2**30
 
 @pytest.fixture
 def ends(monkeypatch):
-    """The worker's end of a connection to the door, and the door's."""
-    # A worker without a door ends; here its threads alone.
+    """The worker's end of a connection to the coordinator, and the coordinator's."""
+    # A worker without a coordinator ends; here its threads alone.
     monkeypatch.setattr(link_module.os, "_exit", sys.exit)
     before = set(threading.enumerate())
     one, other = socket.socketpair()

@@ -231,7 +231,7 @@ def test_a_pool_measures_itself_once(tmp_path, monkeypatch):
         def status(self):
             return {"ranks": [{"machine": name, "device": "cpu", "pid": pid} for name, pid in self.processes]}
 
-        def turn(self):
+        def lease(self):
             return contextlib.nullcontext()
 
         def call(self, message, timeout_s=None):
@@ -241,10 +241,10 @@ def test_a_pool_measures_itself_once(tmp_path, monkeypatch):
             return Result(value={**device, "bytes_per_s": rates, "latency_s": {"send": 1e-4}})
 
     def start():
-        door.unlink(missing_ok=True)
-        door.touch()
+        coordinator.unlink(missing_ok=True)
+        coordinator.touch()
 
-    door = pool_folder("probed").door
+    coordinator = pool_folder("probed").socket
     start()
 
     with pytest.raises(ValueError, match="'probed' has not been measured"):
@@ -265,7 +265,7 @@ def test_a_pool_measures_itself_once(tmp_path, monkeypatch):
         measured.measure(Pool())
         assert len(asked) == num_asked
     assert len(measured.read("probed")) == 2
-    door.unlink()
+    coordinator.unlink()
     with pytest.raises(PoolError, match="pool 'probed' ended meanwhile; queue the workflow again"):
         measured.measure(Pool())
 

@@ -10,7 +10,7 @@ import pytest
 
 from comfy_xdit.cli import COMMANDS
 from comfy_xdit.native.families import FAMILIES
-from comfy_xdit.pool import client, connections, devices, failure_policy, folder, pace, roster, silence, starts
+from comfy_xdit.pool import client, connections, devices, failure_policy, folder, membership, pace, silence, starts
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md")) + [page for page in [ROOT / "README.md"] if page.is_file()]
@@ -84,7 +84,7 @@ def test_every_family_is_in_the_table_of_models():
 
 def test_limits_are_the_codes():
     pool, trouble, nodes = text("pool.md"), text("troubleshooting.md"), text("nodes.md")
-    assert f"{roster.HEARTBEAT_TIMEOUT_S:.0f} s without a sign of life" in pool
+    assert f"{membership.HEARTBEAT_TIMEOUT_S:.0f} s without a sign of life" in pool
     assert f"{failure_policy.STUCK_AFTER_S:.0f} s when its peers have failed" in pool
     assert f"After {silence.TELL_AFTER_S:.0f} s of silence" in pool
     assert f"After {silence.TAKE_AFTER_S:.0f} s, if somebody waits" in pool

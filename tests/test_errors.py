@@ -9,7 +9,7 @@ import torch
 from comfy_xdit_worker.failures import classify
 
 from comfy_xdit.errors import InputError, is_out_of_memory
-from comfy_xdit.pool.roster import failure_of
+from comfy_xdit.pool.membership import failure_of
 
 OUT_OF_MEMORY = [
     MemoryError(),
@@ -62,8 +62,8 @@ def test_an_input_error_is_its_own_sentence():
     assert classify(InputError("7 is too large;\n use 6"), 1) == ("input", "7 is too large; use 6")
 
 
-def test_an_error_of_any_length_reaches_the_door_as_one():
-    """The door drops who says more than a sentence, and would tell that the worker had ended."""
+def test_an_error_of_any_length_reaches_the_coordinator_as_one():
+    """The coordinator drops who says more than a sentence, and would tell that the worker had ended."""
     kind, sentence = classify(RuntimeError("Missing key(s) in state_dict: " + '"blocks.0.attn.weight", ' * 10_000), 0)
     failure = {"rank": 0, "kind": kind, "message": sentence, "trace": "", "has_communicated": False}
     assert failure_of({"failure": failure}, 1) == failure

@@ -1,4 +1,4 @@
-"""A pool's folder may be deleted, its disk may be full, its door may be crowded: no pool is lost or doubled by that."""
+"""A pool's folder may be deleted, its disk full, its coordinator crowded: no pool is lost or doubled by that."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "faults"))
 
 from fault_service import Echo, Reduce
 from harness import NAME, OPTIONS, private_home, private_pool, stop_process, wait_until, wait_until_gone, worker_pids
-from played import played_door
+from played import played_coordinator
 
 from comfy_xdit import cli
 from comfy_xdit.pool import start as start_module
@@ -36,13 +36,13 @@ sys.stdin.read()
 
 
 def delete_socket(folder):
-    folder.door.unlink()
+    folder.socket.unlink()
 
 
 def replace_socket(folder):
-    folder.door.unlink()
+    folder.socket.unlink()
     with socket.socket(socket.AF_UNIX) as other:
-        other.bind(str(folder.door))
+        other.bind(str(folder.socket))
 
 
 def delete_files(folder):
@@ -109,20 +109,20 @@ def test_a_ghost_that_hangs_is_told_and_can_be_stopped(monkeypatch, capsys):
 def test_of_two_pools_of_one_name_the_one_without_the_folder_ends(tmp_path, monkeypatch):
     monkeypatch.setenv("COMFY_XDIT_HOME", str(tmp_path / "h"))
     ended = []
-    with played_door(1) as door:
-        door._stop = lambda: ended.append(True)
-        path = door.folder.lock("alive").path
-        # As one process would, so that the door never sees the folder without a lock.
+    with played_coordinator(1) as coordinator:
+        coordinator._stop = lambda: ended.append(True)
+        path = coordinator.folder.lock("alive").path
+        # As one process would, so that the coordinator never sees the folder without a lock.
         other = tmp_path / "other"
         other.touch()
         with subprocess.Popen(
             [sys.executable, "-c", HOLD, str(other)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         ) as holder:
             assert holder.stdout.readline() == b"held\n"
-            assert not door._stopping
+            assert not coordinator._stopping
             os.replace(other, path)
             wait_until(lambda: ended, "the end of the one without the folder")
-            assert door._stopping
+            assert coordinator._stopping
             holder.stdin.close()
 
 
@@ -171,10 +171,10 @@ def test_attempts_in_vain_come_ever_more_slowly():
     assert pace.pause_s == 0.0
 
 
-# A crowd at the door, and a start that fails
+# A crowd at the coordinator, and a start that fails
 
 
-def test_a_crowded_door_is_a_pool_that_runs_and_its_log_stays(monkeypatch):
+def test_a_crowded_coordinator_is_a_pool_that_runs_and_its_log_stays(monkeypatch):
     monkeypatch.setattr(start_module, "HELLO_TIMEOUT_S", 1.0)
     with private_pool() as pool, contextlib.ExitStack() as crowd:
         pool.call(Echo(value=1))
@@ -186,7 +186,7 @@ def test_a_crowded_door_is_a_pool_that_runs_and_its_log_stays(monkeypatch):
             while True:
                 one = crowd.enter_context(socket.socket(socket.AF_UNIX))
                 one.setblocking(False)
-                one.connect(str(folder.door))
+                one.connect(str(folder.socket))
         with pytest.raises(PoolError, match=r"pool 'test' does not answer; end it with `comfy-xdit pool stop"):
             start_module.say(folder, {"type": "status"}, timeout_s=0.5)
         with pytest.raises(PoolError, match="it started: another pool 'test' runs, or is just ending") as told:
@@ -198,7 +198,7 @@ def test_a_crowded_door_is_a_pool_that_runs_and_its_log_stays(monkeypatch):
 
 
 def test_a_connection_waits_for_its_place_in_the_queue(tmp_path):
-    path = tmp_path / "door"
+    path = tmp_path / "socket"
     with socket.socket(socket.AF_UNIX) as listener, contextlib.ExitStack() as crowd:
         listener.bind(str(path))
         listener.listen(0)
@@ -247,7 +247,7 @@ def test_a_full_disk_hinders_no_job_and_workers_that_need_room_say_so():
             pids = worker_pids(pool)
             other = Pool.connect(NAME, "auto", start=False)
             with filled(home / NAME):
-                # A turn of another client writes nothing that needs room.
+                # A lease of another client writes nothing that needs room.
                 assert other.call(Reduce(value=1.0)).value == 2.0
             assert other.call(Reduce(value=3.0)).value == 6.0
             assert worker_pids(pool) == pids

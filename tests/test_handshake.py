@@ -1,4 +1,4 @@
-"""The key of a pool on several machines: who lacks it is let in by no door, and lets no door command it."""
+"""The key of a pool on several machines: a coordinator lets nobody in without it, nor commands a worker."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent / "faults"))
 
 from comfy_xdit_worker import join
-from played import Played, free_port, hears, played_door
+from played import Played, free_port, hears, played_coordinator
 
 from comfy_xdit.cli.pool_start import missing_on
 from comfy_xdit.pool.errors import PoolError
@@ -70,7 +70,7 @@ def test_both_ends_prove_themselves():
     assert KEY.hex() not in json.dumps(server.heard)
 
 
-def test_a_false_door_hears_no_greeting_and_commands_nobody():
+def test_a_false_coordinator_hears_no_greeting_and_commands_nobody():
     def play(wire, server):
         wire.send(Challenge(OTHER, "x").question)
         server.heard.append(hears(wire))
@@ -80,7 +80,7 @@ def test_a_false_door_hears_no_greeting_and_commands_nobody():
 
     server = Server(play)
     wire = Wire.connect(server.place)
-    with pytest.raises(PoolError, match=r"is not this pool's door .* with the key file that it names"):
+    with pytest.raises(PoolError, match=r"is not this pool's coordinator .* with the key file that it names"):
         prove(wire, KEY)
     wire.close()
     server.thread.join()
@@ -88,14 +88,14 @@ def test_a_false_door_hears_no_greeting_and_commands_nobody():
 
 
 @pytest.mark.parametrize("said", [{"type": "end"}, {"type": "welcome", "rank": 0}, {"type": "challenge", "number": 1}])
-def test_a_door_that_proves_nothing_is_left(said):
+def test_a_coordinator_that_proves_nothing_is_left(said):
     server = Server(lambda wire, _: wire.send(said))
-    with pytest.raises(PoolError, match="is not this pool's door"):
+    with pytest.raises(PoolError, match="is not this pool's coordinator"):
         join._come_in(server.place, KEY, {"type": "worker"}, None)
 
 
 def test_a_proof_sent_back_is_none():
-    """Neither a worker's proof as the door's, nor one for another number or another door."""
+    """Neither a worker's proof as the coordinator's, nor one for another number or another coordinator."""
     challenge = Challenge(KEY, PLACE)
     asked = challenge.question["number"]
     server = Server(
@@ -105,7 +105,7 @@ def test_a_proof_sent_back_is_none():
     with pytest.raises(ConnectionError):
         prove(wire, KEY)
     server.thread.join()
-    # It was made for the address that the worker reached: passed on to the true door it opens nothing.
+    # It was made for the address that the worker reached: passed on to the true coordinator it opens nothing.
     with pytest.raises(Malformed, match="does not hold this pool's key"):
         challenge.answer(server.heard[0])
     there = Challenge(KEY, "{}:{}".format(*server.place))
@@ -120,25 +120,26 @@ def test_a_proof_sent_back_is_none():
     "changes",
     [{"proof": None}, {"proof": "x"}, {"proof": "0" * 64}, {"proof": "\u00e9" * 64}, {"number": 1}, {"type": "worker"}],
 )
-def test_what_is_no_proof_is_refused_by_the_door(home, changes):
-    with played_door(2) as door:
-        wire = Wire.connect((door.network.address, door.network.port))
+def test_what_is_no_proof_is_refused_by_the_coordinator(home, changes):
+    with played_coordinator(2) as coordinator:
+        wire = Wire.connect((coordinator.network.address, coordinator.network.port))
         assert hears(wire)["type"] == "challenge"
         wire.send({"type": "proof", "number": "0" * 64, "proof": "0" * 64} | changes)
         assert hears(wire)["type"] == "refused" and hears(wire) is None
-        assert Played(door, 1).hears_nothing(), "who has the key is let in as ever"
+        assert Played(coordinator, 1).hears_nothing(), "who has the key is let in as ever"
 
 
 def test_a_worker_with_another_key_is_told(home):
-    with played_door(2) as door, pytest.raises(PoolError, match="let this worker not in: it does not hold this pool's"):
-        join._come_in((door.network.address, door.network.port), OTHER, {"type": "worker"}, None)
+    sentence = "let this worker not in: it does not hold this pool's"
+    with played_coordinator(2) as coordinator, pytest.raises(PoolError, match=sentence):
+        join._come_in((coordinator.network.address, coordinator.network.port), OTHER, {"type": "worker"}, None)
 
 
 def test_the_store_of_an_attempt_has_a_name_that_nobody_guesses(home):
-    with played_door(2) as door:
-        told = [Played(door, number).hears for number in range(2)]
+    with played_coordinator(2) as coordinator:
+        told = [Played(coordinator, number).hears for number in range(2)]
         (store,) = {hears()["store"] for hears in told}
-        again = door._stores.for_ranks(0)
+        again = coordinator._stores.for_ranks(0)
     assert store.rpartition("-")[0] == again.rpartition("-")[0] and store != again
     assert len(store.rpartition("-")[2]) == 32
 

@@ -1,4 +1,4 @@
-"""What the door decides of failures, whatever order the ranks' reports come in."""
+"""What the coordinator decides of failures, whatever order the ranks' reports come in."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import pytest
 
 from comfy_xdit.pool import judge as judges
 from comfy_xdit.pool.judge import Judge, Keep, Restart
-from comfy_xdit.pool.roster import Roster, WorkerLine
+from comfy_xdit.pool.membership import Membership, WorkerLine
 
 
 @pytest.fixture
 def ranks():
     """A judge, and what rank `rank` says: it ended message `serial`, called `name`, with a failure or without."""
-    roster = Roster(["cpu", "cpu"])
-    roster.workers = {rank: WorkerLine(wire=None, rank=rank, pid=1, heard_at=0.0) for rank in range(2)}
-    judge = Judge(roster)
+    membership = Membership(["cpu", "cpu"])
+    membership.workers = {rank: WorkerLine(wire=None, rank=rank, pid=1, heard_at=0.0) for rank in range(2)}
+    judge = Judge(membership)
 
     def ends(rank, serial, name, kind=None, has_communicated=False):
-        worker = roster.workers[rank]
+        worker = membership.workers[rank]
         worker.running = name
         failure = {"rank": rank, "kind": kind, "message": "m", "trace": "", "has_communicated": has_communicated}
         judge.ended(worker, (1, serial), None if kind is None else failure)
@@ -35,7 +35,7 @@ def test_a_failure_is_not_forgotten_for_what_its_rank_did_next(ranks, monkeypatc
     judge, ends = ranks
     ends(0, 1, "Denoise", "fault", True)
     assert judge.look() is None
-    ends(0, 2, "TurnEnded")
+    ends(0, 2, "LeaseEnded")
     assert judge.look() is None
     at_once(monkeypatch)
     found = judge.look()
@@ -44,10 +44,10 @@ def test_a_failure_is_not_forgotten_for_what_its_rank_did_next(ranks, monkeypatc
 
 
 def test_a_message_keeps_its_name_when_a_rank_began_the_next(ranks):
-    """"TurnEnded" is local, and would excuse what happened in the message before."""
+    """"LeaseEnded" is local, and would excuse what happened in the message before."""
     judge, ends = ranks
     ends(0, 1, "Denoise", "fault", True)
-    ends(0, 2, "TurnEnded")
+    ends(0, 2, "LeaseEnded")
     ends(1, 1, "Denoise", "fault", True)
     assert isinstance(judge.look(), Restart)
 

@@ -1,4 +1,4 @@
-"""Lines between the door and its visitors, where a peer doesn't read."""
+"""Lines between the coordinator and its visitors, where a peer doesn't read."""
 
 import socket
 

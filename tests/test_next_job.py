@@ -72,14 +72,14 @@ def bring(pool, load, method):
 
 
 def assert_next_is_right(pool, load, method, expected):
-    with pool.turn():
+    with pool.lease():
         bring(pool, load, method)
         samples = pool.call(run(method)).value
     assert (samples - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
 def fail(pool, load, method, error, ranks, **options):
-    with pool.turn():
+    with pool.lease():
         bring(pool, load, method)
         pool.call(Break(error=error, ranks=ranks))
         with pytest.raises(PoolError) as told:
@@ -122,7 +122,7 @@ def test_a_lost_worker_and_a_cancelled_run(pool, load, expected, method):
         if answer is not None and answer.value:
             pool.aside(Cancel(job="long"))
 
-    with pool.turn():
+    with pool.lease():
         bring(pool, load, method)
         assert pool.call(long, poll=cancel).value is None
     assert_next_is_right(pool, load, method, expected)
@@ -134,7 +134,7 @@ def test_a_lost_worker_and_a_cancelled_run(pool, load, expected, method):
             seen.append(True)
             os.kill(pids[1], signal.SIGKILL)
 
-    with pool.turn():
+    with pool.lease():
         bring(pool, load, method)
         with pytest.raises(PoolError) as told:
             pool.call(dataclasses.replace(long, job="lost"), poll=kill)
@@ -143,11 +143,11 @@ def test_a_lost_worker_and_a_cancelled_run(pool, load, expected, method):
 
 
 def test_out_of_memory_brings_back_the_model_in_use_alone(pool, load, expected):
-    with pool.turn():
+    with pool.lease():
         bring(pool, dataclasses.replace(load, model="other"), "ulysses")
         bring(pool, load, "ulysses")
     assert fail(pool, load, "ulysses", "memory", [1]).kind == "memory"
-    with pool.turn():
+    with pool.lease():
         assert len(pool.status()["residents"]) == 1 and '"model": "m"' in pool.status()["residents"][0]
     assert_next_is_right(pool, load, "ulysses", expected)
 
@@ -216,7 +216,7 @@ BAD = {
 @pytest.fixture
 def steady(pool, load, expected):
     """A pool with the model, whose workers and group must be the same ones at the end, and right."""
-    with pool.turn():
+    with pool.lease():
         bring(pool, load, "ulysses")
         pool.call(SetPatches(model="m", patches_id="", patches=[]))
         pids, generation = worker_pids(pool), pool.generation
@@ -269,7 +269,7 @@ def test_a_file_written_in_place_is_refused_until_the_client_knows(pool, load, t
     tiny.write(path, old)
     own = dataclasses.replace(load, model="own", path=str(path), stamp=stamp(str(path)))
     message = dataclasses.replace(run("ulysses"), model="own")
-    with pool.turn():
+    with pool.lease():
         bring(pool, own, "ulysses")
         assert (pool.call(message).value - expected).abs().max() <= 1e-4 * expected.abs().max()
         tiny.write(tmp_path / "new", new)
@@ -301,7 +301,7 @@ def test_a_file_cut_off_in_mid_job_costs_the_workers_and_says_so(pool, load, exp
             os.truncate(path, 4096)
             cut.set()
 
-    with pool.turn():
+    with pool.lease():
         bring(pool, own, "ulysses")
         with pytest.raises(PoolError) as told:
             pool.call(message, poll=poll)

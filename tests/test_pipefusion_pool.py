@@ -36,7 +36,7 @@ def pool(path):
     with private_home():
         pool = Pool.connect("pipefusion", "cpu:2")
         try:
-            with pool.turn():
+            with pool.lease():
                 pool.call(load(path))
                 yield pool
         finally:

@@ -1,4 +1,4 @@
-"""A pool's life: start, status, stop, turns, clients that come, wait and go."""
+"""A pool's life: start, status, stop, leases, clients that come, wait and go."""
 
 from __future__ import annotations
 
@@ -63,10 +63,10 @@ def test_collectives_run_between_the_ranks(pool):
     assert pool.call(Reduce(value=1.5, rounds=3)).value == 3.0
 
 
-def test_a_turn_can_be_nested_and_keeps_its_generation(pool):
-    with pool.turn():
+def test_a_lease_can_be_nested_and_keeps_its_generation(pool):
+    with pool.lease():
         before = pool.generation
-        with pool.turn():
+        with pool.lease():
             pool.call(Echo(value=1))
         assert pool.call(Echo(value=2)).value == 2
         assert pool.generation == before
@@ -74,10 +74,10 @@ def test_a_turn_can_be_nested_and_keeps_its_generation(pool):
     assert pool.generation == before
 
 
-def test_what_a_turn_holds_is_forgotten_at_its_end(pool):
-    with pool.turn():
+def test_what_a_lease_holds_is_forgotten_at_its_end(pool):
+    with pool.lease():
         num_before = pool.call(Journal()).value.count("forgot")
-    with pool.turn():
+    with pool.lease():
         assert pool.call(Journal()).value.count("forgot") == num_before + 1
 
 
@@ -103,7 +103,7 @@ def test_an_interrupt_drops_the_answer_and_the_next_call_gets_its_own(pool):
             raise Cancelled
 
     pids, generation = worker_pids(pool), pool.generation
-    with pool.turn():
+    with pool.lease():
         with pytest.raises(Cancelled):
             pool.call(Sleep(seconds=0.6), poll=poll)
         assert pool.call(Echo(value="mine")).value == "mine"
@@ -135,7 +135,7 @@ def test_many_jobs_and_groups_leave_no_memory_behind(pool):
     value, other = torch.ones(40_000), Pool.connect(NAME, "auto", start=False)
 
     def work():
-        with pool.turn():
+        with pool.lease():
             for _ in range(500):
                 pool.call(Echo(value=value))
         for _ in range(20):
@@ -153,15 +153,15 @@ def test_many_jobs_and_groups_leave_no_memory_behind(pool):
     assert all(anonymous_bytes(pid) - was < 450_000 for pid, was in zip(pids, before, strict=True))
 
 
-def test_a_second_client_queues_and_then_gets_its_turn(pool):
+def test_a_second_client_queues_and_then_gets_its_lease(pool):
     with client_process("slow") as other:
-        with pool.turn():
+        with pool.lease():
             pool.call(Echo(value=1))
             says(other, "connected")
             queue = wait_until(lambda: pool.status()["queue"], "the other client in the queue")
             assert [entry["pid"] for entry in queue] == [other.pid]
             assert pool.call(Echo(value=2)).value == 2
-        says(other, "turn")
+        says(other, "lease")
         pids = worker_pids(pool)
         # We are the ones who queue now.
         assert pool.call(Echo(value=3)).value == 3
@@ -176,7 +176,7 @@ def test_a_cancelled_wait_leaves_the_queue(pool):
 
     with client_process("sleep") as other:
         says(other, "connected")
-        says(other, "turn")
+        says(other, "lease")
         with pytest.raises(Cancelled):
             pool.call(Echo(value=1), poll=poll)
         wait_until(lambda: not pool.status()["queue"], "an empty queue")
@@ -187,7 +187,7 @@ def test_a_killed_client_loses_its_job_and_the_pool_takes_the_next(pool):
     pids = worker_pids(pool)
     with client_process("slow") as other:
         says(other, "connected")
-        says(other, "turn")
+        says(other, "lease")
         other.kill()
         assert pool.call(Reduce(value=1.0)).value == 2.0
     assert worker_pids(pool) == pids
@@ -258,15 +258,15 @@ def test_a_killed_supervisor_leaves_no_worker_and_the_same_object_starts_anew():
         generation = pool.generation
         os.kill(found["pid"], signal.SIGKILL)
         wait_until_gone([found["pid"], *workers])
-        # The folder is as the dead left it: door, stores and lock files.
-        assert Path(found["log"]).with_name("door").exists()
+        # The folder is as the dead left it: coordinator, stores and lock files.
+        assert Path(found["log"]).with_name("socket").exists()
         assert pool.call(Reduce(value=1.0)).value == 2.0
         assert pool.status()["pid"] != found["pid"]
         assert pool.generation > generation
 
 
 def test_a_supervisor_killed_in_a_job_fails_it_in_one_sentence():
-    with private_pool() as pool, pool.turn():
+    with private_pool() as pool, pool.lease():
         pool.call(Echo(value=1))
         supervisor = pool.status()["pid"]
         threading.Timer(0.3, os.kill, (supervisor, signal.SIGKILL)).start()
@@ -317,7 +317,7 @@ def test_rpc_on_one_machine_is_started_with_its_risk_in_a_sentence(capsys):
         pool = Pool.connect(NAME)
         try:
             assert pool.call(Reduce(value=1.0)).value == 2.0
-            with pool.turn():
+            with pool.lease():
                 assert pool.call(Echo(value=1)).value == 1
         finally:
             pool.close()

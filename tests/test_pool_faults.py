@@ -61,12 +61,12 @@ def test_a_worker_killed_between_jobs_locks_nobody_out(pool):
         return len(found) == 2 and not set(found) & set(pids) and pool.status()["state"] == "ready"
 
     wait_until(is_healed, "new workers")
-    # Asks for its turn before it has read that its group is gone, and then once more.
+    # Asks for its lease before it has read that its group is gone, and then once more.
     assert pool.call(Reduce(value=1.0)).value == 2.0
-    assert not pool.status()["queue"] and not pool.status()["client"]["in_turn"]
+    assert not pool.status()["queue"] and not pool.status()["client"]["is_leased"]
     with client_process("slow") as other:
         says(other, "connected")
-        says(other, "turn")
+        says(other, "lease")
         assert pool.call(Reduce(value=2.0)).value == 4.0
         says(other, "done")
 
@@ -93,9 +93,9 @@ def test_a_job_that_comes_further_may_take_longer(pool):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_worker_killed_after_a_job_within_the_turn(pool, rank):
+def test_a_worker_killed_after_a_job_within_the_lease(pool, rank):
     pids, generation = worker_pids(pool), pool.generation
-    with pool.turn():
+    with pool.lease():
         pool.call(Echo(value=1))
         os.kill(pids[rank], signal.SIGKILL)
         with pytest.raises(PoolError, match=f"worker {rank} .* ended unexpectedly"):
@@ -157,11 +157,11 @@ def give_up():
 
 
 @pytest.mark.parametrize("error", ["fault", "memory"])
-@pytest.mark.parametrize("in_one_turn", [True, False])
-def test_a_job_is_not_told_the_fault_of_one_that_was_given_up_as_its_own(pool, error, in_one_turn):
+@pytest.mark.parametrize("in_one_lease", [True, False])
+def test_a_job_is_not_told_the_fault_of_one_that_was_given_up_as_its_own(pool, error, in_one_lease):
     """One rank fails, the other waits for it, and the next job for both."""
     pids, generation = worker_pids(pool), pool.generation
-    with pool.turn() if in_one_turn else contextlib.nullcontext():
+    with pool.lease() if in_one_lease else contextlib.nullcontext():
         with pytest.raises(GaveUp):
             pool.call(Raise(error=error, ranks=[0], meet=True), poll=give_up)
         with pytest.raises(PoolError) as told:

@@ -1,4 +1,4 @@
-"""What reaches a pool on one machine: text and tensors of its own user, at its door and nowhere else."""
+"""What reaches a pool on one machine: text and tensors of its own user, at its coordinator and nowhere else."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def pool():
 )
 def test_bad_messages_are_answered_with_a_failure(pool, text, sentence):
     pids = worker_pids(pool)
-    with pool.turn():
+    with pool.lease():
         pool._serial += 1
         for rank, future in enumerate(pool._group.send(range(2), pool._serial, text, [])):
             failure = decode(*future.result(60))
@@ -72,12 +72,12 @@ def test_bad_messages_are_answered_with_a_failure(pool, text, sentence):
     ],
     ids=lambda line: line[:40].decode(errors="replace").strip(),
 )
-def test_the_door_drops_who_talks_nonsense(pool, line):
-    wire = Wire.connect(pool_folder(pool.name).door)
+def test_the_coordinator_drops_who_talks_nonsense(pool, line):
+    wire = Wire.connect(pool_folder(pool.name).socket)
     try:
         with contextlib.suppress(OSError):
             wire.sock.sendall(line)
-        wait_until(lambda: _is_closed(wire), "the door to hang up")
+        wait_until(lambda: _is_closed(wire), "the coordinator to hang up")
     finally:
         wire.close()
     assert pool.call(Echo(value=1)).value == 1
@@ -91,7 +91,7 @@ def _is_closed(wire):
 
 
 def test_a_line_in_pieces_is_read_whole(pool):
-    wire = Wire.connect(pool_folder(pool.name).door)
+    wire = Wire.connect(pool_folder(pool.name).socket)
     try:
         for byte in json.dumps({"type": "status"}).encode() + b"\n":
             wire.sock.sendall(bytes([byte]))
@@ -103,7 +103,7 @@ def test_a_line_in_pieces_is_read_whole(pool):
 def test_the_folder_is_private(pool):
     folder = pool_folder(pool.name)
     assert folder.path.stat().st_mode & 0o777 == 0o700
-    assert folder.door.stat().st_mode & 0o777 == 0o600
+    assert folder.socket.stat().st_mode & 0o777 == 0o600
 
 
 def test_no_object_of_ours_is_pickled():
@@ -147,7 +147,7 @@ def ports_of(pool):
     """What listens in the pool and its client, held against the table of docs/pool.md. The ports."""
     who = processes(pool)
     assert not list(listening(*who["client"]))
-    assert list(listening(*who["supervisor"])) == [("unix", str(pool_folder(pool.name).door), 0)]
+    assert list(listening(*who["supervisor"])) == [("unix", str(pool_folder(pool.name).socket), 0)]
     of_workers = [found for pid in who["workers"] for found in listening(pid)]
     assert {(table, address) for table, address, _ in of_workers} == {("tcp", LOOPBACK)}, "gloo's, and nothing else"
     return [port for _, _, port in of_workers]
@@ -157,7 +157,7 @@ def ports_of(pool):
 def stranger(pool, ports):
     """Another user, who has thrown everything and still holds its connections."""
     script = Path(__file__).resolve().parent / "faults" / "stranger.py"
-    command = [sys.executable, str(script), str(pool_folder(pool.name).door), *map(str, ports)]
+    command = [sys.executable, str(script), str(pool_folder(pool.name).socket), *map(str, ports)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd="/") as process:
         try:
             yield process
@@ -169,9 +169,9 @@ def test_a_stranger_is_let_in_nowhere_and_ends_nothing(pool):
     before, generation = processes(pool), pool.generation
     assert pool.call(Reduce(value=1.0)).value == 2.0
     with stranger(pool, ports_of(pool)) as other:
-        door, thrown = other.stdout.readline().strip(), other.stdout.readline().split()
+        coordinator, thrown = other.stdout.readline().strip(), other.stdout.readline().split()
         if os.getuid() == 0:
-            assert door == "door PermissionError"
+            assert coordinator == "coordinator PermissionError"
         assert thrown[0] == "thrown" and int(thrown[1]) > 0
         assert pool.call(Reduce(value=2.0, rounds=50)).value == 4.0
         # While it comes again, in the middle of a job.

@@ -189,13 +189,13 @@ def test_copies_of_a_process_that_was_killed_are_unloaded_and_nothing_else(rank,
 def test_an_idle_worker_unloads_them_and_says_so(loads, tmp_path, monkeypatch):
     monkeypatch.setenv("COMFY_XDIT_HOME", str(tmp_path / "h"))
     rank = Service(rank=0, world_size=1, device=torch.device("cpu"))
-    with owner_of(loads["a"]) as killed, played_pool([rank]) as (door, _, pool):
+    with owner_of(loads["a"]) as killed, played_pool([rank]) as (coordinator, _, pool):
         pool.call(loads["a"])
         pool.call(loads["c"])
-        with pool.turn():
+        with pool.lease():
             killed.kill()
             killed.wait()
-            wait_until(lambda: len(door.residents) == 1, "the end of what was lent")
+            wait_until(lambda: len(coordinator.residents) == 1, "the end of what was lent")
         assert held(rank) == ["c"]
 
 

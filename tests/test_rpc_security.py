@@ -95,7 +95,7 @@ def test_a_worker_survives_hostile_arguments(pool, trap, name):
     from torch.distributed import rpc as torch_rpc
 
     pids = worker_pids(pool)
-    with pool.turn():
+    with pool.lease():
         generation = pool.generation
         worker = pool._group.place.name(1)
         with pytest.raises(RuntimeError, match="refused"):
@@ -110,7 +110,7 @@ def test_a_worker_survives_hostile_arguments(pool, trap, name):
 def test_a_worker_runs_no_other_function(pool, trap, function):
     from torch.distributed import rpc as torch_rpc
 
-    with pool.turn():
+    with pool.lease():
         with pytest.raises(RuntimeError, match="refused"):
             torch_rpc.rpc_sync(pool._group.place.name(1), function, args=(f"touch {trap}",), timeout=20)
         assert pool.call(Echo(value=1)).value == 1
@@ -119,7 +119,7 @@ def test_a_worker_runs_no_other_function(pool, trap, function):
 
 @pytest.mark.parametrize("arguments", [("1", "{}", []), (1, None, []), (1, "{}", None), (True, "{}", [])])
 def test_arguments_of_other_types_are_refused(pool, arguments):
-    with pool.turn():
+    with pool.lease():
         [future] = pool._group.send([0], *arguments)
         with pytest.raises(ConnectionError, match="wrong argument types"):
             future.result(20)

@@ -36,7 +36,7 @@ def pool(tmp_path_factory):
     with private_home():
         pool = Pool.connect("sample", "cpu:2")
         try:
-            with pool.turn():
+            with pool.lease():
                 pool.call(load)
                 yield pool
         finally:

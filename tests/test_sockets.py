@@ -462,17 +462,17 @@ def test_a_socket_of_another_kind_or_another_user_is_not_taken(monkeypatch):
 
 def test_the_sockets_of_an_order_that_nobody_took_are_closed():
     one, two = socket.socketpair()
-    door, pool = Wire(one), Pool("p", "cpu", False, {})
+    coordinator, pool = Wire(one), Pool("p", "cpu", False, {})
     pool._wire = Wire(two, takes_fds=True)
     before = descriptors()
     with pairs(2) as (client_ends, _):
-        door.send({"type": "waiting"})
-        door.send({"type": "join"}, [end.fileno() for end in client_ends])
+        coordinator.send({"type": "waiting"})
+        coordinator.send({"type": "join"}, [end.fileno() for end in client_ends])
     pool._unread = pool._wire.wait(LIMIT_S)
     assert [message["type"] for message in pool._unread] == ["waiting", "join"]
     assert len(descriptors() - before) == 2
     pool.close()
-    door.close()
+    coordinator.close()
     assert descriptors() < before
 
 

@@ -17,7 +17,7 @@ from events import Launch, Meet, Wait
 from fault_service import Reduce
 from harness import NAME, OPTIONS, private_home, private_pool, wait_until, wait_until_gone, worker_pids
 from nccl_sim import differences, stuck
-from played import Played, played_door
+from played import Played, played_coordinator
 from pretend_cuda import pretending
 
 from comfy_xdit import cli
@@ -93,18 +93,22 @@ def test_three_ranks_that_reach_each_other_are_up():
         assert not status(NAME)["last_error"]
 
 
-# The door's judgement, of played workers
+# The coordinator's judgement, of played workers
 
 
 @pytest.fixture
-def door(tmp_path, monkeypatch):
+def coordinator(tmp_path, monkeypatch):
     monkeypatch.setenv("COMFY_XDIT_HOME", str(tmp_path / "h"))
-    with played_door(3, num_devices=3) as door:
-        yield door
+    with played_coordinator(3, num_devices=3) as coordinator:
+        yield coordinator
 
 
-def meet(door):
-    workers = [Played(door, number) for number in range(3)]
+def beats(workers):
+    return [worker.say("beat", status={}) for worker in workers]
+
+
+def meet(coordinator):
+    workers = [Played(coordinator, number) for number in range(3)]
     for worker in workers:
         assert worker.hears()["type"] == "welcome"
         worker.say("met")
@@ -115,49 +119,52 @@ def trying(number, *peers, step=SEND_RECEIVE):
     return {"number": number, "step": step, "backend": "NCCL", "peers": list(peers)}
 
 
-def test_a_rank_that_hangs_in_it_is_judged_by_time(door, monkeypatch):
+def test_a_rank_that_hangs_in_it_is_judged_by_time(coordinator, monkeypatch):
     monkeypatch.setattr(trial, "LIMIT_S", 0.5)
-    workers = meet(door)
+    workers = meet(coordinator)
     workers[0].say("trying", **trying(2, 1, 2))
     workers[1].say("trying", **trying(1, 0, 2))
     workers[2].say("trying", **trying(1, 1, 0))
     # Beats go on: only the main thread hangs.
-    wait_until(lambda: [worker.say("beat", status={}) for worker in workers] and door.starts.held, "the judgement")
+    wait_until(lambda: beats(workers) and coordinator.starts.held, "the judgement")
     assert all(worker.hears() is None for worker in workers)
-    assert door.starts.held.startswith("worker 1 (cpu) and worker 2 (cpu) can't exchange data over NCCL: send and rec")
-    assert report(door)["state"] == "failing" and "NCCL_P2P_DISABLE=1" in report(door)["last_error"]
+    held = coordinator.starts.held
+    assert held.startswith("worker 1 (cpu) and worker 2 (cpu) can't exchange data over NCCL: send and rec")
+    assert report(coordinator)["state"] == "failing" and "NCCL_P2P_DISABLE=1" in report(coordinator)["last_error"]
     # Those that torchrun starts again wait, until a client asks.
-    again = [Played(door, number) for number in range(3)]
+    again = [Played(coordinator, number) for number in range(3)]
     assert all(worker.hears_nothing() for worker in again)
     pool = Pool.connect("test", "auto", start=False)
     try:
-        pool._wire.send({"type": "turn", "generation": 0})
+        pool._wire.send({"type": "lease", "generation": 0})
         assert all(worker.hears()["type"] == "welcome" for worker in again)
     finally:
         pool.close()
 
 
-def test_ranks_that_tried_are_not_judged_by_it(door, monkeypatch):
+def test_ranks_that_tried_are_not_judged_by_it(coordinator, monkeypatch):
     monkeypatch.setattr(trial, "LIMIT_S", 0.3)
-    workers = meet(door)
+    workers = meet(coordinator)
     for worker in workers:
         worker.say("tried")
-    assert all(worker.hears_nothing() for worker in workers) and not door.starts.held
+    assert all(worker.hears_nothing() for worker in workers) and not coordinator.starts.held
 
 
-def test_one_that_raised_is_tried_again_and_wrong_numbers_are_not(door):
-    workers = meet(door)
+def test_one_that_raised_is_tried_again_and_wrong_numbers_are_not(coordinator):
+    workers = meet(coordinator)
     workers[0].say("trial_failed", **trying(1, 2, 1), raised="RuntimeError: connection closed by peer")
-    assert all(worker.hears() is None for worker in workers) and not door.starts.held
-    workers = meet(door)
+    assert all(worker.hears() is None for worker in workers) and not coordinator.starts.held
+    workers = meet(coordinator)
     workers[0].say("trial_failed", **trying(1, 2, 1), raised="RuntimeError: connection closed by peer")
     assert all(worker.hears() is None for worker in workers)
-    assert "worker 2 (cpu) and worker 0 (cpu) can't exchange data over NCCL: send and receive raise" in door.starts.held
-    door._release()
-    workers = meet(door)
+    held = coordinator.starts.held
+    assert "worker 2 (cpu) and worker 0 (cpu) can't exchange data over NCCL: send and receive raise" in held
+    coordinator._release()
+    workers = meet(coordinator)
     workers[1].say("trial_failed", **trying(3, 2, step=ALL_TO_ALL), raised="")
     assert all(worker.hears() is None for worker in workers)
-    assert "worker 2 (cpu) and worker 1 (cpu) can't exchange data over NCCL: all_to_all gave wrong" in door.starts.held
+    held = coordinator.starts.held
+    assert "worker 2 (cpu) and worker 1 (cpu) can't exchange data over NCCL: all_to_all gave wrong" in held
 
 
 # Its sentences

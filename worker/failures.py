@@ -6,7 +6,7 @@ from comfy_xdit.errors import InputError, is_out_of_memory
 from comfy_xdit.quoted import quoted
 
 MAX_CHARS = 8000
-"""Of an error's own text. torch lists every key of a state that doesn't fit, and a line to the door has its limit."""
+"""Of an error's own text. torch lists every key of a state that doesn't fit, and a line has its limit."""
 
 
 def classify(error: BaseException, rank: int) -> tuple[str, str]:

@@ -22,22 +22,22 @@ from .rank import become, prepare
 
 log = logging.getLogger("comfy_xdit")
 
-DOOR_WAIT_S = 60.0
-"""How long a worker looks for a door: one that was killed may be opened again. Counted anew when it waited at one."""
+COORDINATOR_WAIT_S = 60.0
+"""How long a worker looks for a coordinator: a killed one may be started again. Counted anew after waiting at one."""
 
 TRY_EVERY_S, BEAT_S = 1.0, 1.0
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
-    parser.add_argument("door", metavar="HOST:PORT", help="as `comfy-xdit pool start --nodes` printed it")
+    parser.add_argument("coordinator", metavar="HOST:PORT", help="as `comfy-xdit pool start --nodes` printed it")
     parser.add_argument(
         "--node-rank", type=int, help="which of the pool's machines this is, from 0 (default: torchrun's --node-rank)"
     )
     parser.add_argument(
         "--key-file", type=Path, help=f"with the pool's key, as `comfy-xdit pool start` says (default: ${KEY_VARIABLE})"
     )
-    parser.add_argument("--interface", help="to the other machines (default: the one that leads to the door)")
+    parser.add_argument("--interface", help="to the other machines (default: the one that leads to the coordinator)")
     parser.add_argument("--service", default=SERVICE, help="module:Class that the worker runs (for tests)")
     parser.add_argument("--path", action="append", default=[], help="folder for sys.path")
 
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         "versions": versions(),
     }
     try:
-        place = place_of(args.door)
+        place = place_of(args.coordinator)
         key = given_key(args.key_file, os.environ)
         # What this process starts has no need of it.
         os.environ.pop(KEY_VARIABLE, None)
@@ -77,9 +77,9 @@ def _come_in(
 ) -> tuple[Wire, str, dict[str, Any]]:
     """The connection, the interface and the welcome, once all ranks are there.
 
-    interface: as the user named it. Raises PoolError when there is no door, or this worker is not wanted.
+    interface: as the user named it. Raises PoolError when there is no coordinator, or this worker is not wanted.
     """
-    why, deadline = "", time.monotonic() + DOOR_WAIT_S
+    why, deadline = "", time.monotonic() + COORDINATOR_WAIT_S
     while time.monotonic() < deadline:
         try:
             wire = Wire.connect(place)
@@ -98,7 +98,7 @@ def _come_in(
                 os._exit(0)
             why = answer["reason"]
             if answer["type"] == "closed":
-                deadline = time.monotonic() + DOOR_WAIT_S
+                deadline = time.monotonic() + COORDINATOR_WAIT_S
             elif not answer["again"]:
                 break
         time.sleep(TRY_EVERY_S)
@@ -111,16 +111,16 @@ def _interface(wire: Wire, named: str | None) -> str:
     found = named or interface_of(wire.sock.getsockname()[0])
     if found not in own:
         raise PoolError(
-            f"{found or 'the way to the door'} is no interface of this machine with an IPv4 address; name one with "
-            f"--interface: it has {listed(own)}"
+            f"{found or 'the way to the coordinator'} is no interface of this machine with an IPv4 address; "
+            f"name one with --interface: it has {listed(own)}"
         )
     return found
 
 
 def _answer(wire: Wire, key: bytes, greeting: dict[str, Any]) -> dict[str, Any]:
-    """What the door says in the end; as long as others are missing it says nothing.
+    """What the coordinator says in the end; as long as others are missing it says nothing.
 
-    "closed": the door was lost after it had let this worker wait. Raises PoolError for a door without the key.
+    "closed": the coordinator was lost after it had let this worker wait. Raises PoolError for one without the key.
     """
     let_wait = False
     try:
@@ -133,7 +133,7 @@ def _answer(wire: Wire, key: bytes, greeting: dict[str, Any]) -> dict[str, Any]:
             let_wait = True
     except (ConnectionError, ValueError) as error:
         kind = "closed" if let_wait else "refused"
-        return {"type": kind, "reason": f"the pool's door closed the connection ({error})", "again": True}
+        return {"type": kind, "reason": f"the pool's coordinator closed the connection ({error})", "again": True}
 
 
 def _give_up(reason: str) -> NoReturn:

@@ -1,4 +1,4 @@
-"""A worker's connection to the pool's door: its orders, its heartbeat, and its death pipe."""
+"""A worker's connection to the pool's coordinator: its orders, its heartbeat, and its death pipe."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Link:
 
     def start(self) -> None:
         """Begin to read and to beat."""
-        for name, body in (("door", self._read), ("heartbeat", self._beat)):
+        for name, body in (("coordinator", self._read), ("heartbeat", self._beat)):
             threading.Thread(target=_for_life, args=(body,), name=name, daemon=True).start()
 
     def say(self, kind: str, **fields: Any) -> None:
-        """Send a message to the door; a worker without a door ends."""
+        """Send a message to the coordinator; a worker without a coordinator ends."""
         try:
             self._wire.send({"type": kind, **fields})
         except ConnectionError:
@@ -69,9 +69,9 @@ def _for_life(body: Callable[[], None]) -> None:
     try:
         body()
     except ConnectionError as error:
-        log.info("the worker ends with its door: %s", error)
+        log.info("the worker ends with its coordinator: %s", error)
     except Exception:
-        log.exception("the worker ends, as it can't listen to its door any more or report to it")
+        log.exception("the worker ends, as it can't listen to its coordinator any more or report to it")
     finally:
         os._exit(1)
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
-from comfy_xdit.messages import Failure, Message, Result, TurnEnded, decode, encode
+from comfy_xdit.messages import Failure, LeaseEnded, Message, Result, decode, encode
 from comfy_xdit.pool.network import LOOPBACK
 from comfy_xdit.pool.transport import ASIDE, RPC, Group, Request, Serve
 
@@ -56,7 +56,7 @@ class Job:
 
 
 class Loop:
-    """Runs a service's messages and the door's orders."""
+    """Runs a service's messages and the coordinator's orders."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class Loop:
         return self._snapshot
 
     def order(self, order: Order) -> None:
-        """Take an order of the door: "prepare", "leave" or "join" a generation. Any thread may call."""
+        """Take an order of the coordinator: "prepare", "leave" or "join" a generation. Any thread may call."""
         generation = int(order["generation"])
         if order["type"] == "leave":
             self._closed = max(self._closed, generation)
@@ -178,7 +178,7 @@ class Loop:
         return RpcWorker(place, handler)
 
     def _dropped(self) -> Failure:
-        return Failure(rank=self._rank, kind="lost", message="the client's turn is over")
+        return Failure(rank=self._rank, kind="lost", message="the client's lease is over")
 
     # Messages
 
@@ -202,7 +202,7 @@ class Loop:
         send()
 
     def _run(self, job: Job) -> None:
-        """Run a message, report its end to the door, and answer.
+        """Run a message, report its end to the coordinator, and answer.
 
         The answer is packed, with its copy from the device, before its end is reported: what fails there is a
         failure of the message like any other.
@@ -214,8 +214,8 @@ class Loop:
             failure = self._failure(error, has_communicated=self._is_handled and self._service.has_communicated)
             send = job.request.pack(*encode(failure))
         self._report_residents()
-        # Before the answer: who acts on the answer must find that the door knows of it. And in full: the
-        # door may end this process before the answer has left it.
+        # Before the answer: who acts on the answer must find that the coordinator knows of it. And in full: the
+        # coordinator may end this process before the answer has left it.
         told = None if failure is None else dataclasses.asdict(failure)
         self._link.say("done", generation=job.generation, serial=job.request.serial, failure=told)
         send()
@@ -225,7 +225,7 @@ class Loop:
         """What sends the result. A function of its own, so that a failure can let go of all that it holds."""
         message = decode(request.text, request.tensors)
         self._link.say("began", message=type(message).__name__)
-        if isinstance(message, TurnEnded):
+        if isinstance(message, LeaseEnded):
             self._service.forget_client()
             return request.pack(*encode(Result()))
         self._is_handled = True
@@ -263,7 +263,7 @@ class Loop:
 
 
 def guard(start: Callable[[], None], link: Link) -> None:
-    """Run `start`; when it raises, tell the door and end with a status that makes the agent try again."""
+    """Run `start`; when it raises, tell the coordinator and end with a status that makes the agent try again."""
     try:
         start()
     except BaseException as error:

@@ -1,4 +1,4 @@
-"""From a process that was welcomed at the door to a rank of the pool."""
+"""From a process that was welcomed at the coordinator to a rank of the pool."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def become(wire: Wire, welcome: dict[str, Any], *, service: str, interface: str,
     """
     link = Link(wire)
     link.start()
-    # Imports torch, which takes a while: the door already knows this process, hears it and can end it.
+    # Imports torch, which takes a while: the coordinator already knows this process, hears it and can end it.
     from .loop import guard
 
     guard(lambda: _serve(link, welcome, service, interface, num_local), link)

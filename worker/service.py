@@ -112,7 +112,7 @@ class Service:
         self._residents.forget_abandoned()
 
     def forget_client(self) -> None:
-        """Drop what a client left when its turn ended; models stay warm."""
+        """Drop what a client left when its lease ended; models stay warm."""
         self._held.clear()
         self._mailbox.renew()
 

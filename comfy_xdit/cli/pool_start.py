@@ -14,7 +14,7 @@ from comfy_xdit.pool.devices import describe
 from comfy_xdit.pool.errors import PoolError
 from comfy_xdit.pool.folder import pool_folder
 from comfy_xdit.pool.handshake import KEY_VARIABLE
-from comfy_xdit.pool.network import DOOR_PORT, Network, network_on
+from comfy_xdit.pool.network import COORDINATOR_PORT, Network, network_on
 from comfy_xdit.pool.transport import RPC, SOCKETS
 
 POLL_S = 0.1
@@ -32,7 +32,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=int, default=1, help="machines, each with --devices (default: 1, this one)")
     parser.add_argument("--interface", help="with --nodes: this machine's interface to the others, e.g. eth0")
     parser.add_argument(
-        "--port", type=int, help=f"with --nodes: that workers come to (default: {DOOR_PORT})"
+        "--port", type=int, help=f"with --nodes: that workers come to (default: {COORDINATOR_PORT})"
     )
     parser.add_argument(
         "--transport",
@@ -85,7 +85,7 @@ def network_of(args: argparse.Namespace) -> Network | None:
                     kind="input",
                 )
         return None
-    port = DOOR_PORT if args.port is None else args.port
+    port = COORDINATOR_PORT if args.port is None else args.port
     return network_on(args.interface or "", num_machines=args.nodes, port=port)
 
 

@@ -41,7 +41,7 @@ def render(found: dict[str, Any]) -> str:
         f"pool {found['name']!r} is {found['state']}, on {describe(found['devices'], network)}, "
         f"for {_duration(found['uptime_s'])}; {found['num_restarts']} restarts",
         f"generation {found['generation']}, client "
-        + ("none" if client is None else f"pid {client['pid']}{_turn(client)}")
+        + ("none" if client is None else f"pid {client['pid']}{_lease(client)}")
         + f", {len(found['queue'])} waiting",
         f"log: {found['log']}",
     ]
@@ -54,10 +54,10 @@ def render(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _turn(client: dict[str, Any]) -> str:
-    if not client["in_turn"]:
+def _lease(client: dict[str, Any]) -> str:
+    if not client["is_leased"]:
         return ""
-    text = f"in a turn for {_duration(client['turn_s'])}"
+    text = f"in a lease for {_duration(client['lease_s'])}"
     if client["silent_s"] > TELL_AFTER_S:
         text += f", no sign of life for {_duration(client['silent_s'])}"
     return f" ({text}{', stopped' if client['is_stopped'] else ''})"

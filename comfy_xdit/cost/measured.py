@@ -28,8 +28,8 @@ def measure(pool: Pool) -> tuple[Links, Device]:
 
     Raises PoolError when the pool cannot.
     """
-    # In a turn: a pool that has ended is started anew by it, and what was measured of the one before is no use.
-    with pool.turn():
+    # In a lease: a pool that has ended is started anew by it, and what was measured of the one before is no use.
+    with pool.lease():
         found, key = _read(pool.name), _key(pool)
         if found is None or found["pool"] != key:
             log.info("pool %r measures its links and devices", pool.name)
@@ -55,10 +55,10 @@ def _key(pool: Pool) -> list[Any]:
     behind another link. A process keeps its cards, and starts its workers on them.
     """
     try:
-        door = pool_folder(pool.name).door.stat()
+        coordinator = pool_folder(pool.name).socket.stat()
     except OSError:
         raise PoolError(f"pool {pool.name!r} ended meanwhile; queue the workflow again, which starts it anew") from None
-    key: list[Any] = [door.st_ino, door.st_mtime_ns]
+    key: list[Any] = [coordinator.st_ino, coordinator.st_mtime_ns]
     if pool.network is not None:
         key += [[rank.get("machine", ""), rank["device"], rank["pid"]] for rank in pool.status()["ranks"]]
     return key

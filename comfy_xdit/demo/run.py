@@ -104,12 +104,12 @@ def share_of_cores(num_ranks: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def demo_pool(name: str, devices: list[str]) -> Iterator[Pool]:
-    """A pool of the demo's own with its models loaded, for one turn; it ends with the block."""
+    """A pool of the demo's own with its models loaded, for one lease; it ends with the block."""
     sys.stdout.write(f"starting pool {name!r} on {describe(devices)}\n")
     sys.stdout.flush()
     pool = Pool.connect(name, describe(devices))
     try:
-        with pool.turn():
+        with pool.lease():
             load_model(pool)
             load_vae(pool)
             yield pool

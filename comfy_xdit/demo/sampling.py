@@ -88,7 +88,7 @@ def sample(
     patches: Sequence[Patch] = (),
     trace: bool = False,
 ) -> Sampled:
-    """All prompts at once, with these patches on the model. Inside one turn: what is held ends with it.
+    """All prompts at once, with these patches on the model. Inside one lease: what is held ends with it.
 
     trace: the steps' reports list every collective.
     """

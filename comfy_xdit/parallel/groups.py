@@ -47,7 +47,7 @@ class Line:
 
 
 GROUP_TIMEOUT_S = 1800.0
-"""torch's own last resort for a message; the door ends silent workers, and a client slow ones, before that."""
+"""torch's own last resort for a message; the coordinator ends silent workers, and a client slow ones, before that."""
 
 Key = tuple[str, tuple[tuple[int, ...], ...]]
 """What groups are for ("pipe" or one of `LINKS`, where they are nobody else's; `WORLD`, or ""), the lines of ranks."""

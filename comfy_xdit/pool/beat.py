@@ -1,4 +1,4 @@
-"""A client's sign of life while it has the turn."""
+"""A client's sign of life while it has the lease."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ BEAT_S = 1.0
 
 
 class Beat:
-    """Tells the door each second that this process lives, between `start` and `stop`, on a thread of its own: a job
-    may take minutes. The thread ends with the connection."""
+    """Tells the coordinator each second that this process lives, between `start` and `stop`, on a thread of its own: a
+    job may take minutes. The thread ends with the connection."""
 
     def __init__(self, wire: Wire) -> None:
         self._wire = wire

@@ -1,4 +1,4 @@
-"""A client's view of a pool: take a turn, send messages, get results or one sentence of error."""
+"""A client's view of a pool: take a lease, send messages, get results or one sentence of error."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from typing import Any
 
-from ..messages import Failure, Message, Result, TurnEnded, decode, encode
+from ..messages import Failure, LeaseEnded, Message, Result, decode, encode
 from .beat import Beat
 from .errors import PoolError
 from .failure_policy import worst
@@ -28,11 +28,11 @@ log = logging.getLogger("comfy_xdit")
 
 CALL_TIMEOUT_S = 600.0
 VERDICT_LIMIT_S = 15.0
-"""How long a client whose message failed waits for the door's word; a door that works gives it within 4 s."""
+"""How long a client whose message failed waits for the coordinator's word; one that works gives it within 4 s."""
 
-# A turn of any pool in this process excludes the others': two threads that each held one pool and waited for the
+# A lease of any pool in this process excludes the others': two threads that each held one pool and waited for the
 # other's would wait for ever, and torch lets a process be in one RPC group.
-_process_turn = threading.RLock()
+_process_lease = threading.RLock()
 
 
 class Pool:
@@ -52,7 +52,7 @@ class Pool:
         self._joiner: Joiner | None = None
         self._beat: Beat | None = None
         self._lost: dict[str, Any] | None = None
-        """The door's word that the group of this turn is gone, until it was told as an error."""
+        """The coordinator's word that the group of this lease is gone, until it was told as an error."""
         self._depth = 0
         self._serial = 0
 
@@ -101,16 +101,16 @@ class Pool:
         # With the sockets of a group that was to be joined.
         self._unread = []
 
-    # Turns
+    # Leases
 
     @contextlib.contextmanager
-    def turn(self, poll: Poll = None) -> Iterator[Pool]:
+    def lease(self, poll: Poll = None) -> Iterator[Pool]:
         """Have the pool for oneself; other clients wait until the block ends. May be nested.
 
         poll: called about every 50 ms while waiting; what it raises ends the wait.
         Raises PoolError when the pool is gone or its workers cannot start.
         """
-        while not _process_turn.acquire(timeout=POLL_S):
+        while not _process_lease.acquire(timeout=POLL_S):
             if poll is not None:
                 poll()
         try:
@@ -122,14 +122,14 @@ class Pool:
             finally:
                 self._depth -= 1
                 if self._depth == 0:
-                    self._end_turn()
+                    self._end_lease()
         finally:
-            _process_turn.release()
+            _process_lease.release()
 
-    def _end_turn(self) -> None:
+    def _end_lease(self) -> None:
         if self._group is not None and self._group.is_current:
             # In line behind a message that was abandoned; nobody waits for the answer.
-            self._send(TurnEnded())
+            self._send(LeaseEnded())
         if self._beat is not None:
             self._beat.stop()
         self._lost = None
@@ -171,7 +171,7 @@ class Pool:
         if self._group is not None and not self._group.is_current:
             self._drop_group()
         held = 0 if self._group is None else self._group.generation
-        wire.send({"type": "turn", "generation": held})
+        wire.send({"type": "lease", "generation": held})
         while True:
             message = self._hear(POLL_S)
             kind = None if message is None else message.get("type")
@@ -190,12 +190,12 @@ class Pool:
                 self._drop_group()
                 log.info("waiting for pool %r: %s", self.name, message["reason"])
                 joiner.settle(poll)
-                wire.send({"type": "turn", "generation": 0})
+                wire.send({"type": "lease", "generation": 0})
             elif kind == "refused":
                 raise PoolError(str(message["reason"]))
 
     def _hear(self, timeout_s: float) -> dict[str, Any] | None:
-        """The door's next message, if one comes in time. Raises ConnectionError when the door is gone."""
+        """The coordinator's next message, if one comes in time. Raises ConnectionError when the coordinator is gone."""
         if not self._unread and self._wire is not None:
             self._unread = self._wire.wait(timeout_s)
         return self._unread.pop(0) if self._unread else None
@@ -218,7 +218,7 @@ class Pool:
     def call(self, message: Message, *, poll: Poll = None, timeout_s: float | None = None) -> Result:
         """Rank 0's result of `message`, which all ranks run.
 
-        Opens a turn of its own when none is open. poll: called about every 50 ms; when it raises, the wait
+        Opens a lease of its own when none is open. poll: called about every 50 ms; when it raises, the wait
         ends, the workers finish this message, and its answer is dropped; when it returns True, the job has come
         further. timeout_s: the workers are restarted when they take longer, or to come further; None is 600 s.
         Raises PoolError.
@@ -229,7 +229,7 @@ class Pool:
         self, message: Message, *, poll: Poll = None, timeout_s: float | None = None
     ) -> list[Result]:
         """Every rank's result; else as `call`."""
-        with self.turn(poll):
+        with self.lease(poll):
             if self._lost is not None:
                 # After an answer that was whole. What was sent before is gone, so going on would be wrong.
                 raise self._error([], self._serial + 1)
@@ -288,7 +288,7 @@ class Pool:
         return futures
 
     def _ask(self, question: dict[str, Any]) -> None:
-        """Have the door judge a message that failed. What it says is in `_lost`: None when the workers go on."""
+        """Have the coordinator judge a message that failed. What it says is in `_lost`: None when the workers go on."""
         if self._lost is not None or self._group is None:
             return
         numbers = {"generation": self._group.generation, "serial": self._serial}
@@ -302,13 +302,13 @@ class Pool:
         self._lost = {"reason": f"the supervisor of pool {self.name!r} does not answer", "restarts": False}
 
     def _is_lost(self) -> bool:
-        """Whether the door has said, by now, that the group is gone."""
+        """Whether the coordinator has said, by now, that the group is gone."""
         while self._lost is None and self._notice(0) is not None:
             pass
         return self._lost is not None
 
     def _notice(self, timeout_s: float) -> dict[str, Any] | None:
-        """The door's next message within a turn; keeps in mind that the group is lost."""
+        """The coordinator's next message within a lease; keeps in mind that the group is lost."""
         try:
             message = self._hear(timeout_s)
         except ConnectionError:
@@ -320,7 +320,7 @@ class Pool:
         return message
 
     def _error(self, failures: list[Failure], serial: int) -> PoolError:
-        """The sentence for what failed: of the door, if the workers are lost, else of the ranks themselves.
+        """The sentence for what failed: of the coordinator, if the workers are lost, else of the ranks themselves.
 
         serial: of the message that won't have an answer.
         """

@@ -1,4 +1,4 @@
-"""The door's sockets: who comes in, what they say, and who is gone."""
+"""The coordinator's sockets: who comes in, what they say, and who is gone."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from typing import Any
 
 from .errors import PoolError
 from .handshake import Challenge
+from .leases import ClientLine
+from .membership import WorkerLine
 from .network import Network
-from .roster import WorkerLine
-from .turns import ClientLine
 from .wire import Wire
 
 log = logging.getLogger("comfy_xdit")
@@ -29,7 +29,7 @@ PAUSE_S = 0.5
 """Until a listener that could not let anybody in is tried again."""
 
 MAX_NEWCOMERS = 64
-"""Connections at each door that have not said who they are."""
+"""Connections at each coordinator that have not said who they are."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -101,7 +101,7 @@ class Connections:
     def _pause(self, listener: socket.socket, error: OSError) -> None:
         """No room for a descriptor, say. Who waits goes on waiting, and would be reported again and again."""
         if not self._is_short:
-            log.warning("door: cannot let anybody in (%s); tried again every %g s", error.strerror, PAUSE_S)
+            log.warning("coordinator: cannot let anybody in (%s); tried again every %g s", error.strerror, PAUSE_S)
         self._is_short = True
         self._selector.unregister(listener)
         self._paused[listener] = time.monotonic() + PAUSE_S
@@ -116,7 +116,7 @@ class Connections:
         alike = [other for other in self._newcomers if other.wire.is_remote == newcomer.wire.is_remote]
         if len(alike) >= MAX_NEWCOMERS:
             # The oldest: one of ours says who it is at once, a stranger may never.
-            log.warning("door: dropped the oldest of %d connections that have not said who they are", len(alike))
+            log.warning("coordinator: dropped the oldest of %d connections that have not said who they are", len(alike))
             self.drop(alike[0])
         self._newcomers.append(newcomer)
         self._selector.register(newcomer.wire.sock, selectors.EVENT_READ, newcomer)
@@ -129,7 +129,7 @@ class Connections:
         """Hang up on newcomers who took too long."""
         limit = time.monotonic() - NEWCOMER_LIMIT_S
         for newcomer in [newcomer for newcomer in self._newcomers if newcomer.since < limit]:
-            log.warning("door: dropped a connection that did not say who it is in %.0f s", NEWCOMER_LIMIT_S)
+            log.warning("coordinator: dropped a connection that did not say who it is in %.0f s", NEWCOMER_LIMIT_S)
             self.drop(newcomer)
 
     def read(self, line: Line) -> list[dict[str, Any]] | None:
@@ -139,7 +139,7 @@ class Connections:
         except ConnectionError:
             return None
         except ValueError as error:
-            log.warning("door: dropped a connection that sent %s", error)
+            log.warning("coordinator: dropped a connection that sent %s", error)
             return None
 
     def become(self, newcomer: Newcomer, line: WorkerLine | ClientLine) -> None:
@@ -179,10 +179,10 @@ def listener_at(path: Path) -> socket.socket:
 
 
 def listener_on(network: Network) -> socket.socket:
-    """Listens where the workers of other machines look for the door. Raises PoolError when the port is taken."""
+    """Listens where the workers of other machines look for the coordinator. Raises PoolError when the port is taken."""
     try:
         return socket.create_server((network.address, network.port), backlog=64)
     except OSError as error:
         raise PoolError(
-            f"cannot listen at {network.door} ({os.strerror(error.errno or 0)}); give another port with --port"
+            f"cannot listen at {network.coordinator} ({os.strerror(error.errno or 0)}); give another port with --port"
         ) from None

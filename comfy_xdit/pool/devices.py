@@ -77,7 +77,8 @@ def describe(devices: list[str], network: Network | None = None) -> str:
     """The text that `parse_devices` turns into `devices`; for several machines, that of each and how many."""
     if network is not None:
         own = devices[: len(devices) // network.num_machines]
-        return f"{describe(own)} of each of {network.num_machines} machines at {network.door} ({network.interface})"
+        place = f"{network.coordinator} ({network.interface})"
+        return f"{describe(own)} of each of {network.num_machines} machines at {place}"
     if all(device == "cpu" for device in devices):
         return f"cpu:{len(devices)}"
     return "cuda:" + ",".join(device.removeprefix("cuda:") for device in devices)

@@ -3,7 +3,7 @@
 A rank that raised between two messages to other ranks leaves its peers waiting, or worse: a receive that it
 posted takes what the next job sends, and that job gives wrong numbers or hangs. Then the workers must start
 afresh. When every rank failed before it took part in any message, as with input that is no good, they can stay.
-The door asks here (`judge`).
+The coordinator asks here (`judge`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 STUCK_AFTER_S = 3.0
 """A rank that has not ended this long after another one failed waits for it in a collective."""
 
-LOCAL = frozenset({"LoadModel", "LoadVAE", "SetPatches", "Hold", "Drop", "Unload", "Status", "TurnEnded"})
+LOCAL = frozenset({"LoadModel", "LoadVAE", "SetPatches", "Hold", "Drop", "Unload", "Status", "LeaseEnded"})
 """Messages in which the ranks do not talk to each other."""
 
 SAID_FIRST = ("memory", "input", "fault", "lost")

@@ -1,4 +1,4 @@
-"""A pool's private folder: its door, its log, its stores and its locks."""
+"""A pool's private folder: its socket, its log, its stores and its locks."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class PoolFolder:
     path: Path
 
     @property
-    def door(self) -> Path:
-        return self.path / "door"
+    def socket(self) -> Path:
+        return self.path / "socket"
 
     @property
     def log(self) -> Path:
@@ -83,7 +83,7 @@ class PoolFolder:
 
     def clear(self) -> None:
         """Remove what an earlier supervisor left; only for the holder of the `alive` lock."""
-        for pattern in ("door", "ranks-*", "rpc-g*"):
+        for pattern in ("socket", "ranks-*", "rpc-g*"):
             for path in self.path.glob(pattern):
                 path.unlink(missing_ok=True)
 
@@ -117,7 +117,7 @@ def pool_folder(name: str) -> PoolFolder:
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,32}", name):
         raise PoolError(f"{name!r} cannot name a pool; use 1 to 32 letters, digits, - and _", kind="input")
     folder = PoolFolder(name=name, path=base_folder() / name)
-    length = len(os.fsencode(folder.door))
+    length = len(os.fsencode(folder.socket))
     if length > MAX_SOCKET_PATH_BYTES:
         raise PoolError(
             f"the path of the pool's socket has {length} bytes, and a socket's path may have "

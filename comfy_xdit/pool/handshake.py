@@ -1,9 +1,9 @@
 """Both ends of a connection over the network show that they hold the pool's key, without sending it.
 
-The door asks with a number that never returns. The worker answers with an HMAC of it and of a number of its own, and
-takes nothing from the door before that has done the same. The words in the MAC differ for the two ends and name the
-door's address, so that nobody's answer can be sent back to it as a question. What is said afterwards is neither
-encrypted nor signed. Source: ISO/IEC 9798-4, mutual authentication in three passes; HMAC-SHA-256, RFC 2104.
+The coordinator asks with a number that never returns. The worker answers with an HMAC of it and of a number of its own,
+and takes nothing from the coordinator before that has done the same. The words in the MAC differ for the two ends and
+name the coordinator's address, so that nobody's answer can be sent back to it as a question. What is said afterwards
+is neither encrypted nor signed. Source: ISO/IEC 9798-4, mutual authentication in three passes; HMAC-SHA-256, RFC 2104.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ NO_PROOF = "it does not hold this pool's key"
 
 
 class Challenge:
-    """The door's side of one connection. place: the door's "HOST:PORT"."""
+    """The coordinator's side of one connection. place: the coordinator's "HOST:PORT"."""
 
     def __init__(self, key: bytes, place: str) -> None:
         self._key, self._place = key, place
@@ -46,17 +46,17 @@ class Challenge:
         return {"type": "challenge", "number": self._number}
 
     def answer(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """The door's own proof, for a peer that gave its. Raises Malformed for one that did not."""
+        """The coordinator's own proof, for a peer that gave its. Raises Malformed for one that did not."""
         one_of(message, "type", ("proof",))
         number = _hex(message, "number")
         numbers = (self._number, number)
         if not hmac.compare_digest(_hex(message, "proof"), _mac(self._key, "worker", self._place, *numbers)):
             raise Malformed(NO_PROOF)
-        return {"type": "proof", "proof": _mac(self._key, "door", self._place, *numbers)}
+        return {"type": "proof", "proof": _mac(self._key, "coordinator", self._place, *numbers)}
 
 
 def challenges(path: Path, place: str) -> Callable[[], Challenge]:
-    """Makes the challenges of the door at `place`, with the key at `path`. Raises as `kept_key`."""
+    """Makes the challenges of the coordinator at `place`, with the key at `path`. Raises as `kept_key`."""
     key = kept_key(path)
     return lambda: Challenge(key, place)
 
@@ -66,7 +66,7 @@ def prove(wire: Wire, key: bytes) -> None:
 
     Raises PoolError where the other end does not prove itself, ConnectionError where it hangs up or says nothing.
     """
-    # The address that was really reached: who passes the door's question on from another one gets a useless answer.
+    # The address that was really reached: who passes the question on from another one gets a useless answer.
     place = "{}:{}".format(*wire.sock.getpeername())
     asked = _next(wire)
     try:
@@ -76,13 +76,13 @@ def prove(wire: Wire, key: bytes) -> None:
         wire.send({"type": "proof", "number": number, "proof": _mac(key, "worker", place, *numbers)})
         answer = _next(wire)
         if answer.get("type") == "refused":
-            raise PoolError(f"the door at {place} let this worker not in: {str(answer.get('reason'))[:200]}")
+            raise PoolError(f"the coordinator at {place} let this worker not in: {str(answer.get('reason'))[:200]}")
         one_of(answer, "type", ("proof",))
-        if not hmac.compare_digest(_hex(answer, "proof"), _mac(key, "door", place, *numbers)):
+        if not hmac.compare_digest(_hex(answer, "proof"), _mac(key, "coordinator", place, *numbers)):
             raise Malformed(NO_PROOF)
     except Malformed as error:
         raise PoolError(
-            f"who listens at {place} is not this pool's door ({error}); "
+            f"who listens at {place} is not this pool's coordinator ({error}); "
             "run what `comfy-xdit pool start --nodes` printed, with the key file that it names"
         ) from None
 

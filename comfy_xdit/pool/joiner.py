@@ -24,7 +24,7 @@ def require_available(transport: str | None) -> None:
 
 
 def joiner(transport: str) -> Joiner:
-    """Of a pool whose door says that its transport is `transport`."""
+    """Of a pool whose coordinator says that its transport is `transport`."""
     if transport == RPC:
         from .rpc import RpcJoiner
 

@@ -10,7 +10,7 @@ import time
 from typing import Any
 
 from .failure_policy import STUCK_AFTER_S, groups_survive, is_local, worst
-from .roster import Roster, WorkerLine
+from .membership import Membership, WorkerLine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +58,10 @@ class _Failed:
 
 
 class Judge:
-    """Watches how the ranks of `roster` end their messages."""
+    """Watches how the ranks of `membership` end their messages."""
 
-    def __init__(self, roster: Roster) -> None:
-        self._roster = roster
+    def __init__(self, membership: Membership) -> None:
+        self._membership = membership
         self._question: _Question | None = None
         # By number, until all ranks have ended it. A client that gave up sends the next one meanwhile, and a rank may
         # end that while another still waits for it in this one.
@@ -99,7 +99,7 @@ class Judge:
         if question is None:
             return None
         if question.is_broken:
-            # Of a worker that ended the door learns at once; it then has a better reason than this one.
+            # Of a worker that ended the coordinator learns at once; it then has a better reason than this one.
             late_s = time.monotonic() - question.asked_at
             return Restart("a connection between client and workers broke", None) if late_s > STUCK_AFTER_S else None
         if self._have_ended(question.number):
@@ -113,7 +113,7 @@ class Judge:
         One that is out of memory, or found a mistake, may have taken the others with it. Else their failures are
         consequences, and how they were lost says more.
         """
-        number = max((worker.done for worker in self._roster.workers.values()), default=(0, 0))
+        number = max((worker.done for worker in self._membership.workers.values()), default=(0, 0))
         failed = self._failed.get(number)
         told = [] if failed is None else failed.failures.values()
         causes = [failure for failure in told if failure["kind"] in ("memory", "input")]
@@ -121,10 +121,10 @@ class Judge:
 
     def _have_ended(self, number: tuple[int, int]) -> bool:
         """Whether all ranks have ended the message, or one after it."""
-        return all(worker.done >= number for worker in self._roster.workers.values())
+        return all(worker.done >= number for worker in self._membership.workers.values())
 
     def _is_sound(self, number: tuple[int, int], failed: _Failed) -> bool:
         """Whether the ranks' groups are usable, as far as they have ended the message."""
         if self._have_ended(number):
-            return groups_survive(failed.name, [failed.failures.get(rank) for rank in self._roster.workers])
+            return groups_survive(failed.name, [failed.failures.get(rank) for rank in self._membership.workers])
         return is_local(failed.name, failed.failures.values()) or time.monotonic() - failed.since < STUCK_AFTER_S

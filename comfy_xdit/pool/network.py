@@ -15,8 +15,8 @@ from .errors import PoolError
 LOOPBACK = "lo"
 """Where a pool on one machine listens."""
 
-DOOR_PORT = 29600
-"""Of the door, where none is given. torchrun's own are 29400 and 29500."""
+COORDINATOR_PORT = 29600
+"""Of the coordinator, where none is given. torchrun's own are 29400 and 29500."""
 
 MAX_MACHINES = 64
 
@@ -26,7 +26,7 @@ SIOCGIFADDR = 0x8915
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Network:
-    """Where the door of a pool on several machines listens for workers.
+    """Where the coordinator of a pool on several machines listens for workers.
 
     interface: of this machine, the head; address: the IPv4 address that it has there.
     """
@@ -34,10 +34,10 @@ class Network:
     num_machines: int
     interface: str
     address: str
-    port: int = DOOR_PORT
+    port: int = COORDINATOR_PORT
 
     @property
-    def door(self) -> str:
+    def coordinator(self) -> str:
         return f"{self.address}:{self.port}"
 
     @property
@@ -48,12 +48,12 @@ class Network:
         """The command that makes a machine part of the pool.
 
         Each machine has a torchrun of its own: one of several nodes would want a second port that all can reach, and
-        end everywhere when the first machine's ends. It must not count restarts: the door does. key: the file with the
-        pool's key, on that machine; never the key itself, since everybody can read a command line.
+        end everywhere when the first machine's ends. It must not count restarts: the coordinator does. key: the file
+        with the pool's key, on that machine; never the key itself, since everybody can read a command line.
         """
         return (
-            f"torchrun --nproc-per-node {num_devices} --max-restarts 1000000 -m comfy_xdit pool join {self.door} "
-            f"--node-rank {machine} --key-file {shlex.quote(str(key))}"
+            f"torchrun --nproc-per-node {num_devices} --max-restarts 1000000 "
+            f"-m comfy_xdit pool join {self.coordinator} --node-rank {machine} --key-file {shlex.quote(str(key))}"
         )
 
 
@@ -75,7 +75,7 @@ def listed(found: dict[str, str]) -> str:
     return ", ".join(f"{name} ({address})" for name, address in found.items()) or "none"
 
 
-def network_on(interface: str, *, num_machines: int, port: int = DOOR_PORT) -> Network:
+def network_on(interface: str, *, num_machines: int, port: int = COORDINATOR_PORT) -> Network:
     """The network that this machine reaches through `interface`.
 
     Raises PoolError for an interface that isn't there or has no IPv4 address, and for bad numbers.

@@ -12,39 +12,39 @@ from .silence import describe
 from .wire import versions
 
 if TYPE_CHECKING:
-    from .door import Door
+    from .coordinator import Coordinator
 
 
-def about(door: Door) -> dict[str, Any]:
+def about(coordinator: Coordinator) -> dict[str, Any]:
     """What a client must know before it can use the pool."""
     return {
-        "name": door.folder.name,
+        "name": coordinator.folder.name,
         "versions": versions(),
         "pid": os.getpid(),
-        "devices": door.roster.devices,
-        "network": door.network.fields if door.network else None,
-        "transport": door.transport,
-        "log": str(door.folder.log),
+        "devices": coordinator.membership.devices,
+        "network": coordinator.network.fields if coordinator.network else None,
+        "transport": coordinator.transport,
+        "log": str(coordinator.folder.log),
     }
 
 
-def report(door: Door) -> dict[str, Any]:
+def report(coordinator: Coordinator) -> dict[str, Any]:
     """What `pool status --json` shows."""
-    if door.roster.is_ready:
-        state = "busy" if door.grants.turns.in_turn else "ready"
+    if coordinator.membership.is_ready:
+        state = "busy" if coordinator.grants.leases.is_leased else "ready"
     else:
-        state = "failing" if door.starts.is_failing else "starting"
+        state = "failing" if coordinator.starts.is_failing else "starting"
     return {
         "type": "status",
-        **about(door),
+        **about(coordinator),
         "state": state,
-        "uptime_s": round(time.monotonic() - door.started_at, 1),
-        "num_restarts": door.num_restarts,
-        "last_error": door.starts.last_error,
-        "missing": door.missing,
-        "residents": door.residents,
-        "environment": dataclasses.asdict(door.changes),
+        "uptime_s": round(time.monotonic() - coordinator.started_at, 1),
+        "num_restarts": coordinator.num_restarts,
+        "last_error": coordinator.starts.last_error,
+        "missing": coordinator.missing,
+        "residents": coordinator.residents,
+        "environment": dataclasses.asdict(coordinator.changes),
         "hidden": hidden(os.environ),
-        **describe(door.grants.turns),
-        "ranks": door.roster.describe(),
+        **describe(coordinator.grants.leases),
+        "ranks": coordinator.membership.describe(),
     }

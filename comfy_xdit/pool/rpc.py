@@ -293,7 +293,7 @@ class RpcWorker:
             waiting, self._waiting = self._waiting, set()
             self._early.clear()
         for future in waiting:
-            future.set_exception(RuntimeError("the client's turn is over"))
+            future.set_exception(RuntimeError("the client's lease is over"))
         self._group.leave()
 
     def _accept(self, serial: int, text: str, tensors: list[Tensor]) -> Answer:
@@ -305,7 +305,7 @@ class RpcWorker:
         request = Request(serial, text, tensors, lambda text, tensors: lambda: self._resolve(future, (text, tensors)))
         with self._lock:
             if self._is_over:
-                raise RuntimeError("the client's turn is over")
+                raise RuntimeError("the client's lease is over")
             self._waiting.add(future)
             if serial != ASIDE:
                 self._early[serial] = request
@@ -352,7 +352,7 @@ class RpcJoiner:
             try:
                 group.join()
             except Exception as error:
-                # The door counts who joined, gives up on this generation and makes the next.
+                # The coordinator counts who joined, gives up on this generation and makes the next.
                 log.info("joining generation %d of pool %r: %s", group.generation, pool, error)
                 return
             joined(group)

@@ -1,8 +1,8 @@
 """The transport of a pool on one machine: a pair of unix sockets between the client and each worker.
 
-Nothing listens. The door, which has asked the kernel for each visitor's user id, makes the pairs for every generation
-and passes their ends on. Each end has two threads that sleep in the kernel: one reads, one writes, so that nobody who
-sends waits for a peer that doesn't read.
+Nothing listens. The coordinator, which has asked the kernel for each visitor's user id, makes the pairs for every
+generation and passes their ends on. Each end has two threads that sleep in the kernel: one reads, one writes, so
+that nobody who sends waits for a peer that doesn't read.
 """
 
 from __future__ import annotations
@@ -284,7 +284,7 @@ class SocketWorker:
 
 
 class SocketJoiner:
-    """Nothing to wait for: the door passes sockets that are connected."""
+    """Nothing to wait for: the coordinator passes sockets that are connected."""
 
     def check(self, interface: str) -> None:
         return None

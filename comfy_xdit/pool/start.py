@@ -47,14 +47,14 @@ def devices_of(text: str) -> list[str]:
 def say(
     folder: PoolFolder, message: dict[str, Any], *, timeout_s: float = HELLO_TIMEOUT_S
 ) -> tuple[Wire, dict[str, Any]]:
-    """Open the door with `message`: the connection and the first answer.
+    """Open the coordinator with `message`: the connection and the first answer.
 
-    Raises ConnectionError when no pool is behind the door, PoolError when it does not answer.
+    Raises ConnectionError when no pool is behind the coordinator, PoolError when it does not answer.
     """
     deadline = time.monotonic() + timeout_s
     with contextlib.suppress(TimeoutError):
         try:
-            wire = Wire.connect(folder.door, timeout_s=timeout_s)
+            wire = Wire.connect(folder.socket, timeout_s=timeout_s)
         except TimeoutError:
             # Somebody listens, and lets nobody in: that is no pool that is gone.
             raise
@@ -176,7 +176,7 @@ def spawn(
     network: Network | None = None,
     transport: str | None = None,
 ) -> None:
-    """Start a supervisor and return when its door is open.
+    """Start a supervisor and return when its coordinator is open.
 
     devices: one for each rank. service: "module:Class" that the workers run; path: folders for their sys.path.
     network: to the machines whose own torchruns start the workers; None starts them here. transport: between client

@@ -11,7 +11,7 @@ MAX_RAISED_TRIALS = 2
 
 
 class Starts:
-    """Counts the starts in a row that failed. Belongs to the door's thread, but for `held`, which any may read."""
+    """Counts the starts in a row that failed. Of the coordinator's thread, but for `held`, which any may read."""
 
     def __init__(self) -> None:
         self._num_failed = self._num_raised = 0

@@ -100,8 +100,8 @@ class SharedStores:
             for key in self._store.list_keys():
                 if key.startswith(f"{kind}-"):
                     self._store.delete_key(key)
-        # A name that nobody can guess who was not told it by the door. It keeps off strangers that write blindly; one
-        # who speaks the store's protocol may have its keys listed.
+        # A name that nobody can guess whom the coordinator did not tell. It keeps off strangers that write blindly;
+        # one who speaks the store's protocol may have its keys listed.
         return f"{self._where}/{kind}-{number}-{secrets.token_hex(16)}"
 
 

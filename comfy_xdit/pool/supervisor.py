@@ -1,7 +1,7 @@
-"""The process that is a pool: torch's elastic agent for the workers, and beside it the door.
+"""The process that is a pool: torch's elastic agent for the workers, and beside it the coordinator.
 
 Run as `python boot.py comfy_xdit.pool.supervisor …` by `start.py`. It detaches, holds the folder's "alive"
-lock as long as it lives, and opens the door before it imports torch. For a pool on several machines there is no
+lock as long as it lives, and opens the coordinator before it imports torch. For a pool on several machines there is no
 agent here: the torchrun of each machine starts and restarts the workers, and this process hosts their stores.
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 
 from comfy_xdit.mount import BOOT
 
-from .door import Door
+from .coordinator import Coordinator
 from .environment import hidden, settle
 from .errors import PoolError
 from .folder import PoolFolder, pool_folder
@@ -36,7 +36,7 @@ PARTING_LIMIT_S = 5.0
 
 
 def main() -> None:
-    """Detach, open the door, and run workers until told to stop."""
+    """Detach, open the coordinator, and run workers until told to stop."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--name", required=True)
     parser.add_argument("--devices", required=True, help="JSON list, one device per rank")
@@ -90,7 +90,7 @@ class _Supervisor:
         service: str,
         path: list[str],
     ) -> None:
-        """lock: the folder's "alive", taken. Raises PoolError when the door can't be opened."""
+        """lock: the folder's "alive", taken. Raises PoolError when the coordinator can't be opened."""
         # Nobody else writes there now, so what an earlier pool said can go.
         os.truncate(folder.log, 0)
         # Followed to where the folder is made anew, should somebody delete it.
@@ -106,7 +106,7 @@ class _Supervisor:
         self._lock = lock
         self.agent: Any = None
         folder.clear()
-        self.door = Door(
+        self.coordinator = Coordinator(
             folder,
             devices,
             lock=lock,
@@ -115,17 +115,17 @@ class _Supervisor:
             stop=self.stop,
             kill_starting=self.kill_workers,
         )
-        self.door.changes = changes
+        self.coordinator.changes = changes
 
     def run(self, ready: Any) -> None:
         """Serve until `stop`, or a SIGTERM from elsewhere; ends this process."""
-        if self.door.network is not None:
+        if self.coordinator.network is not None:
             signal.signal(signal.SIGTERM, lambda *_: sys.exit("SIGTERM"))
-        threading.Thread(target=self._run_door, name="door", daemon=True).start()
+        threading.Thread(target=self._run_coordinator, name="coordinator", daemon=True).start()
         ready.write("ready\n")
         ready.close()
         try:
-            if self.door.network is None:
+            if self.coordinator.network is None:
                 self._run_agent()
             else:
                 while True:
@@ -134,7 +134,7 @@ class _Supervisor:
             # Also elastic's SignalException, which is how a stop arrives here.
             log.info("ending: %r", error)
         self.kill_workers()
-        if self.door.network is not None:
+        if self.coordinator.network is not None:
             self._part()
         if self._lock.is_in_place:
             self.folder.clear()
@@ -143,13 +143,13 @@ class _Supervisor:
     def _part(self) -> None:
         """Have the workers of other machines end of themselves: their torchruns would start killed ones anew."""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        self.door.dismiss()
+        self.coordinator.dismiss()
         deadline = time.monotonic() + PARTING_LIMIT_S
-        while self.door.has_workers and time.monotonic() < deadline:
+        while self.coordinator.has_workers and time.monotonic() < deadline:
             time.sleep(0.02)
 
     def stop(self) -> None:
-        """End the workers and this process; called on the door's thread."""
+        """End the workers and this process; called on the coordinator's thread."""
         self.kill_workers()
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -160,12 +160,12 @@ class _Supervisor:
             if isinstance(worker.id, int):
                 kill_child(worker.id)
 
-    def _run_door(self) -> None:
+    def _run_coordinator(self) -> None:
         try:
-            self.door.run()
+            self.coordinator.run()
         except BaseException:
-            # Without a door nobody can reach or stop the pool.
-            log.exception("the door failed")
+            # Without a coordinator nobody can reach or stop the pool.
+            log.exception("the coordinator failed")
             self.stop()
 
     def _run_agent(self) -> None:
@@ -183,17 +183,17 @@ class _Supervisor:
         self.agent.run()
 
     def _wait_for_attempt(self) -> None:
-        time.sleep(self.door.pace.pause_s)
-        while self.door.starts.held:
+        time.sleep(self.coordinator.pace.pause_s)
+        while self.coordinator.starts.held:
             time.sleep(MONITOR_INTERVAL_S)
-        self.door.pace.began()
+        self.coordinator.pace.began()
 
     def _worker_arguments(self) -> list[str]:
         arguments = [
             str(BOOT),
             "comfy_xdit_worker",
-            "--door",
-            str(self.folder.door),
+            "--coordinator",
+            str(self.folder.socket),
             "--service",
             self.service,
         ]

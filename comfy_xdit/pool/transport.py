@@ -1,6 +1,6 @@
 """How messages travel between a client and the workers: the interface that `sockets` and `rpc` both keep.
 
-A turn's client and the workers are a *group*. The client sends a text and tensors to some ranks, and has a future for
+A lease's client and the workers are a *group*. The client sends a text and tensors to some ranks, and has a future for
 each answer. A worker is given one request after the other, in the order that the client numbered them.
 """
 
@@ -12,14 +12,14 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 if TYPE_CHECKING:
-    # Not at run time: the door knows the transports' names before torch is imported.
+    # Not at run time: the coordinator knows the transports' names before torch is imported.
     from torch import Tensor
 
 SOCKETS, RPC = "sockets", "rpc"
 """The transports: of a pool on one machine, and of one on several."""
 
 ASIDE = 0
-"""The serial number of a message that does not wait for its turn; the others count from 1."""
+"""The serial number of a message that does not wait for its lease; the others count from 1."""
 
 Answer: TypeAlias = "tuple[str, list[Tensor]]"
 
@@ -81,7 +81,7 @@ class Joiner(Protocol):
         ...
 
     def join(self, pool: str, order: dict[str, Any], num_ranks: int, joined: Callable[[ClientGroup], None]) -> None:
-        """Do as the door's "join" orders, and call `joined` on success, perhaps later and on another thread."""
+        """Do as the coordinator's "join" orders, and call `joined` on success, perhaps later and on another thread."""
         ...
 
     def settle(self, poll: Poll) -> None:

@@ -1,6 +1,6 @@
 """What the first exchange between the ranks came to, in a sentence that names who can't reach whom, and the cure.
 
-The workers run it (`worker/trial.py`) and tell each step beforehand; the door judges, by time where a rank hangs.
+The workers run it (`worker/trial.py`) and tell each step beforehand; the coordinator judges, by time where one hangs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""One JSON object a line over a socket: how clients and workers talk to the pool's door.
+"""One JSON object a line over a socket: how clients and workers talk to the pool's coordinator.
 
-A line of the door's may bring descriptors: it says how many ("num_fds"), and its reader finds them in "fds",
+A line of the coordinator's may bring descriptors: it says how many ("num_fds"), and its reader finds them in "fds",
 as `Descriptor`s: those that nobody uses close with the message.
 """
 
@@ -36,7 +36,7 @@ SILENCE_LIMIT_S = 15.0
 def versions() -> dict[str, str]:
     """What both sides must agree on. Torch to its minor version: RPC's wire format is its own.
 
-    Read from the package's metadata: the door answers before torch is imported.
+    Read from the package's metadata: the coordinator answers before torch is imported.
     """
     return {"comfy_xdit": __version__, "torch": ".".join(metadata.version("torch").split(".")[:2])}
 
@@ -68,7 +68,7 @@ class Wire:
 
     @classmethod
     def connect(cls, place: Path | tuple[str, int], *, timeout_s: float = CONNECT_TIMEOUT_S) -> Wire:
-        """To the door at a path of this machine, or at a host and port. Raises OSError when nobody listens there,
+        """To the coordinator, at a path of this machine or a host and port. Raises OSError when nobody listens there,
         TimeoutError when somebody does and lets nobody in for `timeout_s`.
         """
         sock = socket.socket(socket.AF_INET if isinstance(place, tuple) else socket.AF_UNIX, socket.SOCK_STREAM)
@@ -87,7 +87,7 @@ class Wire:
         except OSError:
             sock.close()
             raise
-        # It is our own door, in a folder that only we can enter.
+        # It is our own coordinator, in a folder that only we can enter.
         return cls(sock, takes_fds=not isinstance(place, tuple))
 
     @property

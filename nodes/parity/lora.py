@@ -47,7 +47,7 @@ def switching(folder: Path, *, num_ranks: int, num_turns: int) -> dict[str, Any]
         number = turn["pool"] % 2
         pool.call(SetPatches(model=load.model, patches_id=str(turn["pool"]), patches=patches[number]))
 
-    with pool.turn():
+    with pool.lease():
         pool.call(load)
         times = take_turns({"ComfyUI": switch_stock, "pool": switch_pool}, num_turns=num_turns)
     pool.close()

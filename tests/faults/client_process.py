@@ -43,8 +43,8 @@ def main(action: str) -> None:
         return
     if action == "keep":
         pool.call(Keep(name="kept"))
-    with pool.turn():
-        say("turn")
+    with pool.lease():
+        say("lease")
         if action == "sleep":
             pool.call(Sleep(seconds=20.0))
         if action == "slow":

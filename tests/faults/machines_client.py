@@ -65,7 +65,7 @@ def parity(pool: Pool, path: str) -> None:
     want = alone(path)
     for axis in AXES:
         spec = ParallelSpec(**{axis: pool.num_ranks})
-        with pool.turn():
+        with pool.lease():
             pool.call(message(path, spec))
             answers = pool.call_all(job(path, spec))
         sent = [sum(answer.report["bytes_sent"].values()) for answer in answers]
@@ -85,13 +85,13 @@ def killed(pool: Pool, path: str) -> None:
             told.append(True)
             say(running=True)
 
-    with pool.turn():
+    with pool.lease():
         pool.call(message(path, spec))
         try:
             pool.call(job(path, spec, steps=4000), poll=poll)
         except PoolError as error:
             say(kind=error.kind, sentence=str(error))
-    with pool.turn():
+    with pool.lease():
         pool.call(message(path, spec))
         value = pool.call(job(path, spec)).value
     say(difference=((value - alone(path)).abs().max() / value.abs().max()).item())

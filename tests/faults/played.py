@@ -1,4 +1,4 @@
-"""A door that is played with, and workers that say what they are told to."""
+"""A coordinator that is played with, and workers that say what they are told to."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from harness import wait_until
 
-from comfy_xdit.pool.door import Door
+from comfy_xdit.pool.coordinator import Coordinator
 from comfy_xdit.pool.folder import pool_folder
 from comfy_xdit.pool.handshake import prove, read_key
 from comfy_xdit.pool.network import Network
@@ -24,12 +24,12 @@ def free_port() -> int:
 
 
 class Over(Exception):
-    """Ends a door that is played with."""
+    """Ends a coordinator that is played with."""
 
 
 @contextlib.contextmanager
-def played_door(num_machines: int, num_devices: int = 2) -> Iterator[Door]:
-    """A door of the pool "test" on its own thread: for machines on loopback, or for one machine alone.
+def played_coordinator(num_machines: int, num_devices: int = 2) -> Iterator[Coordinator]:
+    """A coordinator of the pool "test" on its own thread: for machines on loopback, or for one machine alone.
 
     Its pools' folder is the one of this moment's $COMFY_XDIT_HOME.
     """
@@ -39,7 +39,7 @@ def played_door(num_machines: int, num_devices: int = 2) -> Iterator[Door]:
     folder = pool_folder("test")
     lock = folder.lock("alive")
     assert lock.take()
-    door = Door(
+    coordinator = Coordinator(
         folder,
         ["cpu"] * num_devices,
         lock=lock,
@@ -47,7 +47,7 @@ def played_door(num_machines: int, num_devices: int = 2) -> Iterator[Door]:
         kill_starting=lambda: None,
         network=network,
     )
-    is_over, tick = threading.Event(), door._tick
+    is_over, tick = threading.Event(), coordinator._tick
 
     def tick_until_over() -> None:
         if is_over.is_set():
@@ -56,14 +56,14 @@ def played_door(num_machines: int, num_devices: int = 2) -> Iterator[Door]:
 
     def run() -> None:
         with contextlib.suppress(Over):
-            door.run()
+            coordinator.run()
 
-    door._tick = tick_until_over  # type: ignore[method-assign]
+    coordinator._tick = tick_until_over  # type: ignore[method-assign]
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
-        yield door
-        assert thread.is_alive(), "the door ended"
+        yield coordinator
+        assert thread.is_alive(), "the coordinator ended"
     finally:
         is_over.set()
         thread.join()
@@ -73,11 +73,11 @@ def played_door(num_machines: int, num_devices: int = 2) -> Iterator[Door]:
 class Played:
     """A worker of machine `number` that says what it is told to. proves: first, that it holds the pool's key."""
 
-    def __init__(self, door: Door, number: int, *, proves: bool = True, **changes: Any) -> None:
-        assert door.network is not None
-        self.wire = Wire.connect((door.network.address, door.network.port))
+    def __init__(self, coordinator: Coordinator, number: int, *, proves: bool = True, **changes: Any) -> None:
+        assert coordinator.network is not None
+        self.wire = Wire.connect((coordinator.network.address, coordinator.network.port))
         if proves:
-            prove(self.wire, read_key(door.folder.key))
+            prove(self.wire, read_key(coordinator.folder.key))
         hello = {"type": "worker", "machine": number, "local_rank": 0, "num_local": 1, "versions": versions()}
         self.wire.send(hello | {"host": f"host-{number}", "pid": 1000 + number} | changes)
 
@@ -85,7 +85,7 @@ class Played:
         self.wire.send({"type": kind, **fields})
 
     def hears(self) -> dict[str, Any] | None:
-        """The next message; None when the door closes the connection."""
+        """The next message; None when the coordinator closes the connection."""
         return hears(self.wire)
 
     def hears_nothing(self) -> bool:
@@ -95,6 +95,6 @@ class Played:
 def hears(wire: Wire) -> dict[str, Any] | None:
     """The next message on a wire; None when the other end closes the connection."""
     with contextlib.suppress(ConnectionError):
-        message: dict[str, Any] = wait_until(lambda: wire.wait(0.1), "a word of the door")[0]
+        message: dict[str, Any] = wait_until(lambda: wire.wait(0.1), "a word of the coordinator")[0]
         return message
     return None

@@ -1,4 +1,4 @@
-"""A pool in this process: a real door, and the workers' real loop on threads, so that a test can turn its clocks."""
+"""A pool in this process: a real coordinator, and the workers' real loop on threads, so a test can turn its clocks."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections.abc import Iterator
 from typing import Any
 
 from comfy_xdit_worker.loop import Loop
-from played import hears, played_door
+from played import hears, played_coordinator
 
 from comfy_xdit.pool.client import Pool
-from comfy_xdit.pool.door import Door
+from comfy_xdit.pool.coordinator import Coordinator
 from comfy_xdit.pool.wire import Wire
 
 
 class PlayedLink:
     """As `worker.link.Link`, but an end of the connection is the end of this worker only."""
 
-    def __init__(self, door: Door, rank: int, attempt: int) -> None:
-        self.wire = Wire.connect(door.folder.door)
+    def __init__(self, coordinator: Coordinator, rank: int, attempt: int) -> None:
+        self.wire = Wire.connect(coordinator.folder.socket)
         self.wire.send({"type": "worker", "rank": rank, "attempt": attempt})
         assert hears(self.wire)
         self.said: list[dict[str, Any]] = []
@@ -30,7 +30,7 @@ class PlayedLink:
             self.wire.send(self.said[-1])
 
     def read(self, loop: Loop) -> None:
-        """Hand the door's orders to `loop`, until the door hangs up."""
+        """Hand the coordinator's orders to `loop`, until the coordinator hangs up."""
         with contextlib.suppress(ConnectionError, ValueError):
             while True:
                 for order in self.wire.wait(1.0):
@@ -40,11 +40,11 @@ class PlayedLink:
             loop._group.leave()
 
 
-def add_workers(door: Door, services: list[Any], attempt: int = 0) -> list[PlayedLink]:
+def add_workers(coordinator: Coordinator, services: list[Any], attempt: int = 0) -> list[PlayedLink]:
     """A worker for each service."""
-    # The door sees to it that it stays; these have no groups to make.
-    door.folder.ranks_store(attempt).touch()
-    links = [PlayedLink(door, rank, attempt) for rank in range(len(services))]
+    # The coordinator sees to it that it stays; these have no groups to make.
+    coordinator.folder.ranks_store(attempt).touch()
+    links = [PlayedLink(coordinator, rank, attempt) for rank in range(len(services))]
     for rank, (link, service) in enumerate(zip(links, services, strict=True)):
         loop = Loop(pool="test", rank=rank, world_size=len(services), service=service, link=link)  # type: ignore[arg-type]
         threading.Thread(target=loop.run, daemon=True).start()
@@ -54,15 +54,15 @@ def add_workers(door: Door, services: list[Any], attempt: int = 0) -> list[Playe
 
 
 @contextlib.contextmanager
-def played_pool(services: list[Any]) -> Iterator[tuple[Door, list[PlayedLink], Pool]]:
-    """Door, workers and a client. Its pools' folder is the one of this moment's $COMFY_XDIT_HOME."""
-    with played_door(1, len(services)) as door:
+def played_pool(services: list[Any]) -> Iterator[tuple[Coordinator, list[PlayedLink], Pool]]:
+    """Coordinator, workers and a client. Its pools' folder is the one of this moment's $COMFY_XDIT_HOME."""
+    with played_coordinator(1, len(services)) as coordinator:
         # The workers are this process.
-        door.roster.kill = lambda: None  # type: ignore[method-assign]
-        links = add_workers(door, services)
+        coordinator.membership.kill = lambda: None  # type: ignore[method-assign]
+        links = add_workers(coordinator, services)
         pool = Pool.connect("test", start=False)
         try:
-            yield door, links, pool
+            yield coordinator, links, pool
         finally:
             pool.close()
             for link in links:

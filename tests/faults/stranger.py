@@ -1,4 +1,4 @@
-"""Another user of the machine, who throws what it can at a pool: `stranger.py DOOR PORT …`. Says what it did.
+"""Another user of the machine, who throws what it can at a pool: `stranger.py SOCKET PORT …`. Says what it did.
 
 Started by root it becomes `nobody` first.
 """
@@ -53,7 +53,7 @@ def throw(port: int) -> list[socket.socket]:
     return left
 
 
-def at_the_door(path: str) -> str:
+def at_the_coordinator(path: str) -> str:
     sock = socket.socket(socket.AF_UNIX)
     try:
         sock.connect(path)
@@ -64,9 +64,9 @@ def at_the_door(path: str) -> str:
         return type(error).__name__
 
 
-def main(door: str, *ports: str) -> None:
+def main(coordinator: str, *ports: str) -> None:
     become_nobody()
-    sys.stdout.write(f"door {at_the_door(door)}\n")
+    sys.stdout.write(f"coordinator {at_the_coordinator(coordinator)}\n")
     left = [sock for port in ports for sock in throw(int(port))]
     sys.stdout.write(f"thrown {len(left)}\n")
     sys.stdout.flush()

@@ -33,7 +33,7 @@ def test_equals_stock(kind, models, fake):
     assert stock.isfinite().all() and stock.std() > 0.1
     assert torch.equal(tiny.sample(ours(path)), stock)
     assert fake.log[:3] == ["LoadModel", "Hold", "Denoise"]
-    assert fake.log.count("Denoise") == 3 and not fake.held and not fake.turns
+    assert fake.log.count("Denoise") == 3 and not fake.held and not fake.leases
 
 
 @pytest.mark.parametrize("kind", ["sd3", "flux", "pixart"])
@@ -150,5 +150,5 @@ def test_interrupt_stops_within_a_step(models, fake):
         comfy.sample.sample(
             model, noise, 5, 3.0, "euler", "simple", *conds, 0 * noise, callback=interrupt, seed=1
         )
-    assert len(fake.calls) == 1 and not fake.turns
+    assert len(fake.calls) == 1 and not fake.leases
     assert tiny.sample(model).isfinite().all()

@@ -80,7 +80,7 @@ def test_unloading_frees_the_workers(ours):
     _, setting, is_right = ours
     comfy.model_management.unload_all_models()
     pool = connect(setting)
-    with pool.turn():
+    with pool.lease():
         # Asked themselves: the pool's status is as old as their last beat.
         assert not any(answer.value["models"] for answer in pool.call_all(Status()))
     assert is_right()

@@ -31,7 +31,7 @@ FAMILIES = {
 @pytest.fixture(scope="module")
 def pool(pools):
     made = connect(pools(1))
-    with made.turn():
+    with made.lease():
         (answer,) = made.call_all(use_comfy())
         assert answer.value["version"] == use_comfy().version
         yield made

@@ -21,7 +21,7 @@ def test_ranks_that_differ_are_told_apart(name):
 @pytest.mark.skipif(use_comfy() is None, reason="this ComfyUI keeps to diffusers' classes")
 def test_what_real_workers_answer(pools):
     pool = connect(pools(2))
-    with pool.turn():
+    with pool.lease():
         answers = pool.call_all(use_comfy())
     assert len(answers) == 2 and answers[0].value.keys() == ASKED.keys()
     same_everywhere(answers)

@@ -84,7 +84,7 @@ def test_whole_runs_step_mode_and_stock(kind, sampler, paths, pools, said):
 
 
 def test_every_sampler(paths, pools, said):
-    """Families take turns. What only ComfyUI's own loop can run is exact, the others are near."""
+    """Families take leases. What only ComfyUI's own loop can run is exact, the others are near."""
     models = {kind: (tiny.load(path), parallel(path, pools(2, pipe=2))) for kind, path in paths.items()}
     for number, sampler in enumerate(comfy.samplers.KSampler.SAMPLERS):
         kind = KINDS[number % len(KINDS)]
@@ -130,7 +130,7 @@ def test_interrupt_while_a_stage_is_at_work(stages, stage, paths, pools, monkeyp
         jobs.extend([message.job] if isinstance(message, Cancel) else [])
         return aside(this, message, **options)
 
-    with monkeypatch.context() as patch, pool.turn():
+    with monkeypatch.context() as patch, pool.lease():
         acting(patch, act)
         patch.setattr(Pool, "aside", watched)
         with pytest.raises(comfy.model_management.InterruptProcessingException):

@@ -50,7 +50,7 @@ class OneRank:
         return {}
 
     @contextlib.contextmanager
-    def turn(self, poll=None):
+    def lease(self, poll=None):
         yield
 
     def call(self, message, *, poll=None):

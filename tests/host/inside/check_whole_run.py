@@ -311,7 +311,7 @@ def test_an_interrupted_run_ends_on_the_workers(stop, raised, degrees, loaded, p
     monkeypatch.setattr(Pool, "aside", watched)
     expected = shown(model, "euler")
     generation = pool.generation
-    with pool.turn():
+    with pool.lease():
         with pytest.raises(raised):
             shown(model, "euler", steps=400, stop=stop)
         pool.call(Status())  # In line behind the job.

@@ -23,17 +23,17 @@ class FakePool:
 
     def __init__(self):
         self.models, self.held, self.log, self.calls = {}, {}, [], []
-        self.turns = 0
+        self.leases = 0
         self.memory = {}
 
     @contextlib.contextmanager
-    def turn(self, poll=None):
-        self.turns += 1
+    def lease(self, poll=None):
+        self.leases += 1
         try:
             yield
         finally:
-            self.turns -= 1
-            if not self.turns:
+            self.leases -= 1
+            if not self.leases:
                 self.held.clear()
 
     def call(self, message, *, poll=None, timeout_s=None):

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from .fields import integer, table, text
+from .membership import HEARTBEAT_TIMEOUT_S, WorkerLine
 from .network import Network
-from .roster import HEARTBEAT_TIMEOUT_S, WorkerLine
 from .wire import Wire, spell, versions
 
 log = logging.getLogger("comfy_xdit")
@@ -35,7 +35,7 @@ class Refused(Exception):
         self.again = again
 
 
-class Gathering:
+class Rendezvous:
     """The workers that wait, and what is known of their machines.
 
     devices: one for each rank, the same on every machine.
@@ -139,6 +139,6 @@ class Gathering:
         if not found:
             return ""
         return (
-            f"pool {self._pool!r} waits at {self._network.door} for {' and '.join(found)}; "
+            f"pool {self._pool!r} waits at {self._network.coordinator} for {' and '.join(found)}; "
             f"`comfy-xdit pool start --name {self._pool}` prints what to run on each machine"
         )

@@ -1,4 +1,4 @@
-"""Nothing that a peer says, or leaves unsaid, ends the door or stays in it for ever."""
+"""Nothing that a peer says, or leaves unsaid, ends the coordinator or stays in it for ever."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "faults"))
 from harness import wait_until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from played import Played, hears, played_door
+from played import Played, hears, played_coordinator
 
-from comfy_xdit.pool import connections, roster
+from comfy_xdit.pool import connections, membership
 from comfy_xdit.pool.fields import Malformed, integer, one_of, table, text, texts
 from comfy_xdit.pool.handshake import prove, read_key
 from comfy_xdit.pool.wire import Wire, versions
@@ -28,35 +28,35 @@ from comfy_xdit.pool.wire import Wire, versions
 def home(tmp_path, monkeypatch):
     monkeypatch.setenv("COMFY_XDIT_HOME", str(tmp_path / "h"))
     # A played worker is this process.
-    monkeypatch.setattr(roster.os, "kill", lambda pid, number: None)
+    monkeypatch.setattr(membership.os, "kill", lambda pid, number: None)
 
 
 @pytest.fixture
-def door(home):
+def coordinator(home):
     """Of a pool on this machine."""
-    with played_door(1) as door:
-        yield door
+    with played_coordinator(1) as coordinator:
+        yield coordinator
 
 
 @pytest.fixture
-def network_door(home):
-    with played_door(2) as door:
-        yield door
+def network_coordinator(home):
+    with played_coordinator(2) as coordinator:
+        yield coordinator
 
 
-def local(door):
-    return Wire.connect(door.folder.door)
+def local(coordinator):
+    return Wire.connect(coordinator.folder.socket)
 
 
-def remote(door):
+def remote(coordinator):
     """A connection over the network that has proved itself."""
-    wire = Wire.connect((door.network.address, door.network.port))
-    prove(wire, read_key(door.folder.key))
+    wire = Wire.connect((coordinator.network.address, coordinator.network.port))
+    prove(wire, read_key(coordinator.folder.key))
     return wire
 
 
-def answers(door):
-    wire = local(door)
+def answers(coordinator):
+    wire = local(coordinator)
     wire.send({"type": "status"})
     found = hears(wire)
     wire.close()
@@ -72,36 +72,36 @@ NO_NUMBERS = ["1e999", "-1e999", "NaN", "true", "1.0", '"1"', "null", "[]", "9" 
 
 @pytest.mark.parametrize("field", ["machine", "local_rank", "num_local", "pid"])
 @pytest.mark.parametrize("number", NO_NUMBERS)
-def test_what_is_no_number_drops_the_peer_and_nobody_else(network_door, field, number):
-    wire = remote(network_door)
+def test_what_is_no_number_drops_the_peer_and_nobody_else(network_coordinator, field, number):
+    wire = remote(network_coordinator)
     greeting = json.dumps(GREETING | {"versions": versions(), field: "HERE"}).replace('"HERE"', number)
     wire.sock.sendall(greeting.encode() + b"\n")
     assert hears(wire) is None
-    assert answers(network_door) and not network_door.has_workers
+    assert answers(network_coordinator) and not network_coordinator.has_workers
 
 
-def test_an_error_that_nobody_thought_of_drops_the_peer(network_door, monkeypatch):
+def test_an_error_that_nobody_thought_of_drops_the_peer(network_coordinator, monkeypatch):
     def fails(*_):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(network_door._gathering, "greet", fails)
-    wire = remote(network_door)
+    monkeypatch.setattr(network_coordinator._rendezvous, "greet", fails)
+    wire = remote(network_coordinator)
     wire.send(GREETING)
     assert hears(wire) is None
-    assert answers(network_door)
+    assert answers(network_coordinator)
 
 
 @pytest.mark.parametrize(
     "failure", [{}, [], {"rank": 0, "kind": "novel", "message": "", "trace": ""}, {"rank": 2, "kind": "fault"}]
 )
-def test_a_failure_of_no_sense_costs_the_worker_and_nobody_else(door, failure):
-    """Told in time, since the door judges by it in every tick."""
-    worker = local(door)
+def test_a_failure_of_no_sense_costs_the_worker_and_nobody_else(coordinator, failure):
+    """Told in time, since the coordinator judges by it in every tick."""
+    worker = local(coordinator)
     worker.send({"type": "worker", "rank": 0, "attempt": 0})
     assert hears(worker)["type"] == "welcome"
     worker.send({"type": "done", "generation": 1, "serial": 1, "failure": failure})
     assert hears(worker) is None
-    assert answers(door) and door.num_restarts == 1
+    assert answers(coordinator) and coordinator.num_restarts == 1
 
 
 KINDS = st.sampled_from(
@@ -109,7 +109,7 @@ KINDS = st.sampled_from(
         "client",
         "worker",
         "status",
-        "turn",
+        "lease",
         "end",
         "joined",
         "restart",
@@ -175,10 +175,10 @@ MESSAGES = st.builds(
 def fuzzed(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COMFY_XDIT_HOME", str(tmp_path_factory.mktemp("h")))
-        patch.setattr(roster.os, "kill", lambda pid, number: None)
-        with played_door(1) as one, pytest.MonkeyPatch.context() as inner:
+        patch.setattr(membership.os, "kill", lambda pid, number: None)
+        with played_coordinator(1) as one, pytest.MonkeyPatch.context() as inner:
             inner.setenv("COMFY_XDIT_HOME", str(tmp_path_factory.mktemp("h")))
-            with played_door(2) as several:
+            with played_coordinator(2) as several:
                 yield {"local": (one, local), "remote": (several, remote)}
 
 
@@ -186,7 +186,7 @@ START = {
     "nobody": [],
     "a client": [{"type": "client"}],
     "a worker": [{"type": "worker", "rank": 0, "attempt": 0}],
-    "a client that waits": [{"type": "client"}, {"type": "turn", "generation": 0}],
+    "a client that waits": [{"type": "client"}, {"type": "lease", "generation": 0}],
     "a worker of another machine": [GREETING | {"versions": versions()}],
 }
 
@@ -195,26 +195,26 @@ START = {
 @pytest.mark.parametrize("start", START)
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(said=st.lists(MESSAGES, min_size=1, max_size=4))
-def test_no_message_ends_the_door(fuzzed, way, start, said):
-    door, connect = fuzzed[way]
-    wire = connect(door)
+def test_no_message_ends_the_coordinator(fuzzed, way, start, said):
+    coordinator, connect = fuzzed[way]
+    wire = connect(coordinator)
     with contextlib.suppress(ConnectionError):
         for message in START[start] + said:
             wire.send(message)
     wire.close()
-    assert answers(door)
+    assert answers(coordinator)
 
 
 @pytest.mark.parametrize("way", ["local", "remote"])
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.binary(max_size=200))
-def test_no_bytes_end_the_door(fuzzed, way, data):
-    door, connect = fuzzed[way]
-    wire = connect(door)
+def test_no_bytes_end_the_coordinator(fuzzed, way, data):
+    coordinator, connect = fuzzed[way]
+    wire = connect(coordinator)
     with contextlib.suppress(OSError):
         wire.sock.sendall(data + b"\n")
     wire.close()
-    assert answers(door)
+    assert answers(coordinator)
 
 
 @given(value=VALUES)
@@ -249,45 +249,45 @@ def test_fields_have_bounds():
 # What they leave unsaid
 
 
-def silent(door):
-    return local(door)
+def silent(coordinator):
+    return local(coordinator)
 
 
-def silent_before_its_proof(door):
-    wire = Wire.connect((door.network.address, door.network.port))
+def silent_before_its_proof(coordinator):
+    wire = Wire.connect((coordinator.network.address, coordinator.network.port))
     assert hears(wire)["type"] == "challenge"
     return wire
 
 
-def slow(door):
-    wire = local(door)
+def slow(coordinator):
+    wire = local(coordinator)
     wire.sock.sendall(b'{"type": "sta')
     return wire
 
 
 @pytest.mark.parametrize("peer", [silent, silent_before_its_proof, remote, slow], ids=lambda peer: peer.__name__)
-def test_who_does_not_say_who_it_is_is_dropped(network_door, monkeypatch, peer):
+def test_who_does_not_say_who_it_is_is_dropped(network_coordinator, monkeypatch, peer):
     monkeypatch.setattr(connections, "NEWCOMER_LIMIT_S", 0.5)
-    client = local(network_door)
+    client = local(network_coordinator)
     client.send({"type": "client"})
     assert hears(client)["type"] == "welcome"
-    wire = peer(network_door)
+    wire = peer(network_coordinator)
     assert hears(wire) is None
-    assert not network_door._connections._newcomers
+    assert not network_coordinator._connections._newcomers
     # Who said it may be silent as long as it likes.
     assert client.wait(1.0) == []
     client.close()
 
 
 @pytest.mark.parametrize("peer", [silent, silent_before_its_proof])
-def test_newcomers_are_bounded_and_a_flood_at_one_door_leaves_the_other(network_door, monkeypatch, peer):
+def test_newcomers_are_bounded_and_a_flood_at_one_coordinator_leaves_the_other(network_coordinator, monkeypatch, peer):
     monkeypatch.setattr(connections, "MAX_NEWCOMERS", 5)
-    crowd = [peer(network_door) for _ in range(20)]
+    crowd = [peer(network_coordinator) for _ in range(20)]
     wait_until(lambda: hears_end(crowd[14]), "the oldest to be dropped")
-    assert answers(network_door)
-    worker = Played(network_door, 1)
-    wait_until(lambda: network_door.has_workers, "a worker that says who it is")
-    assert len(network_door._connections._newcomers) <= 5
+    assert answers(network_coordinator)
+    worker = Played(network_coordinator, 1)
+    wait_until(lambda: network_coordinator.has_workers, "a worker that says who it is")
+    assert len(network_coordinator._connections._newcomers) <= 5
     for wire in (*crowd, worker.wire):
         wire.close()
 
@@ -299,12 +299,12 @@ def hears_end(wire):
         return True
 
 
-def test_without_room_for_a_descriptor_the_door_pauses_and_says_so_once(tmp_path, monkeypatch, caplog):
+def test_without_room_for_a_descriptor_the_coordinator_pauses_and_says_so_once(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(connections, "PAUSE_S", 1e9)
-    listener = connections.listener_at(tmp_path / "door")
+    listener = connections.listener_at(tmp_path / "socket")
     open_ones = connections.Connections()
     open_ones.listen(listener)
-    client = Wire.connect(tmp_path / "door")
+    client = Wire.connect(tmp_path / "socket")
     client.send({"type": "status"})
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
@@ -317,7 +317,7 @@ def test_without_room_for_a_descriptor_the_door_pauses_and_says_so_once(tmp_path
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert [record.getMessage() for record in caplog.records] == [
-        "door: cannot let anybody in (Too many open files); tried again every 1e+09 s"
+        "coordinator: cannot let anybody in (Too many open files); tried again every 1e+09 s"
     ]
     assert list(open_ones.wait(10)) == []
     [newcomer] = open_ones.wait(10)
@@ -328,10 +328,10 @@ def test_without_room_for_a_descriptor_the_door_pauses_and_says_so_once(tmp_path
     client.close()
 
 
-def test_a_connection_that_is_reset_at_once_is_forgotten(network_door):
+def test_a_connection_that_is_reset_at_once_is_forgotten(network_coordinator):
     for _ in range(20):
-        with socket.create_connection((network_door.network.address, network_door.network.port)) as sock:
+        with socket.create_connection((network_coordinator.network.address, network_coordinator.network.port)) as sock:
             # Closed with a reset.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-    assert answers(network_door)
-    wait_until(lambda: not network_door._connections._newcomers, "their end")
+    assert answers(network_coordinator)
+    wait_until(lambda: not network_coordinator._connections._newcomers, "their end")

@@ -1,4 +1,4 @@
-"""Clients that are silent in their turn, and who judges a failure: door, workers' loops and clients in this process."""
+"""Clients that are silent while they have the lease, and who judges a failure: all of a pool in this process."""
 
 from __future__ import annotations
 
@@ -55,25 +55,25 @@ def services():
 @pytest.fixture
 def played(tmp_path, monkeypatch, services):
     monkeypatch.setenv("COMFY_XDIT_HOME", str(tmp_path / "h"))
-    with played_pool(services) as (door, links, pool):
-        yield door, links, pool
+    with played_pool(services) as (coordinator, links, pool):
+        yield coordinator, links, pool
         for service in services:
             service.go.set()
 
 
 @contextlib.contextmanager
 def waiting_client():
-    """Another client, in another thread: two of a process would wait for each other's turn. Gives its answers."""
+    """Another client, in another thread: two of a process would wait for each other's lease. Gives its answers."""
     answers = []
     other = Pool.connect("test", start=False)
 
     def run():
-        # Not `turn`: this process' lock is held by the one that is silent.
+        # Not `lease`: this process' lock is held by the one that is silent.
         other._acquire(None)
         other._depth += 1
         answers.append(other._exchange(Echo(value="other"), None, 60)[0].value)
         other._depth -= 1
-        other._end_turn()
+        other._end_lease()
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
@@ -84,55 +84,55 @@ def waiting_client():
         other.close()
 
 
-def fall_silent(door, pool, age_s):
-    """As if `pool`'s process had been stopped `age_s` ago, in its turn."""
+def fall_silent(coordinator, pool, age_s):
+    """As if `pool`'s process had been stopped `age_s` ago, in its lease."""
     pool._beat.stop()
     time.sleep(0.05)
-    door.grants.turns.holder.heard_at = time.monotonic() - age_s
+    coordinator.grants.leases.holder.heard_at = time.monotonic() - age_s
 
 
-def test_a_turn_is_taken_from_a_silent_client_for_whom_others_wait_and_its_job_fails_with_a_sentence(played, services):
-    door, _, pool = played
-    with pool.turn():
+def test_a_lease_is_taken_from_a_silent_client_for_whom_others_wait_and_its_job_fails_with_a_sentence(played, services):
+    coordinator, _, pool = played
+    with pool.lease():
         assert pool.call(Echo(value="mine")).value == "mine"
         generation = pool.generation
         with waiting_client() as answers:
-            wait_until(lambda: door.grants.turns.queue, "the other client in the queue")
-            fall_silent(door, pool, silence.TAKE_AFTER_S + 1)
+            wait_until(lambda: coordinator.grants.leases.queue, "the other client in the queue")
+            fall_silent(coordinator, pool, silence.TAKE_AFTER_S + 1)
             wait_until(lambda: answers == ["other"], "the other client's answer")
         with pytest.raises(PoolError, match=r"no sign of life for 12\d s while others waited .* run the job again"):
             pool.call(Echo(value="late"))
         # It goes on in a group of its own, where nothing is left of the other's.
         assert pool.call(Echo(value="again")).value == "again"
         assert pool.generation == generation + 2
-    assert door.num_restarts == 0
+    assert coordinator.num_restarts == 0
     assert [service.journal.count("Echo") for service in services] == [3, 3], "the late message ran nowhere"
 
 
-def test_a_silent_client_keeps_its_turn_as_long_as_nobody_waits(played):
-    door, _, pool = played
-    with pool.turn():
+def test_a_silent_client_keeps_its_lease_as_long_as_nobody_waits(played):
+    coordinator, _, pool = played
+    with pool.lease():
         pool.call(Echo(value=1))
-        fall_silent(door, pool, 10 * silence.TAKE_AFTER_S)
+        fall_silent(coordinator, pool, 10 * silence.TAKE_AFTER_S)
         time.sleep(0.6)
         assert pool.call(Echo(value=2)).value == 2
 
 
-def test_a_job_whose_turn_was_taken_while_it_ran_fails_and_gives_no_number(played, services):
-    door, _, pool = played
+def test_a_job_whose_lease_was_taken_while_it_ran_fails_and_gives_no_number(played, services):
+    coordinator, _, pool = played
     told = []
 
     def run():
-        with pool.turn(), pytest.raises(PoolError, match="gave no sign of life") as error:
+        with pool.lease(), pytest.raises(PoolError, match="gave no sign of life") as error:
             pool.call(Status())
         told.append(error.value.kind)
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    wait_until(lambda: door.grants.turns.in_turn, "the turn")
+    wait_until(lambda: coordinator.grants.leases.is_leased, "the lease")
     with waiting_client() as answers:
-        wait_until(lambda: door.grants.turns.queue, "the other client in the queue")
-        fall_silent(door, pool, silence.TAKE_AFTER_S + 1)
+        wait_until(lambda: coordinator.grants.leases.queue, "the other client in the queue")
+        fall_silent(coordinator, pool, silence.TAKE_AFTER_S + 1)
         wait_until(lambda: told == ["lost"], "the sentence")
         for service in services:
             service.go.set()
@@ -140,14 +140,14 @@ def test_a_job_whose_turn_was_taken_while_it_ran_fails_and_gives_no_number(playe
     thread.join(60)
 
 
-def test_those_who_wait_are_told_whose_turn_it_is_and_since_when_it_is_silent(played, caplog):
-    door, _, pool = played
+def test_those_who_wait_are_told_whose_lease_it_is_and_since_when_it_is_silent(played, caplog):
+    coordinator, _, pool = played
     caplog.set_level(logging.INFO, logger="comfy_xdit")
-    with pool.turn():
+    with pool.lease():
         pool.call(Echo(value=1))
         with waiting_client() as answers:
-            wait_until(lambda: f"process {os.getpid()} has had the turn for" in caplog.text, "a word on the holder")
-            fall_silent(door, pool, silence.TELL_AFTER_S + 1)
+            wait_until(lambda: f"process {os.getpid()} has had the pool for" in caplog.text, "a word on the holder")
+            fall_silent(coordinator, pool, silence.TELL_AFTER_S + 1)
             sentence = rf"process {os.getpid()} has had .* no sign of life for 1\d s; if it hangs, end it; after 120"
             wait_until(lambda: re.search(sentence, caplog.text), "a word on its silence")
             found = pool.status()
@@ -156,15 +156,15 @@ def test_those_who_wait_are_told_whose_turn_it_is_and_since_when_it_is_silent(pl
             pool._beat.start()
             wait_until(lambda: pool.status()["client"]["silent_s"] < silence.TELL_AFTER_S, "a beat")
             assert not answers
-            door.grants.ended(door.grants.turns.holder)
+            coordinator.grants.ended(coordinator.grants.leases.holder)
         assert answers == ["other"]
 
 
 def test_a_client_that_works_for_long_beats_all_the_while(played):
-    door, _, pool = played
-    with pool.turn():
+    coordinator, _, pool = played
+    with pool.lease():
         pool.call(Echo(value=1))
-        holder = door.grants.turns.holder
+        holder = coordinator.grants.leases.holder
         for _ in range(2):
             before = holder.heard_at
             # This thread does something else than to talk to the pool.
@@ -176,12 +176,12 @@ def test_a_client_that_works_for_long_beats_all_the_while(played):
 def test_a_stopped_process_is_told_as_such_and_goes_on_rightly_when_it_is_continued():
     with private_pool() as pool, client_process("slow") as other:
         says(other, "connected")
-        says(other, "turn")
+        says(other, "lease")
         os.kill(other.pid, signal.SIGSTOP)
         try:
             wait_until(lambda: (pool.status()["client"] or {}).get("is_stopped"), "the kernel to stop it")
             shown = pool_status.render(pool.status())
-            assert f"pid {other.pid} (in a turn" in shown and "stopped" in shown
+            assert f"pid {other.pid} (in a lease" in shown and "stopped" in shown
             wait_until(lambda: pool.status()["client"]["silent_s"] > 2, "its silence")
         finally:
             os.kill(other.pid, signal.SIGCONT)
@@ -190,8 +190,8 @@ def test_a_stopped_process_is_told_as_such_and_goes_on_rightly_when_it_is_contin
 
 
 @pytest.mark.parametrize("where", ["between jobs", "in a job"])
-def test_the_turn_of_a_stopped_process_is_given_on_and_it_is_told_when_it_goes_on(played, services, monkeypatch, where):
-    door, _, pool = played
+def test_the_lease_of_a_stopped_process_is_given_on_and_it_is_told_later(played, services, monkeypatch, where):
+    coordinator, _, pool = played
     monkeypatch.setattr(silence, "TELL_AFTER_S", 1.5)
     for module in (silence, grants):
         monkeypatch.setattr(module, "TAKE_AFTER_S", 3.0)
@@ -201,17 +201,18 @@ def test_the_turn_of_a_stopped_process_is_given_on_and_it_is_told_when_it_goes_o
 
     def finish():
         """The workers' job of the client that is lost ends."""
-        assert time.monotonic() < deadline, "waited in vain for the turn"
-        if door.grants.turns.holder is not silent:
+        assert time.monotonic() < deadline, "waited in vain for the lease"
+        if coordinator.grants.leases.holder is not silent:
             for service in services:
                 service.go.set()
 
     with client_process(where) as other:
         says(other, "connected")
-        says(other, "turn")
+        says(other, "lease")
         if where == "in a job":
-            wait_until(lambda: {w.running for w in door.roster.workers.values()} == {"Status"}, "the job on both ranks")
-        silent = door.grants.turns.holder
+            workers = coordinator.membership.workers
+            wait_until(lambda: {w.running for w in workers.values()} == {"Status"}, "the job on both ranks")
+        silent = coordinator.grants.leases.holder
         assert silent.pid == other.pid
         stop_process(other.pid)
         try:
@@ -224,7 +225,7 @@ def test_the_turn_of_a_stopped_process_is_given_on_and_it_is_told_when_it_goes_o
         assert f"was given to process {os.getpid()}" in sentence and "run the job again" in sentence
         says(other, "done")
         assert pool.call(Echo(value="again")).value == "again"
-    assert door.num_restarts == 0
+    assert coordinator.num_restarts == 0
     assert [service.journal.count("Echo") for service in services] == [3, 3], "the late message ran nowhere"
 
 
@@ -241,43 +242,43 @@ def test_an_answer_that_cannot_be_packed_is_a_failure_before_it_is_reported_as_d
         assert ends and ends[0]["kind"] == "fault", "reported as done before it was"
 
 
-def test_the_door_says_keep_after_a_mistake_that_all_ranks_saw(played):
-    door, _, pool = played
-    with pool.turn():
+def test_the_coordinator_says_keep_after_a_mistake_that_all_ranks_saw(played):
+    coordinator, _, pool = played
+    with pool.lease():
         generation = pool.generation
         with pytest.raises(PoolError, match="the number 7 is too large") as told:
             pool.call(Raise(error="input", ranks=[0, 1]))
         assert told.value.kind == "input"
         assert pool.call(Echo(value=1)).value == 1
-        assert pool.generation == generation and door.num_restarts == 0
+        assert pool.generation == generation and coordinator.num_restarts == 0
 
 
-def test_the_client_says_what_the_door_says_also_where_it_would_have_said_otherwise(played):
-    """A memory error on one rank: the door restarts, and the cause is its failure, not how the connections ended."""
-    door, _, pool = played
+def test_the_client_says_what_the_coordinator_says_also_where_it_would_have_said_otherwise(played):
+    """A memory error on one rank: it restarts them, and the cause is its failure, not how the connections ended."""
+    coordinator, _, pool = played
     with pytest.raises(PoolError, match="ran out of memory") as told:
         pool.call(Raise(error="memory", ranks=[1]))
-    assert told.value.kind == "memory" and door.num_restarts == 1
+    assert told.value.kind == "memory" and coordinator.num_restarts == 1
 
 
 def test_a_connection_that_breaks_while_its_worker_lives_restarts_the_workers(played, services):
-    door, _, pool = played
-    with pool.turn():
+    coordinator, _, pool = played
+    with pool.lease():
         pool.call(Echo(value=1))
         threading.Timer(0.2, pool._group._channels[1].close).start()
         with pytest.raises(PoolError, match="a connection between client and workers broke; the pool restarts") as told:
             pool.call(Status())
-        assert told.value.kind == "lost" and door.num_restarts == 1
+        assert told.value.kind == "lost" and coordinator.num_restarts == 1
         for service in services:
             service.go.set()
-        add_workers(door, [Service(rank, 2) for rank in range(2)], attempt=1)
+        add_workers(coordinator, [Service(rank, 2) for rank in range(2)], attempt=1)
         assert pool.call(Echo(value=2)).value == 2
 
 
-def test_a_door_that_does_not_answer_is_told(played, monkeypatch):
-    door, _, pool = played
+def test_a_coordinator_that_does_not_answer_is_told(played, monkeypatch):
+    coordinator, _, pool = played
     monkeypatch.setattr(client, "VERDICT_LIMIT_S", 0.3)
-    monkeypatch.setattr(door, "_settle", lambda: None)
+    monkeypatch.setattr(coordinator, "_settle", lambda: None)
     with pytest.raises(PoolError, match="the supervisor of pool 'test' does not answer; run the job again") as told:
         pool.call(Raise(error="input", ranks=[0, 1]))
     assert told.value.kind == "lost"
@@ -294,7 +295,7 @@ def test_who_waits_for_an_answer_aside_is_asked_meanwhile(played, monkeypatch):
         if len(asked) == 3:
             raise KeyboardInterrupt
 
-    with pool.turn():
+    with pool.lease():
         monkeypatch.setattr(pool._group, "send", lambda *message: [Future()])
         with pytest.raises(KeyboardInterrupt):
             pool.aside(Status(), poll=poll, timeout_s=600)
@@ -303,41 +304,41 @@ def test_who_waits_for_an_answer_aside_is_asked_meanwhile(played, monkeypatch):
     assert len(asked) == 3
 
 
-def test_workers_lost_right_after_an_answer_are_told_at_the_next_call_of_the_turn(played):
-    """What the turn had sent before is gone with them; going on without a word would miss it."""
-    door, links, pool = played
-    with pool.turn():
+def test_workers_lost_right_after_an_answer_are_told_at_the_next_call_of_the_lease(played):
+    """What the lease had sent before is gone with them; going on without a word would miss it."""
+    coordinator, links, pool = played
+    with pool.lease():
         assert pool.call(Echo(value=1)).value == 1
         links[0].wire.close()
-        wait_until(lambda: door.num_restarts == 1, "the door to see it")
+        wait_until(lambda: coordinator.num_restarts == 1, "the coordinator to see it")
         with pytest.raises(PoolError, match=r"worker 0 .* ended unexpectedly"):
             pool.call(Echo(value=2))
 
 
-def test_a_loss_that_is_heard_with_the_last_answer_is_told_at_the_next_call_of_the_turn(played):
+def test_a_loss_that_is_heard_with_the_last_answer_is_told_at_the_next_call_of_the_lease(played):
     _, _, pool = played
-    with pool.turn():
+    with pool.lease():
         pool._lost = {"type": "lost", "reason": "worker 1 ended unexpectedly", "failure": None, "restarts": True}
         with pytest.raises(PoolError, match="worker 1 ended unexpectedly; the pool restarts"):
             pool.call(Echo(value=1))
         assert pool.call(Echo(value=2)).value == 2
-    pool._lost = {"type": "lost", "reason": "of a turn that is over", "failure": None, "restarts": True}
+    pool._lost = {"type": "lost", "reason": "of a lease that is over", "failure": None, "restarts": True}
     assert pool.call(Echo(value=3)).value == 3
 
 
 def test_a_client_that_stops_while_it_joins_costs_no_restart(played, monkeypatch):
-    door, _, pool = played
+    coordinator, _, pool = played
     monkeypatch.setattr("comfy_xdit.pool.grants.JOIN_LIMIT_S", 0.3)
     stopped = Pool.connect("test", start=False)
-    stopped._wire.send({"type": "turn", "generation": 0})
+    stopped._wire.send({"type": "lease", "generation": 0})
     assert pool.call(Echo(value=1)).value == 1
-    assert door.num_restarts == 0
+    assert coordinator.num_restarts == 0
     stopped.close()
 
 
 def test_an_answer_beyond_the_limit_is_a_failure_and_the_connection_stays(played, services, monkeypatch):
-    door, _, pool = played
-    with pool.turn():
+    coordinator, _, pool = played
+    with pool.lease():
         generation = pool.generation
         with monkeypatch.context() as patch:
             patch.setattr("comfy_xdit.pool.sockets.MAX_TEXT_BYTES", 4000)
@@ -350,4 +351,4 @@ def test_an_answer_beyond_the_limit_is_a_failure_and_the_connection_stays(played
                 pool.call(Echo(value="long"))
         assert told.value.kind == "input"
         assert pool.call(Echo(value="next")).value == "next"
-        assert pool.generation == generation and door.num_restarts == 0
+        assert pool.generation == generation and coordinator.num_restarts == 0

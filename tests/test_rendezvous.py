@@ -1,4 +1,4 @@
-"""The door for workers of other machines, with played ones; and a torchrun of two nodes on loopback."""
+"""The coordinator for workers of other machines, with played ones; and a torchrun of two nodes on loopback."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "faults"))
 from comfy_xdit_worker import join
 from fault_service import Reduce
 from harness import NAME, OPTIONS, private_home, wait_until, wait_until_gone, worker_pids
-from played import Played, free_port, hears, played_door
+from played import Played, free_port, hears, played_coordinator
 
 from comfy_xdit import cli
-from comfy_xdit.pool import gathering, grants, network, pace, roster, rpc
+from comfy_xdit.pool import grants, membership, network, pace, rendezvous, rpc
 from comfy_xdit.pool.client import Pool, PoolError
 from comfy_xdit.pool.folder import pool_folder
 from comfy_xdit.pool.handshake import Challenge, kept_key, prove, read_key
@@ -37,45 +37,45 @@ KEY = b"k" * 32
 
 
 @pytest.fixture
-def door(tmp_path, monkeypatch):
-    """A door for two machines with a device each, on loopback."""
+def coordinator(tmp_path, monkeypatch):
+    """A coordinator for two machines with a device each, on loopback."""
     monkeypatch.setenv("COMFY_XDIT_HOME", str(tmp_path / "h"))
-    with played_door(2) as door:
-        yield door
+    with played_coordinator(2) as coordinator:
+        yield coordinator
 
 
-def test_nobody_is_welcomed_before_all_are_there(door):
-    one = Played(door, 1)
+def test_nobody_is_welcomed_before_all_are_there(coordinator):
+    one = Played(coordinator, 1)
     assert one.hears_nothing()
-    zero = Played(door, 0)
+    zero = Played(coordinator, 0)
     welcomes = [zero.hears(), one.hears()]
     assert [welcome["rank"] for welcome in welcomes] == [0, 1]
     assert welcomes[0]["store"] == welcomes[1]["store"]
-    assert [rank["machine"] for rank in report(door)["ranks"]] == ["host-0", "host-1"]
+    assert [rank["machine"] for rank in report(coordinator)["ranks"]] == ["host-0", "host-1"]
 
 
-def test_a_worker_that_waits_outlives_the_others(door):
-    gone, stays = Played(door, 0), Played(door, 1)
+def test_a_worker_that_waits_outlives_the_others(coordinator):
+    gone, stays = Played(coordinator, 0), Played(coordinator, 1)
     # Both are there, so an attempt began; its end is the end of both.
     assert gone.hears()["type"] == stays.hears()["type"] == "welcome"
     gone.wire.close()
     assert stays.hears() is None
-    stays = Played(door, 1)
+    stays = Played(coordinator, 1)
     for _ in range(2):
-        passing = Played(door, 0, versions={})
+        passing = Played(coordinator, 0, versions={})
         assert passing.hears()["type"] == "refused"
     assert stays.hears_nothing(), "it is not sent away"
-    assert door.num_restarts == 1
+    assert coordinator.num_restarts == 1
 
 
-def test_no_two_attempts_share_a_store(door):
-    old = [Played(door, 0), Played(door, 1)]
+def test_no_two_attempts_share_a_store(coordinator):
+    old = [Played(coordinator, 0), Played(coordinator, 1)]
     stores = [worker.hears()["store"] for worker in old]
-    # Machine 1 loses its worker, and has a new one at the door before machine 0 hears of it.
+    # Machine 1 loses its worker, and has a new one at the coordinator before machine 0 hears of it.
     old[1].wire.close()
-    new = [Played(door, 1)]
+    new = [Played(coordinator, 1)]
     assert old[0].hears() is None
-    new.append(Played(door, 0))
+    new.append(Played(coordinator, 0))
     stores += [worker.hears()["store"] for worker in new]
     assert stores[0] == stores[1] != stores[2] == stores[3]
 
@@ -89,16 +89,16 @@ def test_no_two_attempts_share_a_store(door):
         ({"num_local": 4}, "starts 4 processes on host-1, and the pool has 1 devices .* use --nproc-per-node 1"),
     ],
 )
-def test_who_does_not_fit_is_told_why(door, changes, sentence):
-    answer = Played(door, 1, **changes)
+def test_who_does_not_fit_is_told_why(coordinator, changes, sentence):
+    answer = Played(coordinator, 1, **changes)
     told = answer.hears()
     assert told["type"] == "refused" and not told["again"]
     assert re.search(sentence, told["reason"])
     assert answer.hears() is None
 
 
-def test_a_second_machine_of_the_same_number_is_told_of_the_first(door):
-    first, second = Played(door, 1), Played(door, 1, host="double", pid=7)
+def test_a_second_machine_of_the_same_number_is_told_of_the_first(coordinator):
+    first, second = Played(coordinator, 1), Played(coordinator, 1, host="double", pid=7)
     told = second.hears()
     assert told["type"] == "refused" and told["again"], "the first may be a dead one"
     assert "rank 1 of this pool is process 1001 on host-1; give each machine a --node-rank" in told["reason"]
@@ -117,25 +117,25 @@ def test_a_second_machine_of_the_same_number_is_told_of_the_first(door):
     ],
 )
 @pytest.mark.parametrize("proves", [True, False])
-def test_over_the_network_nothing_is_taken_but_a_greeting(door, line, proves):
-    wire = Wire.connect((door.network.address, door.network.port))
+def test_over_the_network_nothing_is_taken_but_a_greeting(coordinator, line, proves):
+    wire = Wire.connect((coordinator.network.address, coordinator.network.port))
     if proves:
-        prove(wire, read_key(door.folder.key))
+        prove(wire, read_key(coordinator.folder.key))
     else:
         assert hears(wire)["type"] == "challenge"
     wire.sock.sendall(line)
     # Nothing, or that it must prove itself.
     assert (said := hears(wire)) is None or (not proves and said["type"] == "refused" and hears(wire) is None)
-    assert not door._stopping and report(door)["state"] == "starting"
+    assert not coordinator._stopping and report(coordinator)["state"] == "starting"
 
 
-def test_a_client_is_told_which_machine_is_missing(door, monkeypatch):
+def test_a_client_is_told_which_machine_is_missing(coordinator, monkeypatch):
     monkeypatch.setattr(grants, "ABSENT_LIMIT_S", 0.3)
-    workers = [Played(door, 0), Played(door, 1)]
+    workers = [Played(coordinator, 0), Played(coordinator, 1)]
     assert all(worker.hears()["type"] == "welcome" for worker in workers)
     workers[1].wire.close()
     assert workers[0].hears() is None
-    again = Played(door, 0)
+    again = Played(coordinator, 0)
     pool = Pool.connect("test", "auto", start=False)
     sentence = r"waits at 127.0.0.1:\d+ for rank 1 \(machine 1, last seen as host-1\); `comfy-xdit pool start"
     with pytest.raises(PoolError, match=sentence):
@@ -144,45 +144,45 @@ def test_a_client_is_told_which_machine_is_missing(door, monkeypatch):
     again.wire.close()
 
 
-def test_machines_that_cannot_reach_each_other_are_told_so(door, monkeypatch):
-    monkeypatch.setattr(roster, "MEET_TIMEOUT_S", 0.3)
-    workers = [Played(door, 0), Played(door, 1)]
+def test_machines_that_cannot_reach_each_other_are_told_so(coordinator, monkeypatch):
+    monkeypatch.setattr(membership, "MEET_TIMEOUT_S", 0.3)
+    workers = [Played(coordinator, 0), Played(coordinator, 1)]
     assert all(worker.hears()["type"] == "welcome" for worker in workers)
     workers[0].say("met")
     assert [worker.hears() for worker in workers] == [None, None]
-    assert "did not reach each other over lo" in report(door)["last_error"]
-    assert "firewalls" in report(door)["last_error"]
+    assert "did not reach each other over lo" in report(coordinator)["last_error"]
+    assert "firewalls" in report(coordinator)["last_error"]
 
 
-def test_a_silent_one_makes_room(door, monkeypatch):
-    monkeypatch.setattr(gathering, "HEARTBEAT_TIMEOUT_S", 0.6)
-    silent = Played(door, 1)
-    wait_until(lambda: door.has_workers, "the silent one")
+def test_a_silent_one_makes_room(coordinator, monkeypatch):
+    monkeypatch.setattr(rendezvous, "HEARTBEAT_TIMEOUT_S", 0.6)
+    silent = Played(coordinator, 1)
+    wait_until(lambda: coordinator.has_workers, "the silent one")
     assert silent.hears() is None
-    beating = Played(door, 1)
+    beating = Played(coordinator, 1)
     for _ in range(8):
         beating.say("beat")
         assert beating.wire.wait(0.1) == []
-    assert door.has_workers
+    assert coordinator.has_workers
 
 
-def test_after_failing_starts_there_is_a_pause(door, monkeypatch):
+def test_after_failing_starts_there_is_a_pause(coordinator, monkeypatch):
     for _ in range(2):
-        door.pace.began()
-    assert door.pace.pause_s == 2.0
+        coordinator.pace.began()
+    assert coordinator.pace.pause_s == 2.0
     monkeypatch.setattr(pace, "LONGEST_PAUSE_S", 1.0)
-    workers = [Played(door, 0), Played(door, 1)]
+    workers = [Played(coordinator, 0), Played(coordinator, 1)]
     assert all(worker.hears()["type"] == "welcome" for worker in workers)
-    assert door.pace.pause_s == 1.0, "that they are up shows nothing yet"
+    assert coordinator.pace.pause_s == 1.0, "that they are up shows nothing yet"
     workers[0].say("done", generation=1, serial=1, failure=None)
-    wait_until(lambda: door.pace.pause_s == 0.0, "a message that was ended")
+    wait_until(lambda: coordinator.pace.pause_s == 0.0, "a message that was ended")
 
 
-def test_at_the_end_all_are_told_to_end_also_those_that_come_late(door):
-    waits = Played(door, 0)
-    wait_until(lambda: door.has_workers, "the one that waits")
-    door.dismiss()
-    assert waits.hears() == Played(door, 1).hears() == {"type": "end"}
+def test_at_the_end_all_are_told_to_end_also_those_that_come_late(coordinator):
+    waits = Played(coordinator, 0)
+    wait_until(lambda: coordinator.has_workers, "the one that waits")
+    coordinator.dismiss()
+    assert waits.hears() == Played(coordinator, 1).hears() == {"type": "end"}
 
 
 # The command `pool join`
@@ -207,15 +207,15 @@ def test_join_gives_up_so_that_torchrun_ends_too(place):
     assert done.stderr == f"comfy-xdit: {place!r} is no HOST:PORT; use what `comfy-xdit pool start --nodes` printed\n"
 
 
-def test_join_looks_for_a_door_for_a_while(monkeypatch):
-    monkeypatch.setattr(join, "DOOR_WAIT_S", 0.1)
+def test_join_looks_for_a_coordinator_for_a_while(monkeypatch):
+    monkeypatch.setattr(join, "COORDINATOR_WAIT_S", 0.1)
     with pytest.raises(PoolError, match=r"no pool is at 127.0.0.1:\d+ \(Connection refused\); start it with"):
         join._come_in(("127.0.0.1", free_port()), KEY, {}, None)
 
 
-def test_join_looks_anew_for_a_door_that_let_it_wait(monkeypatch):
-    """However long it waited: a door that was killed may be opened again."""
-    monkeypatch.setattr(join, "DOOR_WAIT_S", 0.5)
+def test_join_looks_anew_for_a_coordinator_that_let_it_wait(monkeypatch):
+    """However long it waited: a coordinator that was killed may be opened again."""
+    monkeypatch.setattr(join, "COORDINATOR_WAIT_S", 0.5)
     monkeypatch.setattr(join, "TRY_EVERY_S", 0.1)
     monkeypatch.setattr(join, "BEAT_S", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -244,14 +244,14 @@ def test_join_looks_anew_for_a_door_that_let_it_wait(monkeypatch):
         connection.close()
 
 
-def test_join_asks_again_where_its_place_is_taken(door, monkeypatch):
-    monkeypatch.setattr(join, "DOOR_WAIT_S", 1.5)
-    first = Played(door, 1)
+def test_join_asks_again_where_its_place_is_taken(coordinator, monkeypatch):
+    monkeypatch.setattr(join, "COORDINATOR_WAIT_S", 1.5)
+    first = Played(coordinator, 1)
     greeting = {"type": "worker", "machine": 1, "local_rank": 0, "num_local": 1, "host": "h", "pid": 1}
     with pytest.raises(PoolError, match="rank 1 of this pool is process 1001 on host-1"):
         join._come_in(
-            (door.network.address, door.network.port),
-            read_key(door.folder.key),
+            (coordinator.network.address, coordinator.network.port),
+            read_key(coordinator.folder.key),
             greeting | {"versions": versions()},
             None,
         )
@@ -265,9 +265,9 @@ def test_what_is_for_several_machines_says_that_nodes_are_missing(words, capsys)
     assert capsys.readouterr().err.startswith(said)
 
 
-def test_an_interface_that_is_not_there_is_told(door):
+def test_an_interface_that_is_not_there_is_told(coordinator):
     with pytest.raises(PoolError, match=r"eth77 is no interface .* with --interface: it has .*lo \(127.0.0.1\)"):
-        join._come_in((door.network.address, door.network.port), KEY, {}, "eth77")
+        join._come_in((coordinator.network.address, coordinator.network.port), KEY, {}, "eth77")
     with pytest.raises(PoolError, match=r"--interface 'eth77' is no interface .* this machine has .*lo \(127.0.0.1\)"):
         network_on("eth77", num_machines=2)
     for options, sentence in (({"num_machines": 65}, "--nodes 65"), ({"num_machines": 2, "port": 0}, "--port 0")):
@@ -298,7 +298,7 @@ def test_a_port_that_is_taken_is_told():
 def torchruns(where):
     """`torchrun --nnodes 2`, as two machines would run it."""
     rendezvous = ["--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(free_port())]
-    rest = ["--nproc-per-node", "1", "--max-restarts", "100", "-m", "comfy_xdit", "pool", "join", where.door]
+    rest = ["--nproc-per-node", "1", "--max-restarts", "100", "-m", "comfy_xdit", "pool", "join", where.coordinator]
     key = pool_folder(NAME).key
     kept_key(key)
     service = ["--key-file", str(key), "--service", OPTIONS["service"], "--path", OPTIONS["path"][0]]

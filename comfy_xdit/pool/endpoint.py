@@ -14,10 +14,10 @@ from .locks import Lock, holders
 log = logging.getLogger("comfy_xdit")
 
 
-class Doorstep:
-    """The socket of a pool whose supervisor is this process, and the lock that says so. Belongs to the door's thread.
+class Endpoint:
+    """The socket of a pool whose supervisor is this process, and the lock that says so.
 
-    lock: taken. Somebody may delete the folder, or files in it (a cleaner of /tmp): then clients would find no pool,
+    Belongs to the coordinator's thread. lock: taken. Somebody may delete the folder, or files in it (a cleaner of /tmp): then clients would find no pool,
     or start a second one on the same devices.
     """
 
@@ -31,8 +31,8 @@ class Doorstep:
         """Listen. Raises OSError."""
         if self._listener is not None:
             self._connections.unlisten(self._listener)
-        self._folder.door.unlink(missing_ok=True)
-        self._listener = listener_at(self._folder.door)
+        self._folder.socket.unlink(missing_ok=True)
+        self._listener = listener_at(self._folder.socket)
         self._identity = self._found()
         self._connections.listen(self._listener)
 
@@ -51,7 +51,7 @@ class Doorstep:
             self._has_failed = True
             return
         self._has_failed = False
-        log.warning("%s was deleted or replaced by somebody; it is made anew", self._folder.door)
+        log.warning("%s was deleted or replaced by somebody; it is made anew", self._folder.socket)
 
     def _restore(self, generation: int) -> None:
         try:
@@ -72,7 +72,7 @@ class Doorstep:
     def _found(self) -> tuple[int, int]:
         """What lies at the socket's path; (0, 0) for nothing."""
         try:
-            found = os.stat(self._folder.door, follow_symlinks=False)
+            found = os.stat(self._folder.socket, follow_symlinks=False)
         except OSError:
             return (0, 0)
         return (found.st_dev, found.st_ino)

@@ -26,7 +26,7 @@ MEET_ALONE_TIMEOUT_S = 300.0
 """On one machine, from the start of the processes: a cold disk may take long over torch's libraries."""
 
 MEET_TIMEOUT_S = 60.0
-"""Between machines: from a complete roster until the ranks have their process groups."""
+"""Between machines: from a complete membership until the ranks have their process groups."""
 
 
 @dataclasses.dataclass
@@ -59,14 +59,14 @@ class WorkerLine:
         try:
             self.wire.send(message, fds)
         except ConnectionError:
-            # Its socket reports the end to the door, which then acts on it.
+            # Its socket reports the end to the coordinator, which then acts on it.
             return
 
 
-class Roster:
+class Membership:
     """The workers of one attempt: none, some or all of `devices` are connected.
 
-    network: that they come over, all at once (see `Gathering`); None for the elastic agent's own, who come one by one.
+    network: that they come over, all at once (see `Rendezvous`); None for the elastic agent's own, who come one by one.
     """
 
     def __init__(self, devices: list[str], network: Network | None = None) -> None:
@@ -123,7 +123,7 @@ class Roster:
         return None
 
     def _apart(self, network: Network, now: float) -> str | None:
-        """A sentence when the machines can't reach each other, though all of them reach the door."""
+        """A sentence when the machines can't reach each other, though all of them reach the coordinator."""
         if now - self.started_at < MEET_TIMEOUT_S or all(worker.has_met for worker in self.workers.values()):
             return None
         return (
@@ -145,7 +145,7 @@ class Roster:
         """End every connected worker at once, also one that is stopped or stuck in a collective.
 
         Safe against reuse of a pid: one whose connection is open is alive. Those of other machines end
-        when the door closes their connection.
+        when the coordinator closes their connection.
         """
         for worker in self.workers.values():
             if worker.machine:

@@ -1,4 +1,4 @@
-"""Whose turn it is: the queue of clients and the generation of the group of client and workers."""
+"""Who has the lease: the queue of clients and the generation of the group of client and workers."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class ClientLine:
         try:
             self.wire.send(message, fds)
         except ConnectionError:
-            # Its socket reports the end to the door, which then acts on it.
+            # Its socket reports the end to the coordinator, which then acts on it.
             return
 
 
 @dataclasses.dataclass
-class Turns:
+class Leases:
     """The state of the group. phase: "none" (no group), "preparing" (workers leave the last one),
     "joining", "open" (the holder can send).
     """
@@ -40,8 +40,8 @@ class Turns:
     phase: str = "none"
     phase_since: float = 0.0
     holder: ClientLine | None = None
-    in_turn: bool = False
-    in_turn_since: float = 0.0
+    is_leased: bool = False
+    leased_since: float = 0.0
     queue: list[ClientLine] = dataclasses.field(default_factory=list)
 
     def enter(self, phase: str) -> None:
@@ -50,18 +50,18 @@ class Turns:
     @property
     def is_busy(self) -> bool:
         """Nobody else can be let in now."""
-        return self.in_turn or self.phase in ("preparing", "joining")
+        return self.is_leased or self.phase in ("preparing", "joining")
 
     def ask(self, client: ClientLine, generation: object) -> bool:
         """True when `client` may go on in the group that it is in; else it is queued."""
         is_member = client is self.holder and self.phase == "open" and generation == self.generation
-        # Not past the queue: its head has been waiting since before the last turn ended.
+        # Not past the queue: its head has been waiting since before the last lease ended.
         if is_member and not self.queue:
-            self._begin_turn(client)
+            self._begin_lease(client)
             return True
         if client is self.holder and self.phase == "open":
-            # It has lost its group without us, so it is in no turn any more.
-            self.in_turn = False
+            # It has lost its group without us, so it is in no lease any more.
+            self.is_leased = False
         is_coming = client is self.holder and self.phase in ("preparing", "joining")
         # It asks twice when it learns of a lost group after it has asked.
         if client not in self.queue and not is_coming:
@@ -73,18 +73,18 @@ class Turns:
         """The next holder, with a generation of its own."""
         self.holder = self.queue.pop(0)
         self.generation += 1
-        self.in_turn = False
+        self.is_leased = False
         self.enter("preparing")
         return self.holder
 
     def open(self) -> None:
         assert self.holder is not None
-        self._begin_turn(self.holder)
+        self._begin_lease(self.holder)
         self.enter("open")
 
-    def _begin_turn(self, holder: ClientLine) -> None:
-        self.in_turn, self.in_turn_since = True, time.monotonic()
-        holder.heard_at = self.in_turn_since
+    def _begin_lease(self, holder: ClientLine) -> None:
+        self.is_leased, self.leased_since = True, time.monotonic()
+        holder.heard_at = self.leased_since
 
     def forget(self, client: ClientLine) -> bool:
         """Let go of a client; True when the group was its."""
@@ -92,7 +92,7 @@ class Turns:
             self.queue.remove(client)
         if client is not self.holder:
             return False
-        self.holder, self.in_turn = None, False
+        self.holder, self.is_leased = None, False
         if self.phase == "open":
             self.enter("none")
         return True
@@ -100,6 +100,6 @@ class Turns:
     def lose(self) -> ClientLine | None:
         """The workers are gone: no group. Returns who held it; it asks again when it is ready to join."""
         holder = self.holder
-        self.holder, self.in_turn = None, False
+        self.holder, self.is_leased = None, False
         self.enter("none")
         return holder

@@ -1,4 +1,4 @@
-"""The pool's door: a unix socket where clients take turns and workers report.
+"""The pool's coordinator: a unix socket where clients take leases and workers report.
 
 Workers of other machines report over TCP, where nothing but their greeting is taken from a newcomer.
 One thread owns all of the state. It moves no tensors: those go straight from the client to the workers.
@@ -13,33 +13,33 @@ from typing import Any
 
 from . import trial
 from .connections import Connections, Line, Newcomer, listener_on
-from .doorstep import Doorstep
+from .endpoint import Endpoint
 from .environment import Changes
 from .errors import PoolError
 from .fields import Malformed, integer, named_texts, table, text, texts
 from .folder import PoolFolder, unwritable
-from .gathering import Gathering
 from .grants import Grants
 from .handshake import Challenge, challenges
 from .judge import Cause, Judge, Keep, Restart
+from .leases import ClientLine
 from .locks import Lock
+from .membership import Membership, WorkerLine, failure_of
 from .network import Network
 from .pace import Pace
+from .rendezvous import Rendezvous
 from .report import about, report
-from .roster import Roster, WorkerLine, failure_of
 from .starts import Starts
 from .stores import FileStores, SharedStores
 from .transport import RPC, SOCKETS
 from .trial import step_of
-from .turns import ClientLine
 
 log = logging.getLogger("comfy_xdit")
 
 TICK_S = 0.25
 
 
-class Door:
-    """Listens in `folder` and judges; `stop` is called (from the door's thread) when a client asks for the end."""
+class Coordinator:
+    """Listens in `folder` and judges; `stop` is called (from its own thread) when a client asks for the end."""
 
     def __init__(
         self,
@@ -52,14 +52,14 @@ class Door:
         network: Network | None = None,
         transport: str = SOCKETS,
     ) -> None:
-        """lock: the folder's "alive", taken. kill_starting: ends worker processes that have not come to the door.
+        """lock: the folder's "alive", taken. kill_starting: ends worker processes that have not reported yet.
         network: between the machines of the pool, where workers come from then; None for one machine.
         transport: between client and workers, RPC where there is a network.
         Raises PoolError when its port is taken or the folder can't be written.
         """
         self.folder = folder
         self.network, self.transport = network, RPC if network else transport
-        self.roster = Roster(devices, network)
+        self.membership = Membership(devices, network)
         # The last used last.
         self.residents: list[str] = []
         self.changes = Changes(replaced={}, dropped={})
@@ -68,19 +68,19 @@ class Door:
         self.num_restarts = 0
         self._stop, self._kill_starting = stop, kill_starting
         self.started_at = self._ticked_at = time.monotonic()
-        self._judge = Judge(self.roster)
+        self._judge = Judge(self.membership)
         self._stopping = False
-        self._connections = Connections(challenges(folder.key, network.door) if network else None)
-        self._gathering = Gathering(folder.name, devices, network) if network else None
+        self._connections = Connections(challenges(folder.key, network.coordinator) if network else None)
+        self._rendezvous = Rendezvous(folder.name, devices, network) if network else None
         self._stores = SharedStores(network.address) if network else FileStores(folder)
         self.grants = Grants(
-            folder, self.roster, self._connections, self._stores, self.transport, missing=lambda: self.missing
+            folder, self.membership, self._connections, self._stores, self.transport, missing=lambda: self.missing
         )
         if network is not None:
             self._connections.listen(listener_on(network))
-        self._doorstep = Doorstep(folder, lock, self._connections)
+        self._endpoint = Endpoint(folder, lock, self._connections)
         try:
-            self._doorstep.open()
+            self._endpoint.open()
         except OSError as error:
             raise unwritable(folder, error) from None
 
@@ -94,13 +94,13 @@ class Door:
     @property
     def has_workers(self) -> bool:
         """Whether any is connected; any thread may ask."""
-        return bool(self.roster.workers or (self._gathering and self._gathering.waiting))
+        return bool(self.membership.workers or (self._rendezvous and self._rendezvous.waiting))
 
     def dismiss(self) -> None:
         """Tell the workers of other machines that this is the end, so that their torchruns end too. Any thread."""
         self._stopping = True
-        if self._gathering is not None:
-            self._gathering.dismiss(self.roster.workers)
+        if self._rendezvous is not None:
+            self._rendezvous.dismiss(self.membership.workers)
 
     def _end(self, why: str) -> None:
         log.warning("the pool ends: %s", why)
@@ -126,11 +126,11 @@ class Door:
                 else:
                     self._client_said(line, message)
         except Malformed as error:
-            log.warning("door: dropped a connection: %s", error)
+            log.warning("coordinator: dropped a connection: %s", error)
             self._closed(line)
         except Exception:
             # Whatever a peer's words lead to, it is that peer who goes, and never the pool.
-            log.exception("door: dropped a connection whose words could not be dealt with")
+            log.exception("coordinator: dropped a connection whose words could not be dealt with")
             self._closed(line)
 
     def _newcomer_said(self, newcomer: Newcomer, message: dict[str, Any]) -> Line | None:
@@ -159,8 +159,8 @@ class Door:
 
     def _hello(self, newcomer: Newcomer, message: dict[str, Any]) -> WorkerLine | ClientLine | None:
         wire, kind = newcomer.wire, text(message, "type")
-        if self._gathering is not None and wire.is_remote:
-            return self._gathering.greet(wire, message, self.roster.workers)
+        if self._rendezvous is not None and wire.is_remote:
+            return self._rendezvous.greet(wire, message, self.membership.workers)
         if kind == "status":
             wire.send(report(self))
         elif kind == "stop":
@@ -174,25 +174,25 @@ class Door:
         return None
 
     def _admit(self, newcomer: Newcomer, message: dict[str, Any]) -> WorkerLine | None:
-        worker = self.roster.admit(newcomer.wire, message)
+        worker = self.membership.admit(newcomer.wire, message)
         if worker is None:
             return None
         try:
-            self._welcome_worker(worker, self._stores.for_ranks(self.roster.attempt))
+            self._welcome_worker(worker, self._stores.for_ranks(self.membership.attempt))
             return worker
         except PoolError as error:
             self._lose(str(error))
             return None
 
-    def _begin_when_gathered(self) -> None:
-        if self._gathering is None or self._stopping or self.starts.held or self.roster.workers:
+    def _begin_when_met(self) -> None:
+        if self._rendezvous is None or self._stopping or self.starts.held or self.membership.workers:
             return
-        is_pause = time.monotonic() < self.roster.started_at + self.pace.pause_s
-        if is_pause or not (workers := self._gathering.take()):
+        is_pause = time.monotonic() < self.membership.started_at + self.pace.pause_s
+        if is_pause or not (workers := self._rendezvous.take()):
             return
         self.pace.began()
-        self.roster.begin(workers)
-        store = self._stores.for_ranks(self.roster.attempt)
+        self.membership.begin(workers)
+        store = self._stores.for_ranks(self.membership.attempt)
         for worker in workers.values():
             self._welcome_worker(worker, store)
 
@@ -203,7 +203,7 @@ class Door:
                 "pool": self.folder.name,
                 "store": store,
                 "rank": worker.rank,
-                "devices": self.roster.devices,
+                "devices": self.membership.devices,
                 "residents": self.residents if self.starts.loads_residents else [],
             }
         )
@@ -211,14 +211,14 @@ class Door:
     def _closed(self, line: Line) -> None:
         self._connections.drop(line)
         if isinstance(line, WorkerLine):
-            if self._gathering is not None:
-                self._gathering.leave(line)
-            if self.roster.workers.get(line.rank) is not line:
+            if self._rendezvous is not None:
+                self._rendezvous.leave(line)
+            if self.membership.workers.get(line.rank) is not line:
                 return
             if self._stopping:
-                del self.roster.workers[line.rank]
+                del self.membership.workers[line.rank]
             else:
-                self._lose(f"{self.roster.label(line)} ended unexpectedly")
+                self._lose(f"{self.membership.label(line)} ended unexpectedly")
         elif isinstance(line, ClientLine):
             self.grants.left(line)
 
@@ -227,7 +227,7 @@ class Door:
     def _worker_said(self, worker: WorkerLine, message: dict[str, Any]) -> None:
         kind = text(message, "type")
         worker.heard_at = time.monotonic()
-        if self.roster.workers.get(worker.rank) is not worker:
+        if self.membership.workers.get(worker.rank) is not worker:
             # It waits for the others.
             return
         if kind == "beat":
@@ -235,7 +235,7 @@ class Door:
         elif kind == "met":
             worker.has_met = True
         elif kind == "trying":
-            worker.step = step_of(message, len(self.roster.devices))
+            worker.step = step_of(message, len(self.membership.devices))
         elif kind == "trial_failed":
             self._trial_failed(worker, message)
         elif kind == "tried":
@@ -251,7 +251,7 @@ class Door:
         elif kind == "began":
             worker.running = text(message, "message")
         elif kind == "done":
-            failure = failure_of(message, len(self.roster.devices))
+            failure = failure_of(message, len(self.membership.devices))
             self._judge.ended(worker, (integer(message, "generation"), integer(message, "serial")), failure)
             worker.running = None
             if failure is None:
@@ -263,7 +263,7 @@ class Door:
             self.grants.open_when_joined()
 
     def _trial_failed(self, worker: WorkerLine, message: dict[str, Any]) -> None:
-        raised, devices = text(message, "raised"), self.roster.devices
+        raised, devices = text(message, "raised"), self.membership.devices
         sentence = trial.failed(step_of(message, len(devices)), worker.rank, raised, devices)
         if not raised or self.starts.has_raised_too_often():
             self._hold(sentence)
@@ -277,11 +277,11 @@ class Door:
 
     def _release(self) -> None:
         if self.starts.release():
-            self.roster.started_at = time.monotonic()
+            self.membership.started_at = time.monotonic()
 
     def _settle(self) -> None:
         """Act on what the judge says."""
-        holder = self.grants.turns.holder
+        holder = self.grants.leases.holder
         if holder is None:
             self._judge.forget()
         found = self._judge.look()
@@ -291,8 +291,8 @@ class Door:
             holder.send({"type": "keep", "generation": found.generation, "serial": found.serial})
 
     def _advance_when_ready(self) -> None:
-        if self.roster.is_ready:
-            log.info("all %d workers are up (attempt %d)", len(self.roster.devices), self.roster.attempt)
+        if self.membership.is_ready:
+            log.info("all %d workers are up (attempt %d)", len(self.membership.devices), self.membership.attempt)
             self.starts.worked()
             self.grants.advance()
 
@@ -300,7 +300,7 @@ class Door:
         """End all workers, so that new ones are started, and tell the holder why."""
         if self._stopping:
             return
-        if not self.roster.is_ready:
+        if not self.membership.is_ready:
             self.starts.failed(reason)
         self.num_restarts += 1
         if cause is not None and cause.failure["kind"] == "memory":
@@ -309,13 +309,13 @@ class Door:
         log.warning("%s; the workers are %s", reason, "ended" if self.starts.held else "restarted")
         cause = cause or self._judge.cause()
         self._judge.renew()
-        workers = list(self.roster.workers.values())
-        self.roster.kill()
+        workers = list(self.membership.workers.values())
+        self.membership.kill()
         self._kill_starting()
         for worker in workers:
             self._connections.drop(worker)
-        self.roster.workers = {}
-        self.roster.started_at = time.monotonic()
+        self.membership.workers = {}
+        self.membership.started_at = time.monotonic()
         self.grants.lose(reason, cause)
         self._refuse_when_hopeless()
 
@@ -326,7 +326,7 @@ class Door:
     @property
     def missing(self) -> str:
         """Which workers of other machines aren't there, in a sentence; "" when all are."""
-        return "" if self._gathering is None or self.roster.workers else self._gathering.missing()
+        return "" if self._rendezvous is None or self.membership.workers else self._rendezvous.missing()
 
     # Clients
 
@@ -337,17 +337,17 @@ class Door:
             self.grants.ended(client)
         if kind in ("end", "beat"):
             return
-        generation, turns = integer(message, "generation"), self.grants.turns
-        if kind == "turn":
+        generation, leases = integer(message, "generation"), self.grants.leases
+        if kind == "lease":
             self._release()
             self.grants.asked(client, generation)
             self._refuse_when_hopeless()
-        elif kind == "joined" and generation == turns.generation:
+        elif kind == "joined" and generation == leases.generation:
             client.joined = generation
             self.grants.open_when_joined()
-        elif kind == "restart" and client is turns.holder and generation == turns.generation:
+        elif kind == "restart" and client is leases.holder and generation == leases.generation:
             self._lose(text(message, "reason"))
-        elif kind == "judge" and client is turns.holder and generation == turns.generation:
+        elif kind == "judge" and client is leases.holder and generation == leases.generation:
             serial, is_broken = integer(message, "serial"), bool(message.get("is_broken"))
             self._judge.ask(generation, serial, is_broken=is_broken)
             self._settle()
@@ -359,32 +359,32 @@ class Door:
         late, self._ticked_at = now - self._ticked_at - TICK_S, now
         if late > 1.0:
             # We were held up ourselves, so silence says nothing about the others.
-            waiting = self._gathering.waiting.values() if self._gathering else ()
-            holder = self.grants.turns.holder
-            for line in (*self.roster.workers.values(), *waiting, *([holder] if holder else ())):
+            waiting = self._rendezvous.waiting.values() if self._rendezvous else ()
+            holder = self.grants.leases.holder
+            for line in (*self.membership.workers.values(), *waiting, *([holder] if holder else ())):
                 line.heard_at += late
         if not self.starts.held:
-            if overdue := self.roster.untried():
+            if overdue := self.membership.untried():
                 self._hold(overdue)
-            elif reason := self.roster.hung() or self.grants.overdue():
+            elif reason := self.membership.hung() or self.grants.overdue():
                 self._lose(reason)
             else:
                 self._settle()
-        for line in self._gathering.silent() if self._gathering else ():
+        for line in self._rendezvous.silent() if self._rendezvous else ():
             self._closed(line)
         self._connections.drop_slow()
         self._stay()
-        self._begin_when_gathered()
+        self._begin_when_met()
         self.grants.refuse_in_vain()
         self.grants.watch()
 
     def _stay(self) -> None:
         """Be where clients look, or end; and have the workers find each other."""
         try:
-            self._doorstep.keep(self.grants.turns.generation)
+            self._endpoint.keep(self.grants.leases.generation)
         except PoolError as error:
             self._end(str(error))
             return
-        if self.roster.is_ready and not self._stores.is_whole(self.roster.attempt):
+        if self.membership.is_ready and not self._stores.is_whole(self.membership.attempt):
             # The next group that they make would wait for it for ever.
             self._lose("the file through which the workers find each other was deleted")
