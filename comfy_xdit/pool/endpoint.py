@@ -17,8 +17,8 @@ log = logging.getLogger("comfy_xdit")
 class Endpoint:
     """The socket of a pool whose supervisor is this process, and the lock that says so.
 
-    Belongs to the coordinator's thread. lock: taken. Somebody may delete the folder, or files in it (a cleaner of /tmp): then clients would find no pool,
-    or start a second one on the same devices.
+    Belongs to the coordinator's thread. lock: taken. Somebody may delete the folder, or files in it (a cleaner of
+    /tmp): then clients would find no pool, or start a second one on the same devices.
     """
 
     def __init__(self, folder: PoolFolder, lock: Lock, connections: Connections) -> None:
