@@ -21,6 +21,7 @@ CASES = {
     "joint": ("joint", {}),
     "joint, masked": ("joint", {"masked": True}),
     "joint, a text shorter than the degree": ("joint", {"text": 1}),
+    "called by its name": ("called", {}),
     "pair": ("pair", {}),
     "pair, an audio shorter than the degree": ("pair", {"audio": 1}),
     "pair, no audio": ("pair", {"audio": 0}),

@@ -241,7 +241,12 @@ GRID = TokenPlan(
     in_order=False,
 )
 
-TOYS = {"joint": (Joint, JOINT), "pair": (Pair, PAIR), "grid": (Grid, GRID)}
+CALLED = dataclasses.replace(
+    JOINT, attention={name: dataclasses.replace(rule, seam="torchs") for name, rule in JOINT.attention.items()}
+)
+"""The same, with the function that the toys' own module calls."""
+
+TOYS = {"joint": (Joint, JOINT), "called": (Joint, CALLED), "pair": (Pair, PAIR), "grid": (Grid, GRID)}
 
 
 def call(toy, *, seed=3, dtype=torch.float64, **sizes):

@@ -99,7 +99,8 @@ class Attention:
     of something, this rank's keys alone ("own"; then it must be the same for every query).
     then: the streams of the second call that the module makes each time when it runs, of the third, and so on.
     or_fewer: some of the modules make the first of these calls only; one at least.
-    seam: how its attention is reached: by the caller's override, or at torch's scaled_dot_product_attention.
+    seam: how its attention is reached: by the caller's override, at torch's scaled_dot_product_attention ("sdpa"), or
+    at a function that the Python module of its class calls, by that name (see `function_seam`).
     """
 
     streams: Streams
@@ -108,10 +109,10 @@ class Attention:
     mask: Literal["whole", "own"] = "whole"
     then: tuple[Streams, ...] = ()
     or_fewer: bool = False
-    seam: Literal["override", "sdpa"] = "override"
+    seam: str = "override"
 
     def __post_init__(self) -> None:
-        assert self.mask in ("whole", "own") and self.seam in ("override", "sdpa")
+        assert self.mask in ("whole", "own") and self.seam.isidentifier()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,8 @@ Where the last block is done, the tokens are joined. Hooks do it, for the length
 Code that mixes tokens between the first block and the join (a mean over them) comes out wrong, and no hook can see it:
 each plan needs a test against one rank.
 
-Attention comes by an override that the model calls, or at torch's function (`seam.py`); it goes to `SequenceAttention`.
+Attention comes by an override that the model calls, at torch's function (`seam.py`), or at one that its
+class calls (`function_seam.py`); it goes to `SequenceAttention`.
 """
 
 from __future__ import annotations
@@ -25,16 +26,17 @@ from comfy_xdit.errors import InputError
 
 from .apply import find
 from .attention import Attend, Layer, SequenceAttention
+from .attention_seam import AttentionSeam
 from .block_call import Call
 from .context import ParallelContext
+from .function_seam import lead_here
 from .patch_tokens import PatchTokens
-from .seam import Seam
 from .sequence import join
 from .stage import Stage
 from .stage_blocks import StageBlocks
 from .stages import Absent
 from .token_shards import TokenShards
-from .tokens import Attention, Blocks, TokenPlan, Tokens
+from .tokens import Blocks, TokenPlan, Tokens
 
 OVERRIDE = "optimized_attention_override"
 """Under which name ComfyUI's models look for another attention in their `transformer_options`."""
@@ -90,8 +92,8 @@ class WholeShaped:
         self.stage = StageBlocks(module, plan, stage) if stage is not None else None
         self.patch: PatchTokens | None = None
         self.shards = TokenShards(axis=self.axis)
-        self.doors: list[Door] = []
-        self.running: list[Door] = []
+        self.seams: list[AttentionSeam] = []
+        self.running: list[AttentionSeam] = []
         self.in_block = False
         self.has_cut = False
         self.due: set[str] = set()
@@ -107,10 +109,12 @@ class WholeShaped:
             add(block.register_forward_pre_hook(enter, with_kwargs=True))
         for pattern, attention in self.plan.attention.items():
             for path, child in self._attending(pattern, lists):
-                door = Door(path, attention, self)
-                self.doors.append(door)
-                add(child.register_forward_pre_hook(door.enter))
-                add(child.register_forward_hook(door.leave, always_call=True))
+                seam = AttentionSeam(path, attention, self)
+                self.seams.append(seam)
+                if seam.is_called:
+                    lead_here(child, attention.seam)
+                add(child.register_forward_pre_hook(seam.enter))
+                add(child.register_forward_hook(seam.leave, always_call=True))
         # After those of attention: a block may itself be the module that attends.
         for number, block, rule in blocks:
             joins = number + 1 == len(blocks) and not self.plan.join
@@ -136,8 +140,8 @@ class WholeShaped:
     def unhook(self) -> None:
         for handle in self.handles:
             handle.remove()
-        for door in self.doors:
-            door.close()
+        for seam in self.seams:
+            seam.close()
 
     def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """A forward begins. One that takes ComfyUI's options has the override in them."""
@@ -145,8 +149,8 @@ class WholeShaped:
         self.running.clear()
         self.in_block = self.has_cut = False
         self.due.clear()
-        for door in self.doors:
-            door.num_runs = 0
+        for seam in self.seams:
+            seam.num_runs = 0
         if self.stage is not None:
             self.stage.begin()
         options = kwargs.get("transformer_options")
@@ -159,8 +163,8 @@ class WholeShaped:
         """The forward is over: no attention went past the engine, and nothing that was cut stays so."""
         if self.stage is not None:
             self.stage.settle()
-        for door in self.doors:
-            door.settle()
+        for seam in self.seams:
+            seam.settle()
         if self.due:
             raise RuntimeError(f"the tokens were not joined after the last block, at {sorted(self.due)}")
 
@@ -212,8 +216,8 @@ class WholeShaped:
             self.in_block = False
             if self.stage is not None and not passes:
                 if self.stage.ends_with(number):
-                    for door in self.doors:
-                        door.settle()
+                    for seam in self.seams:
+                        seam.settle()
                 out = self.stage.leave(number, rule, out)
             if passes or not self.shards.cuts:
                 return out
@@ -258,114 +262,58 @@ class WholeShaped:
         mask: [L, L], [B, L, L], or with a dim of heads.
         Returns [B, L, H · D], or [B, H, L, D] with skip_output_reshape.
         """
-        door = self.running[-1] if self.running else None
-        by_override = door is not None and door.rule.seam == "override"
-        if by_override and door is not None:
-            door.count()
-        if not by_override or door is None or not (self.shards.cuts or self.sees_all):
+        seam = self.running[-1] if self.running else None
+        comes_here = seam is not None and seam.rule.seam != "sdpa"
+        if comes_here and seam is not None:
+            seam.count()
+        if not comes_here or seam is None or not (self.shards.cuts or self.sees_all):
             shapes = {"skip_reshape": skip_reshape, "skip_output_reshape": skip_output_reshape}
             return func(q, k, v, heads, mask=mask, attn_precision=attn_precision, **shapes, **more)
         if more.keys() - KNOWN:
-            raise TypeError(f"{door.path}: attention with {sorted(more.keys() - KNOWN)} is not known")
+            raise TypeError(f"{seam.path}: attention with {sorted(more.keys() - KNOWN)} is not known")
         if not skip_reshape:
             dim = q.shape[2:].numel() // heads
             q, k, v = (x.reshape(*x.shape[:2], -1, dim).transpose(1, 2) for x in (q, k, v))
         k, v = (x.repeat_interleave(heads // x.shape[1], 1) if x.shape[1] != heads else x for x in (k, v))
         if mask is not None:
             mask = mask[None, None] if mask.ndim == 2 else mask[:, None] if mask.ndim == 3 else mask
-        out = self.ask(door, q, k, v, mask=mask, scale=more.get("scale"))
+        out = self.ask(seam, q, k, v, mask=mask, scale=more.get("scale"))
         return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
 
     def ask(
-        self, door: Door, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, scale: float | None
+        self, seam: AttentionSeam, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, scale: float | None
     ) -> Tensor:
         """Attention of the module that runs, over its streams. Shapes as in `Attend`. Collective over the axis."""
-        streams, keys = door.streams()
+        streams, keys = seam.streams()
         lengths, key_lengths = self.shards.of(streams), self.shards.of(keys or streams)
         if mask is not None:
-            mask = self._whole_mask(mask, door, keys or streams)
-            seen = self.shards.computed(keys or streams) if door.rule.mask == "own" else key_lengths
+            mask = self._whole_mask(mask, seam, keys or streams)
+            seen = self.shards.computed(keys or streams) if seam.rule.mask == "own" else key_lengths
             fits = mask.shape[-2] in (1, sum(lengths)) and mask.shape[-1] in (1, sum(seen))
             if not fits:
-                raise ValueError(f"{door.path}: a mask of {tuple(mask.shape)} for {lengths} and {key_lengths} tokens")
+                raise ValueError(f"{seam.path}: a mask of {tuple(mask.shape)} for {lengths} and {key_lengths} tokens")
             mask = mask.expand(*mask.shape[:-1], sum(seen))
         is_part = self.shards.patch is not None
         layer = Layer(
-            path=door.call,
+            path=seam.call,
             lengths=lengths,
             num_shards=self.shards.axis.degree,
             runs=self.shards.runs(streams) if is_part else None,
             key_lengths=None if keys is None else key_lengths,
             key_runs=self.shards.runs(keys) if is_part and keys is not None else None,
-            has_own_mask=door.rule.mask == "own",
+            has_own_mask=seam.rule.mask == "own",
         )
         return self.method(q, k, v, layer, mask=mask, scale=scale)
 
-    def _whole_mask(self, mask: Tensor, door: Door, keys: tuple[str, ...]) -> Tensor:
+    def _whole_mask(self, mask: Tensor, seam: AttentionSeam, keys: tuple[str, ...]) -> Tensor:
         """Over the keys of all ranks, of a mask for this rank's where the plan says so. Collective then."""
         own = self.shards.own(keys)
-        if door.rule.mask == "whole" or not self.shards.cuts:
+        if seam.rule.mask == "whole" or not self.shards.cuts:
             return mask
         if mask.shape[-2] != 1 or mask.shape[-1] != sum(own):
-            raise ValueError(f"{door.path}: a mask of {tuple(mask.shape)} on a rank that holds {own} keys")
+            raise ValueError(f"{seam.path}: a mask of {tuple(mask.shape)} on a rank that holds {own} keys")
         parts = zip(mask.split(own, -1), self.shards.computed(keys), strict=True)
         return torch.cat([join(part, part.ndim - 1, num, self.shards.axis) for part, num in parts], -1)
-
-
-class Door(Seam):
-    """One attention module's way to the engine; it is held to ask as often as its plan says (see `Seam`)."""
-
-    def __init__(self, path: str, rule: Attention, engine: WholeShaped) -> None:
-        super().__init__(path, rule.streams, 1 + len(rule.then), self._from_torch)
-        self.rule = rule
-        self.engine = engine
-
-    def enter(self, module: nn.Module, args: Any) -> None:
-        if not self.engine.in_block:
-            raise RuntimeError(f"attention of {self.path} runs outside of the plan's blocks")
-        self._asked = 0
-        self.engine.running.append(self)
-        if self.rule.seam == "sdpa":
-            super().enter(module, args)
-
-    def leave(self, module: nn.Module, args: Any, out: Any) -> None:
-        if self.engine.running and self.engine.running[-1] is self:
-            self.engine.running.pop()
-        if self.rule.or_fewer and 0 < self._asked < self._num_calls:
-            self._asked = self._num_calls
-        super().leave(module, args, out)
-
-    def settle(self) -> None:
-        """As a seam's, with two differences.
-
-        A list of blocks may run several times in a forward, once for each of several hints; and where there are no
-        queries or no keys (a video without sound), nothing has to run.
-        """
-        sides = self.rule.streams, self.rule.keys or self.rule.streams
-        known = self.engine.shards.lengths
-        is_needed = all(any(known.get(stream) != 0 for stream in side) for side in sides)
-        self.num_runs = min(self.num_runs, 1) if is_needed else 1
-        super().settle()
-
-    def count(self) -> None:
-        """A call has come by the override."""
-        self._asked += 1
-
-    @property
-    def call(self) -> str:
-        """A name for the call that has just come: the path, and which of several it is."""
-        return self.path if self._asked == 1 else f"{self.path}, call {self._asked}"
-
-    def streams(self) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
-        """Of the queries of the call that has just come; and of its keys, where they are others."""
-        if self._asked == 1:
-            return self.rule.streams, self.rule.keys
-        if self._asked > self._num_calls:
-            raise RuntimeError(f"attention of {self.path} is called {self._asked} times, not {self._num_calls}")
-        return self.rule.then[self._asked - 2], None
-
-    def _from_torch(self, path: str, streams: Any, q: Tensor, k: Tensor, v: Tensor, **more: Any) -> Tensor:
-        return self.engine.ask(self, q, k, v, **more)
 
 
 def _each(lists: Lists) -> Iterator[tuple[Blocks, nn.Module]]:

@@ -14,7 +14,7 @@ PIXART = ComfyFamily(
     plan=TokenPlan(
         blocks=(Blocks(path="blocks", takes={"x": Tokens(IMAGE)}, gives=("x",)),),
         # It passes no options on to its attention.
-        attention={"blocks.*.attn": Attention(IMAGE, seam="sdpa")},
+        attention={"blocks.*.attn": Attention(IMAGE, seam="optimized_attention")},
     ),
     num_heads=lambda transformer: transformer.num_heads,
     rows=("context", "c_size", "c_ar"),
