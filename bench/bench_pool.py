@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from comfy_xdit.messages import Denoise, LoadModel, Result, Sample
+from comfy_xdit.models.resident import ResidentModel, load
 from comfy_xdit.parallel.context import ParallelContext
 from comfy_xdit.parallel.denoise import denoise
 from comfy_xdit.parallel.groups import GroupCache
 from comfy_xdit.parallel.sample import sample
 from comfy_xdit.parallel.spec import ParallelSpec
 from comfy_xdit.pool.client import Pool
-from comfy_xdit.weights.resident import ResidentModel, load
 
 from .checkpoint import FluxSize, write_flux
 

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from comfy_xdit.messages import Cancel, LoadModel, Sample
+from comfy_xdit.models.resident import load
 from comfy_xdit.parallel.spec import ParallelSpec, check
 from comfy_xdit.pool.client import Pool
-from comfy_xdit.weights.resident import load
 from comfy_xdit.weights.stamp import stamp
 
 from .bench_pool import relative_difference, run_here

@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from comfy_xdit.messages import LoadModel, Sample
+from comfy_xdit.models.resident import load
 from comfy_xdit.parallel.spec import ParallelSpec, check
 from comfy_xdit.pool.client import Pool
-from comfy_xdit.weights.resident import load
 
 from .bench_pool import bench_pool, relative_difference, run_here
 from .modes import is_exact, modes, title

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,10 @@ def memory(*, num_ranks: int = 2, hidden: int = 1024) -> dict[str, Any]:
             pool.call(dataclasses.replace(small.message, model="small"))
             _touch(small, pool, "small")
             pids = [rank["pid"] for rank in pool.status()["ranks"]]
-            before = [_rollup(pid) for pid in pids]
+            before = [rollup(pid) for pid in pids]
             held = [result.value["bytes"] for result in pool.call_all(contest.message)]
             _touch(contest, pool, "bench")
-            after = [_rollup(pid) for pid in pids]
+            after = [rollup(pid) for pid in pids]
     rows = [
         {
             "rank": rank,
@@ -65,7 +66,7 @@ def _touch(contest: Contest, pool: Any, model: str) -> None:
     pool.call(Denoise(model=model, patches_id="", spec=spec, calls=[call], chunks=[1]))
 
 
-def _rollup(pid: int) -> dict[str, int]:
+def rollup(pid: int) -> dict[str, int]:
     """Bytes by field of /proc/<pid>/smaps_rollup (proc(5))."""
     fields = {}
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
@@ -78,13 +79,20 @@ def _rollup(pid: int) -> dict[str, int]:
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     json_argument(parser)
+    parser.add_argument("--native", action="store_true", help="of a Qwen-Image of ComfyUI's own class, in a ComfyUI")
     parser.add_argument("--ranks", type=int, default=2, help="CPU ranks (default: 2)")
     parser.add_argument("--comfyui", help="measure ComfyUI's process too (default: the first checkout found, if any)")
 
 
 def run(args: argparse.Namespace) -> int:
-    result = memory(num_ranks=args.ranks)
     found = [Path(args.comfyui)] if args.comfyui else checkouts()
+    if args.native:
+        if not found:
+            raise ValueError("no ComfyUI found; name a checkout with --comfyui, or set COMFYUI_DIR")
+        degrees = [{axis: args.ranks} for axis in ("ulysses", "pipe")]
+        (result,) = inside(found[0], ["--native-memory", json.dumps({"degrees": degrees})])
+        return show(result, as_json=args.json)
+    result = memory(num_ranks=args.ranks)
     if found:
         (skeleton,) = inside(found[0], ["--skeleton"])
         result |= {f"flux_dev_in_comfyui_{name}": value for name, value in skeleton.items()}

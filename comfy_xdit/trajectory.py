@@ -38,8 +38,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .encoding import Message
 from .errors import InputError
-from .messages import Message
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 

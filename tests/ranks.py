@@ -152,10 +152,10 @@ def run_resident(
     import dataclasses
 
     from comfy_xdit.messages import SetPatches
+    from comfy_xdit.models.resident import load as load_model
     from comfy_xdit.parallel.context import ParallelContext
     from comfy_xdit.parallel.denoise import denoise
     from comfy_xdit.parallel.spec import ParallelSpec
-    from comfy_xdit.weights.resident import load as load_model
 
     spec = ParallelSpec(**degrees)
     model = load_model(dataclasses.replace(load, spec=spec), "cpu", rank=groups().rank)
@@ -173,10 +173,10 @@ def run_resident(
 def run_checkpoint(path: str, family: str, call: dict[str, Any], chunks: int, degrees: dict[str, int]) -> dict:
     """Job: the report of `denoise` of a model from a file."""
     from comfy_xdit.messages import LoadModel
+    from comfy_xdit.models.resident import load
     from comfy_xdit.parallel.context import ParallelContext
     from comfy_xdit.parallel.denoise import denoise
     from comfy_xdit.parallel.spec import ParallelSpec
-    from comfy_xdit.weights.resident import load
 
     spec = ParallelSpec(**degrees)
     names = {"storage_dtype": "float32", "compute_dtype": "float32"}
@@ -189,10 +189,10 @@ def run_checkpoint(path: str, family: str, call: dict[str, Any], chunks: int, de
 def sample_checkpoint(path: str, family: str, fields: dict[str, Any], degrees: dict[str, int], **method: Any) -> dict:
     """Job: the report of a sampling run of a model from a file."""
     from comfy_xdit.messages import LoadModel, Sample
+    from comfy_xdit.models.resident import load
     from comfy_xdit.parallel.context import ParallelContext
     from comfy_xdit.parallel.sample import sample
     from comfy_xdit.parallel.spec import ParallelSpec
-    from comfy_xdit.weights.resident import load
 
     spec = ParallelSpec(**degrees)
     names = {"storage_dtype": "float32", "compute_dtype": "float32"}
@@ -286,7 +286,7 @@ def load_part(load: Any, spec: Any) -> Any:
     """What this rank holds of the model of a LoadModel."""
     import dataclasses
 
-    from comfy_xdit.weights.resident import load as load_model
+    from comfy_xdit.models.resident import load as load_model
 
     return load_model(dataclasses.replace(load, spec=spec), "cpu", rank=groups().rank)
 

@@ -12,6 +12,7 @@ from tiny import picture
 from torch import nn
 
 from comfy_xdit.messages import LoadModel, Sample
+from comfy_xdit.models.resident import load
 from comfy_xdit.parallel.context import ParallelContext
 from comfy_xdit.parallel.denoise import denoise
 from comfy_xdit.parallel.pipefusion import pipefusion
@@ -19,7 +20,6 @@ from comfy_xdit.parallel.spec import ParallelSpec
 from comfy_xdit.parallel.stages import block_costs, block_paths, leave_out, stages
 from comfy_xdit.parallel.tensor import keep_own_heads, regions
 from comfy_xdit.trajectory import Operation, SamplerProgram
-from comfy_xdit.weights.resident import load
 
 
 def staged_model(*, stage: int = 0, num_stages: int = 1, **options: Any) -> Any:

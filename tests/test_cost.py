@@ -19,9 +19,9 @@ from comfy_xdit.cost.links import Link, Machines, device_named, link_named
 from comfy_xdit.cost.memory import memory
 from comfy_xdit.cost.work import Work, part_of
 from comfy_xdit.messages import LoadModel
+from comfy_xdit.models.resident import load
 from comfy_xdit.parallel.sequence import shard_sizes
 from comfy_xdit.parallel.spec import ParallelSpec
-from comfy_xdit.weights.resident import load
 
 SHAPES = {
     "flux": tiny.flux_shapes(),

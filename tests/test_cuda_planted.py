@@ -13,9 +13,9 @@ from rehearsal import Case, play
 from test_cuda_paths import FP8, LIMITS, ONCE_A_JOB, _kinds, within
 
 from comfy_xdit.models import flux_call
+from comfy_xdit.models.resident import CastLinear
 from comfy_xdit.parallel import apply, attention, kernels, links
 from comfy_xdit.parallel.agreement import Agreement
-from comfy_xdit.weights.resident import CastLinear
 
 ULYSSES = Case(degrees={"ulysses": 2}, steps=2)
 

@@ -23,11 +23,11 @@ from comfy_xdit.demo.run import TOLERANCE, Row, modes, row_difference, table
 from comfy_xdit.demo.sampling import Settings, decode, load_model, load_vae, sample
 from comfy_xdit.demo.through_comfyui import WORKFLOW, variant
 from comfy_xdit.models import detect
+from comfy_xdit.models.lora_file import read_lora
 from comfy_xdit.parallel.spec import ModelShape, ParallelSpec
 from comfy_xdit.timeline.picture import timeline
 from comfy_xdit.vae.layout import describe, translate
 from comfy_xdit.weights.header import read_header
-from comfy_xdit.weights.lora_file import read_lora
 
 LIMIT_BYTES = 12_000_000
 

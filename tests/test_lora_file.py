@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from comfy_xdit.models import FAMILIES
-from comfy_xdit.weights.lora_file import read_lora
+from comfy_xdit.models.lora_file import read_lora
 from comfy_xdit.weights.patches import apply_patches
 from comfy_xdit.weights.slices import Shape
 

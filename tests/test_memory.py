@@ -17,11 +17,11 @@ from comfy_xdit.cost.arithmetic import read_network
 from comfy_xdit.cost.memory import memory
 from comfy_xdit.cost.work import Work
 from comfy_xdit.messages import LoadModel, Sample
+from comfy_xdit.models.resident import load
 from comfy_xdit.parallel.context import ParallelContext
 from comfy_xdit.parallel.distri import _Gather
 from comfy_xdit.parallel.sample import sample
 from comfy_xdit.parallel.spec import ParallelSpec
-from comfy_xdit.weights.resident import load
 
 FILES = {
     "flux": ("flux", tiny.flux_shapes(heads=4, depth=4, depth_single=8)),

@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ranks import refusal_of, tiny_call
 
-from comfy_xdit.models.rows import rows_of
 from comfy_xdit.parallel.context import ParallelContext
 from comfy_xdit.parallel.denoise import Piece, deal
 from comfy_xdit.parallel.groups import GroupCache
+from comfy_xdit.parallel.rows import rows_of
 from comfy_xdit.parallel.spec import ParallelSpec
 
 

@@ -30,9 +30,9 @@ from test_sample import job
 from comfy_xdit import vae
 from comfy_xdit.errors import InputError, is_out_of_memory
 from comfy_xdit.messages import Denoise, LoadModel, LoadVAE, Sample, VAEDecode, VAEEncode
+from comfy_xdit.models import resident
 from comfy_xdit.parallel.spec import ParallelSpec
 from comfy_xdit.vae.resident import ResidentVAE
-from comfy_xdit.weights import resident
 from comfy_xdit.weights.stamp import stamp
 
 NAMES = ("a", "b", "c")

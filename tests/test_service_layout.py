@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-import test_weights_resident as resident
+import test_resident_model as resident
 import tiny
 import torch
 from comfy_xdit_worker.service import Service

@@ -3,17 +3,17 @@
 import itertools
 
 import pytest
-import test_weights_resident as resident
+import test_resident_model as resident
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from comfy_xdit.messages import LoadModel, Patch, SetPatches
 from comfy_xdit.models.flux import FLUX
+from comfy_xdit.models.resident import load
 from comfy_xdit.models.sd3 import SD3
 from comfy_xdit.parallel.spec import AXES, ParallelSpec
 from comfy_xdit.parallel.stages import Absent, block_costs, block_paths, stages
-from comfy_xdit.weights.resident import load
 
 AFTER = ("norm_out.", "proj_out.")
 

@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-import test_weights_resident as resident
+import test_resident_model as resident
 import tiny
 import torch
 from hypothesis import given
@@ -12,12 +12,12 @@ from ranks import Ranks, run_resident
 
 from comfy_xdit.messages import LoadModel, Patch, SetPatches
 from comfy_xdit.models import FAMILIES
+from comfy_xdit.models.resident import load
 from comfy_xdit.parallel.apply import find
 from comfy_xdit.parallel.spec import ParallelSpec
 from comfy_xdit.parallel.tensor import Region
 from comfy_xdit.weights.parts import divisible, part_of
 from comfy_xdit.weights.patches import apply_patches
-from comfy_xdit.weights.resident import load
 
 LIMIT = 1e-5
 HEADS = 4

@@ -21,9 +21,9 @@ from comfy_xdit.weights.stamp import stamp
 from .lent import Lent, lent
 
 if TYPE_CHECKING:
+    from comfy_xdit.models.resident import ResidentModel
     from comfy_xdit.parallel.spec import ParallelSpec, WeightShare
     from comfy_xdit.vae import ResidentVAE
-    from comfy_xdit.weights.resident import ResidentModel
 
     Loaded = ResidentModel | ComfyModel | ResidentVAE
 
@@ -89,7 +89,7 @@ class Residents:
     def _load(self, message: m.LoadModel) -> ResidentModel | ComfyModel:
         if message.source is not None:
             return ComfyModel(message, self._device, message.spec.weights_of(self._rank, message.balance))
-        from comfy_xdit.weights.resident import load
+        from comfy_xdit.models.resident import load
 
         return load(message, self._device, rank=self._rank)
 

@@ -26,7 +26,7 @@ from comfy_xdit.parallel.sample import loop_dtype, sample
 from .residents import AGAIN, Residents
 
 if TYPE_CHECKING:
-    from comfy_xdit.weights.resident import ResidentModel
+    from comfy_xdit.models.resident import ResidentModel
 
 MAX_UNREAD = 16
 """Previews that may wait for the client, which asks ten times a second, before new memory is pinned for one."""

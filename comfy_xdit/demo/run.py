@@ -15,6 +15,7 @@ from torch import Tensor
 
 from comfy_xdit.messages import Patch
 from comfy_xdit.models import comfy_layout, detect
+from comfy_xdit.models.lora_file import read_lora
 from comfy_xdit.parallel.spec import ModelShape, ParallelSpec, check
 from comfy_xdit.pool.client import Pool
 from comfy_xdit.pool.devices import describe, parse_devices
@@ -22,7 +23,6 @@ from comfy_xdit.pool.stop import stop
 from comfy_xdit.timeline.chrome import chrome_trace
 from comfy_xdit.timeline.picture import timeline
 from comfy_xdit.weights.header import read_header
-from comfy_xdit.weights.lora_file import read_lora
 
 from . import assets
 from .pictures import as_pictures, contact_sheet

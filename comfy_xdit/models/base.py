@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from comfy_xdit.models.given import check_call
-from comfy_xdit.models.rows import batched, rows_of
 from comfy_xdit.parallel.model import Call
+from comfy_xdit.parallel.rows import batched, rows_of
 from comfy_xdit.parallel.spec import ModelShape
 from comfy_xdit.weights.slices import Infos, Table
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from comfy_xdit.errors import InputError
-from comfy_xdit.models.rows import batched
 from comfy_xdit.parallel.model import Call, first_latent, num_rows
+from comfy_xdit.parallel.rows import batched
 from comfy_xdit.parallel.spec import ModelShape
 from comfy_xdit.parallel.tokens import TokenPlan
 from comfy_xdit.quoted import quoted

@@ -14,7 +14,7 @@ from comfy_xdit.errors import InputError, is_out_of_memory
 from comfy_xdit.messages import Patch, SetPatches
 from comfy_xdit.quoted import quoted
 from comfy_xdit.weights.fit import check_patch, fitting
-from comfy_xdit.weights.resident import UNSETTLED
+from comfy_xdit.weights.patches import UNSETTLED
 
 from .load import layer_of
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from comfy_xdit.errors import InputError
 from comfy_xdit.messages import Sample
-from comfy_xdit.models.rows import batched, rows_of
+from comfy_xdit.parallel.rows import batched, rows_of
 from comfy_xdit.trajectory import SamplerProgram
 
 from .agreement import Agreement

@@ -16,6 +16,9 @@ from torch import Tensor
 from comfy_xdit.errors import InputError
 from comfy_xdit.messages import Patch
 
+UNSETTLED = "being changed"
+"""The patches_id of a model that wears neither the old nor the new patches: no host asks for it."""
+
 Values = Sequence[Any]
 """An adapter's tuple: tensors (already on the weight's device, in its dtype), numbers and None."""
 

@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("--lora", nargs=2, type=int, metavar=("RANKS", "TURNS"), help="time LoRA switching instead")
     parser.add_argument("--skeleton", action="store_true", help="measure what a MODEL costs ComfyUI instead")
     parser.add_argument("--native", type=json.loads, help="time ComfyUI's own classes instead; arguments as JSON")
+    parser.add_argument("--native-memory", type=json.loads, help="count their bytes instead; arguments as JSON")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="comfy-xdit-parity-") as base:
         # These pools are not the user's.
@@ -41,6 +42,8 @@ def main() -> None:
                 measure_lora(folder, *args.lora)
             elif args.native:
                 measure_native(folder, args.native)
+            elif args.native_memory:
+                measure_native_memory(folder, args.native_memory)
             elif args.modes:
                 measure_modes(folder, args.modes)
             else:
@@ -104,6 +107,14 @@ def measure_native(folder: Path, asked: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     with torch.inference_mode():
         sys.stdout.write(json.dumps(speed(folder, **asked)) + "\n")
+
+
+def measure_native_memory(folder: Path, asked: dict[str, Any]) -> None:
+    import torch
+    from comfy_xdit_nodes.parity.native_memory import memory
+
+    with torch.inference_mode():
+        sys.stdout.write(json.dumps(memory(folder, **asked)) + "\n")
 
 
 def stop_pools(*names: str) -> None:

@@ -48,8 +48,8 @@ def speed(folder: Path, family: str, *, tokens: int, degrees: list[dict[str, int
     tokens: of the picture or video, a square number (times four frames for Wan). degrees: of each pool beside that of
     one rank. `ratio` is the pool of one rank over ComfyUI's own run, medians; each row has its own against that run.
     """
-    kind, config, channels = SIZES[family]
-    model = _model(folder / f"{family}.safetensors", kind, config)
+    kind = SIZES[family][0]
+    model = model_of(folder, family)
     frames = 4 if family == "wan" else 1
     side = 2 * round((tokens / frames) ** 0.5)
     shape = (1, 16, frames, side, side)
@@ -61,7 +61,7 @@ def speed(folder: Path, family: str, *, tokens: int, degrees: list[dict[str, int
     outputs: dict[str, Tensor] = {}
 
     def run(name: str, patcher: Any) -> None:
-        outputs[name] = _sample(patcher, shape, channels)
+        outputs[name] = run_steps(patcher, family, shape)
 
     contestants = {name: (lambda name=name, patcher=patcher: run(name, patcher)) for name, patcher in runs.items()}
     times = take_turns({"ComfyUI": lambda: run("ComfyUI", model), **contestants}, num_turns=num_turns)
@@ -85,7 +85,10 @@ def speed(folder: Path, family: str, *, tokens: int, degrees: list[dict[str, int
     }
 
 
-def _model(path: Path, kind: str, config: dict[str, Any]) -> Any:
+def model_of(folder: Path, family: str) -> Any:
+    """The MODEL of `SIZES`, by the stock loader, from a file that is written to `folder`; random weights in fp32."""
+    kind, config, _ = SIZES[family]
+    path = folder / f"{family}.safetensors"
     made = getattr(comfy.supported_models, kind)(dict(config))
     made.set_inference_dtype(torch.float32, None)
     generator = torch.Generator().manual_seed(3)
@@ -97,7 +100,9 @@ def _model(path: Path, kind: str, config: dict[str, Any]) -> Any:
     return comfy.sd.load_diffusion_model(str(path))
 
 
-def _sample(model: Any, shape: tuple[int, ...], channels: int) -> Tensor:
+def run_steps(model: Any, family: str, shape: tuple[int, ...]) -> Tensor:
+    """The latent after `NUM_STEPS` of euler, without guidance, from noise of `shape`."""
+    channels = SIZES[family][2]
     generator = torch.Generator().manual_seed(1)
     text = [[torch.randn((1, NUM_TEXT, channels), generator=generator), {}]]
     noise = torch.randn(shape, generator=generator)

@@ -21,13 +21,13 @@ from comfy_xdit_bench.checkpoint import FluxSize, random_call  # noqa: E402
 from comfy_xdit_bench.program import whole_run  # noqa: E402
 
 from comfy_xdit.messages import LoadModel, Peek, Sample  # noqa: E402
+from comfy_xdit.models.resident import load  # noqa: E402
 from comfy_xdit.parallel.context import ParallelContext  # noqa: E402
 from comfy_xdit.parallel.groups import GroupCache  # noqa: E402
 from comfy_xdit.parallel.sample import sample  # noqa: E402
 from comfy_xdit.parallel.spec import AXES, ParallelSpec  # noqa: E402
 from comfy_xdit.pool.client import Pool, PoolError  # noqa: E402
 from comfy_xdit.weights.fingerprint import fingerprint  # noqa: E402
-from comfy_xdit.weights.resident import load  # noqa: E402
 
 SIZE = FluxSize(hidden=96, head_dim=16, double_blocks=2, single_blocks=3)
 

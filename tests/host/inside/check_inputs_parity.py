@@ -5,11 +5,11 @@ import torch
 from comfy_xdit_nodes.checkpoint import open_checkpoint
 from comfy_xdit_nodes.parity import models as tiny
 
+from comfy_xdit.models.resident import load
 from comfy_xdit.parallel.context import ParallelContext
 from comfy_xdit.parallel.denoise import denoise
 from comfy_xdit.parallel.groups import GroupCache
 from comfy_xdit.parallel.spec import ParallelSpec
-from comfy_xdit.weights.resident import load
 
 HEIGHT, WIDTH, TOKENS = 9, 14, 7
 

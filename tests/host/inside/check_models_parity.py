@@ -8,7 +8,7 @@ from comfy_xdit_nodes.parity import models as tiny
 from comfy_xdit_nodes.patches import encode_patches
 
 from comfy_xdit.messages import SetPatches
-from comfy_xdit.weights.resident import load
+from comfy_xdit.models.resident import load
 
 KINDS = ("sd3", "sd35", "flux", "schnell", "pixart", "alpha")
 SIZES = [(kind, size) for kind in KINDS[:4] for size in ((10, 14), (9, 13), (16, 2))] + [

@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 
 from comfy_xdit.messages import LoadModel, Patch, SetPatches
 from comfy_xdit.models import FAMILIES
+from comfy_xdit.models.resident import CastLinear, ResidentModel, load
 from comfy_xdit.weights.patches import apply_patches
-from comfy_xdit.weights.resident import CastLinear, ResidentModel, load
 from comfy_xdit.weights.slices import slice_map
 
 KINDS = {

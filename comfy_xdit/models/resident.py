@@ -20,7 +20,7 @@ from comfy_xdit.weights.fit import check_patch, fitting
 from comfy_xdit.weights.header import FLOATS
 from comfy_xdit.weights.mapped import MappedFile
 from comfy_xdit.weights.parts import divisible, part_of
-from comfy_xdit.weights.patches import apply_patches
+from comfy_xdit.weights.patches import UNSETTLED, apply_patches
 from comfy_xdit.weights.slices import Infos, SliceMap, by_source, is_unused, narrowed, respelled, slice_map
 
 log = logging.getLogger("comfy_xdit")
@@ -53,8 +53,6 @@ def load(message: LoadModel, device: torch.device | str, *, rank: int = 0) -> Re
         raise InputError(f"{os.path.basename(message.path)}: {error}") from None
 
 
-UNSETTLED = "being changed"
-"""The patches_id of a model that wears neither the old nor the new patches: no host asks for it."""
 
 
 class ResidentModel:
