@@ -29,7 +29,7 @@ from comfy_xdit.pool.errors import PoolError
 from comfy_xdit.weights.fingerprint import fingerprint
 
 if TYPE_CHECKING:
-    from comfy_xdit_nodes.trajectory import Job
+    from comfy_xdit_nodes.trajectory import SamplingJob
 
     from comfy_xdit.pool.client import Pool
     from comfy_xdit.trajectory import SamplerProgram
@@ -242,7 +242,9 @@ class Run:
         )
         return self._call(message, poll=poll).value
 
-    def sample(self, job: Job, *, key: str, num_chunks: int, reuse: dict[str, int], poll: Callable[[], bool]) -> Tensor:
+    def sample(
+        self, job: SamplingJob, *, key: str, num_chunks: int, reuse: dict[str, int], poll: Callable[[], bool]
+    ) -> Tensor:
         """The samples of a whole run, from one message to the workers.
 
         key: by which `Peek` and `Cancel` know it. num_chunks: conditionings that may run side by side.

@@ -63,7 +63,7 @@ COND_PARTS = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Job:
+class SamplingJob:
     """A run, ready to travel. noises: by index, None for those that the program never reads.
 
     mask: with the latent's shape, 1 where it is made anew; None without inpainting.
@@ -87,7 +87,7 @@ def plan(
     latent_image: Tensor | None,
     denoise_mask: Tensor | None = None,
     constants: Callable[..., list[dict[str, Any]]] = constant_calls,
-) -> Job:
+) -> SamplingJob:
     """The job of `sampler.sample` with these arguments; `guider` as in its `inner_sample`.
 
     Call it inside the pool's lease. constants: finds the network's constant arguments.
@@ -112,7 +112,7 @@ def plan(
         if reason is not None:
             raise NotAProgram(reason)
         conds = constants(guider, program, noise, extra_args.get("model_options", {}))
-    return Job(program=program, noise=noise, latent=latent, mask=mask, noises=drawn, conds=conds)
+    return SamplingJob(program=program, noise=noise, latent=latent, mask=mask, noises=drawn, conds=conds)
 
 
 def _own(guider: Any) -> list[Any]:

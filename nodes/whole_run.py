@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from comfy_xdit_nodes.remote import poll
 from comfy_xdit_nodes.run import count_chunks
 from comfy_xdit_nodes.trace import NotAProgram
-from comfy_xdit_nodes.trajectory import Job, plan, why_step_mode
+from comfy_xdit_nodes.trajectory import SamplingJob, plan, why_step_mode
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -124,12 +124,12 @@ def _name(sampler: Any) -> str:
     return name.removeprefix("sample_").removesuffix("_function")
 
 
-def _num_chunks(job: Job) -> int:
+def _num_chunks(job: SamplingJob) -> int:
     """How many conditionings can be evaluated side by side."""
     return max(len(call.conds) for call in job.program.calls)
 
 
-def _run(guider: Any, job: Job, callback: Callable[..., None] | None, disable_pbar: bool) -> Tensor:
+def _run(guider: Any, job: SamplingJob, callback: Callable[..., None] | None, disable_pbar: bool) -> Tensor:
     run = guider.inner_model.remote.run
     key = uuid.uuid4().hex
     with tqdm(total=max((p.total for p in job.program.previews), default=0), disable=disable_pbar) as bar:

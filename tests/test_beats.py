@@ -12,9 +12,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "faults"))
 
-from comfy_xdit_worker import link as link_module
-from comfy_xdit_worker import loop, rank
-from comfy_xdit_worker.link import Link
+from comfy_xdit_worker import coordinator_client, loop, rank
+from comfy_xdit_worker.coordinator_client import CoordinatorClient
 from harness import wait_until
 
 from comfy_xdit.pool.wire import Wire
@@ -26,7 +25,7 @@ GIB = 2**30
 def ends(monkeypatch):
     """The worker's end of a connection to the coordinator, and the coordinator's."""
     # A worker without a coordinator ends; here its threads alone.
-    monkeypatch.setattr(link_module.os, "_exit", sys.exit)
+    monkeypatch.setattr(coordinator_client.os, "_exit", sys.exit)
     before = set(threading.enumerate())
     one, other = socket.socketpair()
     wires = Wire(one), Wire(other)
@@ -55,7 +54,7 @@ class Device:
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_beats_come_while_the_driver_is_busy_and_tell_the_last_that_was_known(ends, monkeypatch):
     device, heard = Device(monkeypatch), []
-    monkeypatch.setattr(link_module, "BEAT_S", 0.01)
+    monkeypatch.setattr(coordinator_client, "BEAT_S", 0.01)
     monkeypatch.setattr(rank, "_claim", lambda *_: None)
     monkeypatch.setattr(rank, "_join_ranks", lambda *_: None)
 
@@ -65,10 +64,10 @@ def test_beats_come_while_the_driver_is_busy_and_tell_the_last_that_was_known(en
             wait_until(lambda: heard.append(beat_after(ends[1])) or len(heard) > 3, "beats")
 
     monkeypatch.setattr(loop.Loop, "run", busy)
-    link = Link(ends[0])
-    link.start()
+    client = CoordinatorClient(ends[0])
+    client.start()
     welcome = {"pool": "p", "rank": 0, "devices": ["cuda:0"], "store": "", "residents": []}
-    rank._serve(link, welcome, "fault_service:FaultService", "lo", 1)
+    rank._serve(client, welcome, "fault_service:FaultService", "lo", 1)
     for status in heard:
         assert status["device_free_bytes"] == 5 * GIB and status["device_bytes"] == 3 * GIB
         assert status["device_total_bytes"] == 24 * GIB
@@ -89,11 +88,11 @@ def test_a_worker_that_is_deaf_or_dumb_ends_and_tells_why(ends, monkeypatch, cap
         statuses.append(status)
         sys.exit()
 
-    monkeypatch.setattr(link_module.os, "_exit", end)
-    link = Link(ends[0])
-    setattr(link, what, fails)
+    monkeypatch.setattr(coordinator_client.os, "_exit", end)
+    client = CoordinatorClient(ends[0])
+    setattr(client, what, fails)
     ends[1].send({"type": "leave", "generation": 1})
-    link.start()
+    client.start()
     wait_until(lambda: statuses, "the end of the process")
     assert statuses == [1]
     [record] = [record for record in caplog.records if record.exc_info]

@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "faults"))
 
 import torch
 from comfy_xdit_worker import trial
+from comfy_xdit_worker.coordinator_client import CoordinatorClient
 from comfy_xdit_worker.failures import classify
-from comfy_xdit_worker.link import Link
 from harness import private_home
 from hypothesis import given
 from hypothesis import strategies as st
@@ -91,7 +91,7 @@ def of_a_failed_job(text):
 
 def of_a_worker_that_cannot_start(text):
     wire = Wire()
-    Link(wire).failed(RuntimeError(text))
+    CoordinatorClient(wire).failed(RuntimeError(text))
     starts, (said,) = Starts(), wire.sent
     starts.last_error = said["message"]
     for _ in range(MAX_FAILED_STARTS):

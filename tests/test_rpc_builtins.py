@@ -21,16 +21,16 @@ runpy.run_path(sys.argv[1] + "/comfy_xdit/mount.py")["mount"]("comfy_xdit", "com
 import torch
 from torch._C import _distributed_rpc as c
 from torch.distributed import rpc as torch_rpc
-from comfy_xdit.pool.rpc import Place, RpcGroup
+from comfy_xdit.pool.rpc import RpcMember, RpcGroup
 
 rank, store, secret = int(sys.argv[2]), sys.argv[3], sys.argv[4]
-place = Place(pool="p", generation=1, store=f"file://{store}", interface="lo", rank=rank, num_processes=2)
-group = RpcGroup(place)
+member = RpcMember(pool="p", generation=1, store=f"file://{store}", interface="lo", rank=rank, num_processes=2)
+group = RpcGroup(member)
 group.join(None if rank == 0 else lambda serial, text, tensors: (text, tensors))
 if rank == 1:
     sys.stdin.read()
 else:
-    to = torch_rpc.get_worker_info(place.name(1))
+    to = torch_rpc.get_worker_info(member.name(1))
     found = c._invoke_rpc_builtin(to, "aten::from_file", 20.0, secret, False, 6, dtype=torch.uint8).wait()
     print(bytes(found.tolist()).decode())
     try:

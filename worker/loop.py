@@ -17,8 +17,8 @@ from comfy_xdit.messages import Failure, LeaseEnded, Message, Result, decode, en
 from comfy_xdit.pool.network import LOOPBACK
 from comfy_xdit.pool.transport import ASIDE, RPC, Group, Request, Serve
 
+from .coordinator_client import CoordinatorClient
 from .failures import classify
-from .link import Link
 
 log = logging.getLogger("comfy_xdit")
 
@@ -44,7 +44,7 @@ class Service(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class QueuedMessage:
     """A message of a client, on its way to the main thread."""
 
     generation: int
@@ -65,17 +65,17 @@ class Loop:
         rank: int,
         world_size: int,
         service: Service,
-        link: Link,
+        coordinator: CoordinatorClient,
         interface: str = LOOPBACK,
         device_memory: Callable[[], dict[str, Any]] = dict,
     ) -> None:
         """interface: where this process listens for its client. device_memory: what the status tells of the device."""
         self._pool, self._rank, self._world_size = pool, rank, world_size
         self._interface = interface
-        self._service, self._link, self._device_memory = service, link, device_memory
-        self._inbox: queue.SimpleQueue[Job | Order] = queue.SimpleQueue()
+        self._service, self._coordinator, self._device_memory = service, coordinator, device_memory
+        self._inbox: queue.SimpleQueue[QueuedMessage | Order] = queue.SimpleQueue()
         self._group: Group | None = None
-        # Written by the link's thread, read by the others: generations up to this one are over.
+        # Written by the coordinator's thread, read by the others: generations up to this one are over.
         self._closed = 0
         self._residents: list[str] = []
         self._snapshot: dict[str, Any] = {}
@@ -114,7 +114,7 @@ class Loop:
         self._look()
 
     def run(self) -> None:
-        """Never returns; the process ends with the link."""
+        """Never returns; the process ends with the coordinator."""
         while True:
             self._take()
 
@@ -127,7 +127,7 @@ class Loop:
             self._report_residents()
             self._look()
             return
-        if not isinstance(item, Job):
+        if not isinstance(item, QueuedMessage):
             self._obey(item)
         elif item.generation <= self._closed:
             item.answer(self._dropped())
@@ -143,7 +143,7 @@ class Loop:
             return
         self._leave()
         if kind == "prepare":
-            self._link.say("prepared", generation=generation)
+            self._coordinator.say("prepared", generation=generation)
 
     def _leave(self) -> None:
         if self._group is not None:
@@ -156,18 +156,18 @@ class Loop:
             self._group = self._make_group(generation, order, partial(self._accept, generation))
         except Exception as error:
             log.warning("rank %d could not join generation %d: %s", self._rank, generation, error)
-            self._link.say("join_failed", generation=generation)
+            self._coordinator.say("join_failed", generation=generation)
             return
-        self._link.say("joined", generation=generation)
+        self._coordinator.say("joined", generation=generation)
 
     def _make_group(self, generation: int, order: Order, handler: Serve) -> Group:
         if order["transport"] != RPC:
             from comfy_xdit.pool.sockets import SocketWorker
 
             return SocketWorker(generation, order["fds"][0], handler)
-        from comfy_xdit.pool.rpc import Place, RpcWorker
+        from comfy_xdit.pool.rpc import RpcMember, RpcWorker
 
-        place = Place(
+        member = RpcMember(
             pool=self._pool,
             generation=generation,
             store=order["store"],
@@ -175,7 +175,7 @@ class Loop:
             rank=self._rank + 1,
             num_processes=self._world_size + 1,
         )
-        return RpcWorker(place, handler)
+        return RpcWorker(member, handler)
 
     def _dropped(self) -> Failure:
         return Failure(rank=self._rank, kind="lost", message="the client's lease is over")
@@ -184,7 +184,7 @@ class Loop:
 
     def _accept(self, generation: int, request: Request) -> None:
         """Runs on a thread of the transport."""
-        job = Job(generation, request)
+        job = QueuedMessage(generation, request)
         if generation <= self._closed:
             job.answer(self._dropped())
         elif request.serial == ASIDE:
@@ -201,7 +201,7 @@ class Loop:
             send = request.pack(*encode(Failure(rank=self._rank, kind=kind, message=sentence)))
         send()
 
-    def _run(self, job: Job) -> None:
+    def _run(self, job: QueuedMessage) -> None:
         """Run a message, report its end to the coordinator, and answer.
 
         The answer is packed, with its copy from the device, before its end is reported: what fails there is a
@@ -217,14 +217,14 @@ class Loop:
         # Before the answer: who acts on the answer must find that the coordinator knows of it. And in full: the
         # coordinator may end this process before the answer has left it.
         told = None if failure is None else dataclasses.asdict(failure)
-        self._link.say("done", generation=job.generation, serial=job.request.serial, failure=told)
+        self._coordinator.say("done", generation=job.generation, serial=job.request.serial, failure=told)
         send()
         self._look(after_s=STATUS_EVERY_S)
 
     def _handle(self, request: Request) -> Callable[[], None]:
         """What sends the result. A function of its own, so that a failure can let go of all that it holds."""
         message = decode(request.text, request.tensors)
-        self._link.say("began", message=type(message).__name__)
+        self._coordinator.say("began", message=type(message).__name__)
         if isinstance(message, LeaseEnded):
             self._service.forget_client()
             return request.pack(*encode(Result()))
@@ -252,7 +252,7 @@ class Loop:
         if residents != self._residents:
             self._residents = residents
             if self._rank == 0:
-                self._link.say("residents", messages=residents)
+                self._coordinator.say("residents", messages=residents)
 
     def _look(self, after_s: float = 0.0) -> None:
         """Take the device's and the service's status, here because both belong to the main thread."""
@@ -262,11 +262,11 @@ class Loop:
             self._snapshot_at = now
 
 
-def guard(start: Callable[[], None], link: Link) -> None:
+def guard(start: Callable[[], None], coordinator: CoordinatorClient) -> None:
     """Run `start`; when it raises, tell the coordinator and end with a status that makes the agent try again."""
     try:
         start()
     except BaseException as error:
         log.exception("the worker failed")
-        link.failed(error)
+        coordinator.failed(error)
         os._exit(1)

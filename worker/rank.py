@@ -14,7 +14,7 @@ from comfy_xdit.pool.devices import num_cores
 from comfy_xdit.pool.environment import told
 from comfy_xdit.pool.wire import Wire
 
-from .link import Link, device_memory, host_memory
+from .coordinator_client import CoordinatorClient, device_memory, host_memory
 
 if TYPE_CHECKING:
     import torch
@@ -54,15 +54,17 @@ def become(wire: Wire, welcome: dict[str, Any], *, service: str, interface: str,
 
     num_local: ranks that share this machine.
     """
-    link = Link(wire)
-    link.start()
+    coordinator = CoordinatorClient(wire)
+    coordinator.start()
     # Imports torch, which takes a while: the coordinator already knows this process, hears it and can end it.
     from .loop import guard
 
-    guard(lambda: _serve(link, welcome, service, interface, num_local), link)
+    guard(lambda: _serve(coordinator, welcome, service, interface, num_local), coordinator)
 
 
-def _serve(link: Link, welcome: dict[str, Any], service: str, interface: str, num_local: int) -> None:
+def _serve(
+    coordinator: CoordinatorClient, welcome: dict[str, Any], service: str, interface: str, num_local: int
+) -> None:
     import torch
 
     from .loop import Loop
@@ -72,10 +74,10 @@ def _serve(link: Link, welcome: dict[str, Any], service: str, interface: str, nu
     name = welcome["devices"][rank]
     device = torch.device(name)
     _claim(device, num_local)
-    link.measure = host_memory
+    coordinator.measure = host_memory
     _join_ranks(device, welcome["store"], rank, world_size)
-    link.say("met")
-    try_groups(device, rank, world_size, link.say)
+    coordinator.say("met")
+    try_groups(device, rank, world_size, coordinator.say)
     module, _, cls = service.partition(":")
     made = getattr(importlib.import_module(module), cls)(rank=rank, world_size=world_size, device=device)
     loop = Loop(
@@ -83,14 +85,14 @@ def _serve(link: Link, welcome: dict[str, Any], service: str, interface: str, nu
         rank=rank,
         world_size=world_size,
         service=made,
-        link=link,
+        coordinator=coordinator,
         interface=interface,
         device_memory=lambda: device_memory(name),
     )
     loop.reload(welcome["residents"])
-    link.on_order = loop.order
-    link.measure = lambda: {**host_memory(), **loop.snapshot}
-    link.say("up", environment=told(os.environ))
+    coordinator.on_order = loop.order
+    coordinator.measure = lambda: {**host_memory(), **loop.snapshot}
+    coordinator.say("up", environment=told(os.environ))
     loop.run()
 
 

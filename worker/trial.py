@@ -28,9 +28,9 @@ Tell = Callable[..., None]
 def try_groups(device: torch.device, rank: int, num_ranks: int, tell: Tell) -> None:
     """Exchange numbers with every other rank, on the device and on the host. Collective over all ranks.
 
-    tell: `Link.say`; the coordinator hears of every exchange before it begins ("trying"), and what is wrong with one
-    ("trial_failed"). It judges: a rank that hangs in one can't. Raises RuntimeError when one failed; then this process
-    has to end, since its peers wait for it.
+    tell: `CoordinatorClient.say`; the coordinator hears of every exchange before it begins ("trying"), and what is
+    wrong with one ("trial_failed"). It judges: a rank that hangs in one can't. Raises RuntimeError when one failed;
+    then this process has to end, since its peers wait for it.
     """
     if num_ranks > 1:
         groups = GroupCache(num_ranks)

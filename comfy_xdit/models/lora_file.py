@@ -26,7 +26,7 @@ ENDINGS = (
 """What follows a layer's name: of the matrix next to the output, and of the one next to the input."""
 
 
-class Place(NamedTuple):
+class WeightRows(NamedTuple):
     """Rows of a weight in ComfyUI's layout; offset None is all of it."""
 
     key: str
@@ -65,22 +65,22 @@ def read_lora(path: str, family: Family, infos: Infos, *, strength: float = 1.0)
     return patches
 
 
-def _places(family: Family, infos: Infos) -> dict[str, Place]:
+def _places(family: Family, infos: Infos) -> dict[str, WeightRows]:
     """Every name that a layer may have in a LoRA file → what it changes."""
     layout, _ = comfy_layout(family, infos)
     shapes: Infos = layout
-    places: dict[str, Place] = {}
+    places: dict[str, WeightRows] = {}
     for key in layout:
         if key.endswith(".weight"):
             stem = key.removesuffix(".weight")
             for name in (stem, f"diffusion_model.{stem}", f"lora_unet_{stem.replace('.', '_')}"):
-                places[name] = Place(key)
+                places[name] = WeightRows(key)
     for target, pieces in slice_map(family.table(layout), layout).items():
         # One piece: halves that lie the other way round would need their matrix cut as well.
         if target.endswith(".weight") and len(pieces) == 1:
             piece, stem = pieces[0], target.removesuffix(".weight")
             whole = piece.rows == shapes[piece.source].shape[0]
-            place = Place(piece.source, None if whole else [0, piece.source_row, piece.rows])
+            place = WeightRows(piece.source, None if whole else [0, piece.source_row, piece.rows])
             for name in (f"transformer.{stem}", f"lora_transformer_{stem.replace('.', '_')}"):
                 places[name] = place
     return places

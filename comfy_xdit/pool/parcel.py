@@ -63,16 +63,16 @@ def pack(tensors: list[Tensor]) -> Parcel:
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or not tensor.is_contiguous():
             raise ValueError(f"a {tensor.layout} tensor on {tensor.device} can't travel; send a contiguous one on cpu")
     rows = [[str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for tensor in tensors]
-    places = list(_places(rows))
-    num_bytes = places[-1].end if places else 0
+    slots = list(_slots(rows))
+    num_bytes = slots[-1].end if slots else 0
     table = json.dumps(rows).encode()
     if num_bytes <= INLINE_BYTES:
         whole = bytearray(num_bytes)
-        for tensor, place in zip(tensors, places, strict=True):
-            whole[place.start : place.end] = _bytes_of(tensor)
+        for tensor, slot in zip(tensors, slots, strict=True):
+            whole[slot.start : slot.end] = _bytes_of(tensor)
         return Parcel(table=table, num_bytes=num_bytes, inline=bytes(whole), memory=None)
     try:
-        memory = _sealed(tensors, places, num_bytes)
+        memory = _sealed(tensors, slots, num_bytes)
     except OSError as error:
         raise MemoryError(f"{num_bytes} bytes for a message: {error.strerror}") from None
     return Parcel(table=table, num_bytes=num_bytes, inline=b"", memory=memory)
@@ -85,27 +85,27 @@ def unpack(parcel: Parcel) -> list[Tensor]:
     """
     try:
         rows = json.loads(parcel.table)
-        places = list(_places(rows))
+        slots = list(_slots(rows))
     except (TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"malformed table of tensors ({error})") from None
-    num_bytes = places[-1].end if places else 0
+    num_bytes = slots[-1].end if slots else 0
     if num_bytes != parcel.num_bytes:
         raise ValueError(f"tensors of {num_bytes} bytes in a message of {parcel.num_bytes}")
     buffer: Any = bytearray(parcel.inline) if parcel.memory is None else _mapped(parcel.memory.fd, num_bytes)
     if len(buffer) != num_bytes:
         raise ValueError(f"tensors of {num_bytes} bytes in {len(buffer)}")
-    return [_tensor(buffer, place) for place in places]
+    return [_tensor(buffer, slot) for slot in slots]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Place:
+class _Slot:
     start: int
     end: int
     dtype: torch.dtype
     shape: list[int]
 
 
-def _places(rows: Any) -> Iterator[_Place]:
+def _slots(rows: Any) -> Iterator[_Slot]:
     """Where each tensor of a table lies."""
     end = 0
     for name, shape in rows:
@@ -119,7 +119,7 @@ def _places(rows: Any) -> Iterator[_Place]:
             num_bytes *= length
         start = -(-end // ALIGNMENT) * ALIGNMENT
         end = start + num_bytes
-        yield _Place(start, end, dtype, shape)
+        yield _Slot(start, end, dtype, shape)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
@@ -130,19 +130,19 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return memoryview((ctypes.c_ubyte * num_bytes).from_address(tensor.data_ptr())).cast("B")
 
 
-def _tensor(buffer: Any, place: _Place) -> Tensor:
-    if place.start == place.end:
-        return torch.empty(place.shape, dtype=place.dtype)
-    raw = torch.frombuffer(buffer, dtype=torch.uint8, offset=place.start, count=place.end - place.start)
-    return raw.view(place.dtype).reshape(place.shape)
+def _tensor(buffer: Any, slot: _Slot) -> Tensor:
+    if slot.start == slot.end:
+        return torch.empty(slot.shape, dtype=slot.dtype)
+    raw = torch.frombuffer(buffer, dtype=torch.uint8, offset=slot.start, count=slot.end - slot.start)
+    return raw.view(slot.dtype).reshape(slot.shape)
 
 
-def _sealed(tensors: list[Tensor], places: list[_Place], num_bytes: int) -> Descriptor:
+def _sealed(tensors: list[Tensor], slots: list[_Slot], num_bytes: int) -> Descriptor:
     memory = Descriptor(os.memfd_create("comfy-xdit", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
     os.ftruncate(memory.fd, num_bytes)
-    for tensor, place in zip(tensors, places, strict=True):
+    for tensor, slot in zip(tensors, slots, strict=True):
         # Written, not mapped: where memory ends this is an error, and not a signal.
-        rest, offset = _bytes_of(tensor), place.start
+        rest, offset = _bytes_of(tensor), slot.start
         while rest:
             written = os.pwrite(memory.fd, rest[:MAX_WRITE_BYTES], offset)
             rest, offset = rest[written:], offset + written

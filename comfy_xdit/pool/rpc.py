@@ -160,8 +160,8 @@ def _bounded_private_join(interface: str) -> Iterator[None]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Place:
-    """A process's place in a generation's group: rank 0 is the client, rank r + 1 the worker of rank r.
+class RpcMember:
+    """A process in a generation's group: rank 0 is the client, rank r + 1 the worker of rank r.
 
     store: the URL of a store of `stores`. interface: of this process' machine, where it listens.
     """
@@ -181,9 +181,9 @@ class Place:
 class RpcGroup:
     """Membership in one generation's RPC group. Made by `join`."""
 
-    def __init__(self, place: Place) -> None:
-        self.place = place
-        self.generation = place.generation
+    def __init__(self, member: RpcMember) -> None:
+        self.member = member
+        self.generation = member.generation
 
     def join(self, handler: Handler | None = None) -> None:
         """Become a member; returns when all members are there, or raises RuntimeError in about
@@ -195,11 +195,11 @@ class RpcGroup:
         from torch.distributed.rpc import api, internal
 
         global _listens_on
-        place = self.place
+        member = self.member
         with _agent_lock:
             _leave_current()
-            require_interface(place.interface)
-            _listens_on = _listens_on or place.interface
+            require_interface(member.interface)
+            _listens_on = _listens_on or member.interface
             # torch remembers joins by the members' names; a pool that was removed and made anew counts from 1.
             api._all_gather_sequence_id.clear()
             api._all_gather_sequence_id_to_states.clear()
@@ -207,7 +207,7 @@ class RpcGroup:
             internal._unpickler = make_unpickler(_allow_list(handler))  # type: ignore[misc]
             rpc._init_counter = 0  # type: ignore[attr-defined]
             options = rpc.TensorPipeRpcBackendOptions(
-                init_method=place.store,
+                init_method=member.store,
                 rpc_timeout=JOIN_TIMEOUT_S,
                 num_worker_threads=8,
                 _transports=["uv"],
@@ -215,11 +215,11 @@ class RpcGroup:
                 _channels=["basic"],
             )
             try:
-                with _bounded_private_join(place.interface):
+                with _bounded_private_join(member.interface):
                     rpc.init_rpc(
-                        place.name(place.rank),
-                        rank=place.rank,
-                        world_size=place.num_processes,
+                        member.name(member.rank),
+                        rank=member.rank,
+                        world_size=member.num_processes,
                         rpc_backend_options=options,
                     )
             except BaseException:
@@ -229,7 +229,7 @@ class RpcGroup:
     @property
     def is_current(self) -> bool:
         """Whether this process is still in the group: joining another one leaves this one."""
-        return _current_name() == self.place.name(self.place.rank)
+        return _current_name() == self.member.name(self.member.rank)
 
     def send(self, ranks: Sequence[int], serial: int, text: str, tensors: list[Tensor]) -> list[Future[Answer]]:
         """As `transport.ClientGroup.send`."""
@@ -248,7 +248,7 @@ class RpcGroup:
 
         try:
             # It never times out by itself.
-            asked = rpc.rpc_async(self.place.name(rank + 1), serve, args=(serial, text, tensors), timeout=0)
+            asked = rpc.rpc_async(self.member.name(rank + 1), serve, args=(serial, text, tensors), timeout=0)
         except RuntimeError as error:
             future.set_exception(ConnectionError(str(error)))
         else:
@@ -269,9 +269,9 @@ class RpcWorker:
     collectives would then meet each other's.
     """
 
-    def __init__(self, place: Place, serve: Serve) -> None:
+    def __init__(self, member: RpcMember, serve: Serve) -> None:
         """Joins, as `RpcGroup.join`."""
-        self.generation = place.generation
+        self.generation = member.generation
         self._serve = serve
         # Re-entrant: a handler may answer at once.
         self._lock = threading.RLock()
@@ -279,7 +279,7 @@ class RpcWorker:
         self._serial = 0
         self._waiting: set[Future[Answer]] = set()
         self._is_over = False
-        self._group = RpcGroup(place)
+        self._group = RpcGroup(member)
         self._group.join(self._accept)
 
     @property
@@ -338,7 +338,7 @@ class RpcJoiner:
 
     def join(self, pool: str, order: dict[str, Any], num_ranks: int, joined: Callable[[ClientGroup], None]) -> None:
         group = RpcGroup(
-            Place(
+            RpcMember(
                 pool=pool,
                 generation=order["generation"],
                 store=order["store"],

@@ -16,7 +16,7 @@ from comfy_xdit.pool.wire import Wire
 
 
 class PlayedLink:
-    """As `worker.link.Link`, but an end of the connection is the end of this worker only."""
+    """As `worker.coordinator_client.CoordinatorClient`, but an end of the connection is the end of this worker only."""
 
     def __init__(self, coordinator: Coordinator, rank: int, attempt: int) -> None:
         self.wire = Wire.connect(coordinator.folder.socket)
@@ -46,7 +46,7 @@ def add_workers(coordinator: Coordinator, services: list[Any], attempt: int = 0)
     coordinator.folder.ranks_store(attempt).touch()
     links = [PlayedLink(coordinator, rank, attempt) for rank in range(len(services))]
     for rank, (link, service) in enumerate(zip(links, services, strict=True)):
-        loop = Loop(pool="test", rank=rank, world_size=len(services), service=service, link=link)  # type: ignore[arg-type]
+        loop = Loop(pool="test", rank=rank, world_size=len(services), service=service, coordinator=link)  # type: ignore[arg-type]
         threading.Thread(target=loop.run, daemon=True).start()
         threading.Thread(target=link.read, args=(loop,), daemon=True).start()
         link.say("up", environment={})

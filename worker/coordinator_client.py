@@ -18,7 +18,7 @@ BEAT_S = 1.0
 MAX_REASON_CHARS = 2000
 
 
-class Link:
+class CoordinatorClient:
     """Reads orders and beats on threads of its own, so that a long job on the main thread stops neither."""
 
     def __init__(self, wire: Wire) -> None:
