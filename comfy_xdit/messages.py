@@ -48,11 +48,28 @@ class UseComfy(Message):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class GGUFPack(Message):
+    """The client's node pack ComfyUI-GGUF, and what its loader node was asked for.
+
+    folder: its checkout. sources: a hash of its Python files; package: version of the Python package gguf, which it
+    reads files with. dequant_dtype, patch_dtype: in what weights are unpacked and patched: "" for the pack's choice,
+    "target" for what is computed in, or torch's name.
+    """
+
+    folder: str
+    sources: str
+    package: str
+    dequant_dtype: str
+    patch_dtype: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ComfySource(Message):
     """How the client's ComfyUI made a model from its file; workers do the same and choose nothing.
 
     kind: the class of its configuration ("Flux"); config: a hash of that. dtype: of the weights; cast: what they are
-    cast to at each use, "" for no cast; fp8: whether fp8 matrices are multiplied as such.
+    cast to at each use, "" for no cast; fp8: whether fp8 matrices are multiplied as such. gguf: the node pack that
+    reads the file and computes with its weights; None for ComfyUI itself.
     """
 
     kind: str
@@ -60,6 +77,7 @@ class ComfySource(Message):
     dtype: str
     cast: str
     fp8: bool
+    gguf: GGUFPack | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,8 @@ from typing import Any
 import folder_paths
 import torch
 from comfy_xdit_nodes.checkpoint import open_checkpoint, version_of
-from comfy_xdit_nodes.patcher import from_checkpoint
+from comfy_xdit_nodes.native.header import open_header
+from comfy_xdit_nodes.patcher import from_checkpoint, from_header
 from comfy_xdit_nodes.pool import CATEGORY
 
 WEIGHT_DTYPES = {
@@ -23,7 +24,8 @@ class XDiTLoadDiffusionModel:
 
     DESCRIPTION = (
         "Loads a diffusion model for the pool: this process reads the file's header only, the workers "
-        "map the weights. Takes Flux.1, SD3 / SD3.5 and PixArt as safetensors, also inside an all-in-one checkpoint."
+        "map the weights. Takes every model that the pool runs as safetensors, quantised or not, also inside an "
+        "all-in-one checkpoint."
     )
     CATEGORY = CATEGORY
     RETURN_TYPES = ("MODEL",)
@@ -36,8 +38,8 @@ class XDiTLoadDiffusionModel:
         names = folder_paths.get_filename_list("diffusion_models")
         name = {"tooltip": "A safetensors file from models/diffusion_models."}
         dtype = {
-            "tooltip": "What the workers keep the weights in. fp8 takes half the memory of bf16; "
-            "'fast' asks for fp8 sums too, which the pool does in the model's compute type instead."
+            "tooltip": "What the workers keep the weights in; quantised ones stay as they are. fp8 takes half the "
+            "memory of bf16; 'fast' asks for fp8 sums too, which Flux.1, SD3 and PixArt do in their compute type."
         }
         return {"required": {"unet_name": (names, name), "weight_dtype": (list(WEIGHT_DTYPES), dtype)}}
 
@@ -47,4 +49,7 @@ class XDiTLoadDiffusionModel:
 
     def load_unet(self, unet_name: str, weight_dtype: str) -> tuple[Any]:
         path = folder_paths.get_full_path_or_raise("diffusion_models", unet_name)
-        return (from_checkpoint(open_checkpoint(path), dtype=WEIGHT_DTYPES[weight_dtype]),)
+        dtype = WEIGHT_DTYPES[weight_dtype]
+        if (found := open_header(path, dtype=dtype, fp8=weight_dtype == "fp8_e4m3fn_fast")) is not None:
+            return (from_header(*found),)
+        return (from_checkpoint(open_checkpoint(path), dtype=dtype),)

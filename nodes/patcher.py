@@ -40,6 +40,8 @@ OF_THE_WEIGHTS = frozenset(
         *("model", "size", "parent", "load_device", "offload_device", "weight_inplace_update", "cached_patcher_init"),
         *("backup", "backup_buffers", "object_patches_backup", "hook_backup", "cached_hook_patches", "pinned"),
         *("current_hooks", "is_injected", "is_multigpu_base_clone", "clone_base_uuid"),
+        # ComfyUI-GGUF's own.
+        *("mmap_released", "named_modules_to_munmap"),
     )
 )
 """Attributes of a MODEL that belong to its weights, and to what is done with them now. All others are what nodes
@@ -137,6 +139,11 @@ def from_checkpoint(checkpoint: Checkpoint, *, dtype: torch.dtype | None = None)
     dtype: what the workers keep the weights in; None chooses as the stock loader does.
     """
     return _patcher(skeleton.config_from_header(checkpoint, dtype=dtype), checkpoint, RemoteModel())
+
+
+def from_header(config: Any, checkpoint: ComfyCheckpoint) -> RemotePatcher:
+    """A MODEL of ComfyUI's own class on the workers, as `open_header` found it."""
+    return _patcher(config, checkpoint, ComfyRemoteModel(checkpoint.family))
 
 
 def parallelize(patcher: Any, setting: PoolSetting | None = None) -> RemotePatcher:

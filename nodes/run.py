@@ -37,6 +37,10 @@ def sample_on_pool(executor: Any, *args: Any, **kwargs: Any) -> Any:
     pool = connect(patcher.setting)
     way_out = f"{patcher.model.checkpoint.way_out}, from a path that each has"
     require_reachable(pool, load.model.path, what="MODEL", way_out=way_out)
+    is_native = load.model.source is not None
+    if is_native and pool.num_ranks > 1:
+        # Before the lease: the first time it takes as long as a self-test, and others may want the pool.
+        require_proven(patcher.model.checkpoint)
     # Degrees are chosen inside the lease: it starts a pool that was stopped, and only then it is sure which pool
     # runs, on what, and what was measured of it.
     with pool.lease(poll=poll):
@@ -45,8 +49,9 @@ def sample_on_pool(executor: Any, *args: Any, **kwargs: Any) -> Any:
             pool, patcher.setting.requested, patcher.model.checkpoint, noise=args[0], load=load, room_bytes=room_bytes
         )
         spec = choose(count_chunks(guider))
-        if load.model.source is not None and spec.num_ranks > 1:
-            require_proven(patcher.model.checkpoint.family)
+        if is_native and spec.num_ranks > 1:
+            # Known by now, but for a pool that was stopped and came back with more ranks.
+            require_proven(patcher.model.checkpoint)
         choose = keeping_weights(choose, spec)
         with patcher.model.remote.running(pool, load.spread(spec), choose, trace=patcher.setting.trace):
             return executor(*args, **kwargs)

@@ -70,6 +70,8 @@ def config_of(model: Any) -> Any:
     config = object.__new__(type(model.model_config))
     config.__dict__.update(model.model_config.__dict__)
     config.unet_config = dict(config.unet_config)
+    # Layers of a node pack's own know no weights but those that they load.
+    config.custom_operations = None
     return config
 
 

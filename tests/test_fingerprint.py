@@ -22,6 +22,16 @@ def written(path, tensors):
     return str(path)
 
 
+def test_a_gguf_file_is_told_by_its_bytes(tmp_path):
+    path = tmp_path / "a.gguf"
+    path.write_bytes(bytes(range(256)) * 100)
+    first = fingerprint(str(path))
+    copied = shutil.copy(path, tmp_path / "b.gguf")
+    assert fingerprint(str(copied)) == first
+    copied.write_bytes(b"GGUF" + path.read_bytes()[4:])
+    assert fingerprint(str(copied)) != first
+
+
 def test_a_copy_has_the_same(tmp_path, tensors):
     first = written(tmp_path / "a.safetensors", tensors)
     copied = shutil.copy(first, tmp_path / "b.safetensors")

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import subprocess
+import sys
 
 import pytest
 
@@ -12,8 +12,15 @@ from comfy_xdit.native import proof
 from comfy_xdit.native.families import FAMILIES
 from comfy_xdit.native.proof import finding_key, findings, keep, why_refused
 from comfy_xdit.native.selftest import Outcome
+from comfy_xdit.native.subject import as_text
+from comfy_xdit.native.subjects import SUBJECTS
 
 WAN = FAMILIES["wan"]
+REAL = {"WAN21_T2V": {**SUBJECTS["wan"][0].config, "dim": 5120, "dtype": object()}}
+
+
+def refusal(comfyui, results):
+    return why_refused(WAN, REAL, str(comfyui), results, lambda: None)
 
 
 @pytest.fixture
@@ -32,23 +39,24 @@ def asked(monkeypatch):
     class Asked(list):
         answer = json.dumps([{"refused": "no"}])
 
-        def run(self, command, **how):
+        def printed(self, command, title, poll):
             self.append(command)
-            return subprocess.CompletedProcess(command, 1, stdout=self.answer, stderr="")
+            return self.answer
 
     asked = Asked()
-    monkeypatch.setattr(proof.subprocess, "run", asked.run)
+    monkeypatch.setattr(proof, "_printed", asked.printed)
     return asked
 
 
 def test_what_is_kept_is_not_asked_again(checkout, tmp_path, asked):
     results = tmp_path / "selftest.json"
-    assert why_refused(WAN, str(checkout), results) == "no"
-    assert asked[0][-6:] == ["selftest", "--comfyui", str(checkout), "--family", "wan", "--json"]
-    keep(results, finding_key(WAN, str(checkout)), "")
-    assert why_refused(WAN, str(checkout), results) == "" and len(asked) == 1
+    assert refusal(checkout, results) == "no"
+    told = ["--family", "wan", "--kind", "WAN21_T2V", "--config", as_text(REAL["WAN21_T2V"]), "--json"]
+    assert asked[0][-10:] == ["selftest", "--comfyui", str(checkout), *told]
+    keep(results, finding_key(WAN, str(checkout), REAL), "")
+    assert refusal(checkout, results) == "" and len(asked) == 1
     (checkout / "comfy" / "ops.py").write_text("# changed")
-    assert why_refused(WAN, str(checkout), results) == "no" and len(asked) == 2
+    assert refusal(checkout, results) == "no" and len(asked) == 2
 
 
 def test_a_finding_is_for_one_plan(checkout):
@@ -57,19 +65,62 @@ def test_a_finding_is_for_one_plan(checkout):
     assert finding_key(WAN, str(checkout)) == finding_key(WAN, str(checkout))
 
 
+def test_a_finding_is_for_one_configuration_of_any_size(checkout):
+    def key(**more):
+        return finding_key(WAN, str(checkout), {"WAN21_T2V": {**REAL["WAN21_T2V"], **more}})
+
+    assert key() == key(dim=1536) == key(dtype=1)
+    assert len({key(), key(qk_norm=False), key(of_the_file=True), finding_key(WAN, str(checkout))}) == 4
+
+
+def test_a_configuration_that_no_text_says_is_named():
+    with pytest.raises(ValueError, match="'act' is a builtin_function_or_method"):
+        as_text({"act": print})
+
+
 @pytest.mark.parametrize("answer", ["", "[]", "not JSON", '[{"refused": ""}, {"refused": ""}]'])
 def test_a_selftest_that_could_not_run_refuses_and_is_not_kept(answer, checkout, tmp_path, asked):
     asked.answer = answer
-    assert "its self-test could not be run" in why_refused(WAN, str(checkout), tmp_path / "selftest.json")
+    assert "its self-test could not be run" in refusal(checkout, tmp_path / "selftest.json")
     assert not (tmp_path / "selftest.json").exists()
 
 
-def test_a_selftest_without_end_refuses(checkout, tmp_path, monkeypatch):
-    def run(command, **how):
-        raise subprocess.TimeoutExpired(command, how["timeout"])
+@pytest.fixture
+def started(monkeypatch):
+    """Processes that were started instead of a self-test; they never end by themselves."""
+    started = []
 
-    monkeypatch.setattr(proof.subprocess, "run", run)
-    assert "could not be run (TimeoutExpired)" in why_refused(WAN, str(checkout), tmp_path / "selftest.json")
+    def start(command, **how):
+        started.append(popen([sys.executable, "-c", "import time; time.sleep(600)"], **how))
+        return started[-1]
+
+    popen = proof.subprocess.Popen
+    monkeypatch.setattr(proof.subprocess, "Popen", start)
+    return started
+
+
+def test_a_selftest_without_end_refuses(checkout, tmp_path, monkeypatch, started):
+    monkeypatch.setattr(proof, "TIMEOUT_S", 0.0)
+    assert "could not be run (TimeoutExpired)" in refusal(checkout, tmp_path / "selftest.json")
+    assert started[0].returncode is not None
+
+
+def test_a_selftest_ends_with_its_run(checkout, tmp_path, monkeypatch, started, caplog):
+    class Interrupted(Exception):
+        pass
+
+    def poll():
+        if any("runs for" in record.getMessage() for record in caplog.records):
+            raise Interrupted
+
+    monkeypatch.setattr(proof, "TELL_S", 0.0)
+    with caplog.at_level("INFO", "comfy_xdit"), pytest.raises(Interrupted):
+        why_refused(WAN, REAL, str(checkout), tmp_path / "selftest.json", poll)
+    assert started[0].returncode is not None and not (tmp_path / "selftest.json").exists()
+
+
+def test_what_is_printed_is_the_answer():
+    assert proof._printed([sys.executable, "-c", "print('a' * 100000)"], "Toy", lambda: None) == "a" * 100000 + "\n"
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "\x00"])
@@ -93,7 +144,7 @@ def outcomes(monkeypatch, tmp_path):
     found = {}
     monkeypatch.setenv("COMFY_XDIT_HOME", str(tmp_path / "pools"))
     monkeypatch.setattr(command, "boot", lambda wanted, device: None)
-    monkeypatch.setattr(command, "selftest", lambda family, subjects: found.get(family.name, []))
+    monkeypatch.setattr(command, "selftest", lambda family, subjects, real: found.get(family.name, []))
     return found
 
 
@@ -116,6 +167,26 @@ def test_the_command_refuses(checkout, tmp_path, outcomes, capsys):
     assert entry["worst"] is None and entry["failed"] == ["video on ring=3: 0.3", "a: broken"]
     assert findings(tmp_path / "pools" / "selftest.json")[finding_key(WAN, str(checkout))] == entry["refused"]
     assert main(["selftest", "--comfyui", str(checkout), "--family", "krea2"]) == 1
+
+
+def test_the_command_takes_a_files_configuration(checkout, tmp_path, outcomes):
+    outcomes["wan"] = [Outcome(call="video on ring=3", error=2e-7)]
+    words = ["selftest", "--comfyui", str(checkout), "--family", "wan", "--kind", "WAN21_T2V"]
+    assert main([*words, "--config", as_text(REAL["WAN21_T2V"])]) == 0
+    assert findings(tmp_path / "pools" / "selftest.json") == {finding_key(WAN, str(checkout), REAL): ""}
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--family", "wan", "--kind", "Flux", "--config", "{}"], "--config needs --kind"),
+        (["--config", "{}"], "--config needs --kind"),
+        (["--family", "wan", "--kind", "WAN21_T2V", "--config", "[]"], "no dict of plain values"),
+    ],
+)
+def test_half_a_configuration_is_refused(more, sentence, checkout, outcomes, capsys):
+    assert main(["selftest", "--comfyui", str(checkout), *more]) == 1
+    assert sentence in capsys.readouterr().err
 
 
 def test_a_folder_without_comfyui_is_named(tmp_path, capsys):

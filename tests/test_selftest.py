@@ -10,7 +10,7 @@ from token_toys import JOINT, PAIR, call, lines, toy_model
 from comfy_xdit.native import selftest as under_test
 from comfy_xdit.native.family import ComfyFamily
 from comfy_xdit.native.selftest import LIMIT, selftest, verdict
-from comfy_xdit.native.subject import Subject
+from comfy_xdit.native.subject import Subject, cases
 from comfy_xdit.parallel.spec import ParallelSpec
 
 
@@ -101,6 +101,16 @@ def test_a_wrong_number_of_heads_is_told():
     wrong = dataclasses.replace(family(JOINT), num_heads=lambda toy: 12)
     (outcome,) = (outcome for outcome in selftest(wrong, [subject("joint")]) if not outcome.holds)
     assert outcome.why == "12 heads, of which attention has [6]"
+
+
+def test_a_files_configuration_is_tried_once():
+    """Subjects that differ in nothing else are one; those of other sizes are not."""
+    real = {"Toy": {"toy": "joint", "flag": True}}
+    twins = [subject("joint"), dataclasses.replace(subject("joint"), config={"toy": "joint", "flag": False})]
+    assert len(selftest(family(JOINT), twins, real=real)) == 4
+    assert len(selftest(family(JOINT), twins)) == 8
+    made = [config for _, config in cases([*twins, subject("pair")], real)]
+    assert made == [real["Toy"], {**real["Toy"], "toy": "pair"}]
 
 
 def test_kinds_that_are_not_there_are_left_out():

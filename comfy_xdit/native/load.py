@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from comfy_xdit.errors import InputError
 from comfy_xdit.messages import ComfySource
 
+from .gguf import GGUF, shapes_of
+
 log = logging.getLogger("comfy_xdit")
 
 Mine = Callable[[str, Tensor], Tensor | None]
@@ -60,6 +62,11 @@ class Loaded:
     _base: dict[str, Tensor]
     _lost: frozenset[str]
     _device: torch.device
+    _pack: GGUF | None
+
+    def is_packed(self, weight: Any) -> bool:
+        """Whether a weight is in blocks of a GGUF file: layers unpack and patch it at each use."""
+        return self._pack is not None and self._pack.is_quantised(weight)
 
     def can_restore(self, layer: str) -> bool:
         """Whether all weights of the module `layer` can be had from the file again."""
@@ -70,7 +77,7 @@ class Loaded:
         net = self.model.diffusion_model
         weights = {key: weight for key, weight in self._base.items() if layer_of(key) in layers}
         own: dict[str, dict[str, Tensor]] = {layer: {} for layer in layers}
-        for key, value in _own(net, weights, self._device, whole(net))[0].items():
+        for key, value in _own(net, weights, self._device, whole(net), self._pack)[0].items():
             own[layer_of(key)][key.rpartition(".")[2]] = value
         for layer, values in own.items():
             _assign(net.get_submodule(layer), values, self._device)
@@ -89,21 +96,26 @@ def load(path: str, told: ComfySource, device: torch.device, part: Part = whole)
     To be called, and the model to be run, under `torch.inference_mode`. Keys that the file lacks or has beside are
     logged, as ComfyUI does. Raises InputError when ComfyUI finds another model in the file than the host did.
     """
-    weights, metadata = read(path)
+    pack = GGUF(told.gguf) if told.gguf is not None else None
+    weights, metadata = (pack.read(path), None) if pack is not None else read(path)
     addresses = _span(list(weights.values()))
     config, weights = configured(weights, metadata, told)
+    if pack is not None:
+        config.custom_operations = pack.operations
     # On the CPU, whatever the device: there memory that is never touched is never taken.
     model = config.get_model(weights, "", device=None)
     model.device = device
     net = model.diffusion_model
-    shapes = _shapes(net)
     weights = config.process_unet_state_dict(dict(weights))
-    own, elsewhere = _own(net, weights, device, part(net))
+    shapes = {**_shapes(net), **(shapes_of(net, weights) if pack is not None else {})}
+    own, elsewhere = _own(net, weights, device, part(net), pack)
     cut = {key for key, value in own.items() if value.shape != weights[key].shape}
     missing, unexpected = _assign(net, own, device)
     for what, keys in (("missing", set(missing) - elsewhere), ("unexpected", set(unexpected))):
         if keys:
             log.warning("unet %s: %s", what, sorted(keys))
+    if pack is not None:
+        pack.tell_layers(net)
     # What was computed from the file is not kept: it would be in memory twice.
     base = {key: one for key, one in weights.items() if one.nbytes <= SMALL_BYTES or one.data_ptr() in addresses}
     return Loaded(
@@ -115,6 +127,7 @@ def load(path: str, told: ComfySource, device: torch.device, part: Part = whole)
         _base=base,
         _lost=frozenset(layer_of(key) for key in (shapes.keys() | weights.keys()) - base.keys()),
         _device=device,
+        _pack=pack,
     )
 
 
@@ -135,17 +148,7 @@ def _span(views: list[Tensor]) -> range:
 
 def configured(weights: dict[str, Tensor], metadata: Any, told: ComfySource) -> tuple[Any, dict[str, Tensor]]:
     """ComfyUI's configuration of the file with the host's choices, and the weights as it names them."""
-    import comfy.model_detection as detection
-    import comfy.utils
-
-    weights, metadata = comfy.utils.convert_old_quants(weights, "", metadata=metadata)
-    prefix = detection.unet_prefix_from_state_dict(weights)
-    if of_model := comfy.utils.state_dict_prefix_replace(weights, {prefix: ""}, filter_keys=True):
-        weights, metadata = comfy.utils.convert_old_quants(of_model, "", metadata=metadata)
-    config = detection.model_config_from_unet(weights, "", metadata=metadata)
-    if config is None:
-        weights = detection.convert_diffusers_mmdit(weights, "") or {}
-        config = detection.model_config_from_unet(weights, "") if weights else None
+    config, weights = detected(weights, metadata, is_gguf=told.gguf is not None)
     found = type(config).__name__ if config is not None else "no model"
     if found != told.kind:
         raise InputError(f"the workers' ComfyUI takes the file for {found}, this one for {told.kind}; restart the pool")
@@ -155,6 +158,30 @@ def configured(weights: dict[str, Tensor], metadata: Any, told: ComfySource) -> 
         raise InputError(
             f"the workers' ComfyUI reads other sizes of {told.kind} from the file than this one; restart the pool"
         )
+    return config, weights
+
+
+def detected(weights: dict[str, Tensor], metadata: Any, *, is_gguf: bool = False) -> tuple[Any, dict[str, Tensor]]:
+    """ComfyUI's configuration of a file, None where it knows no such model, and the weights as it names them.
+
+    Dtypes and operations are not chosen yet. Takes entries out of `weights`.
+    """
+    import comfy.model_detection as detection
+    import comfy.utils
+
+    def converted(weights: dict[str, Tensor], metadata: Any) -> tuple[dict[str, Tensor], Any]:
+        if is_gguf:
+            return weights, metadata  # another pack's layers don't know ComfyUI's formats
+        return comfy.utils.convert_old_quants(weights, "", metadata=metadata)  # type: ignore[no-any-return]
+
+    weights, metadata = converted(weights, metadata)
+    prefix = detection.unet_prefix_from_state_dict(weights)
+    if of_model := comfy.utils.state_dict_prefix_replace(weights, {prefix: ""}, filter_keys=True):
+        weights, metadata = converted(of_model, metadata)
+    config = detection.model_config_from_unet(weights, "", metadata=metadata)
+    if config is None:
+        weights = detection.convert_diffusers_mmdit(weights, "") or {}
+        config = detection.model_config_from_unet(weights, "") if weights else None
     return config, weights
 
 
@@ -169,7 +196,7 @@ def _assign(layer: Any, own: dict[str, Tensor], device: torch.device) -> tuple[l
 
 
 def _own(
-    net: nn.Module, weights: dict[str, Tensor], device: torch.device, mine: Mine
+    net: nn.Module, weights: dict[str, Tensor], device: torch.device, mine: Mine, pack: GGUF | None
 ) -> tuple[dict[str, Tensor], set[str]]:
     """What to load here, in the module's dtypes, and the names of what other ranks hold.
 
@@ -191,6 +218,9 @@ def _own(
             continue
         if key.endswith(".comfy_quant"):
             own[key] = weight  # JSON in bytes, which ComfyUI reads on the CPU
+            continue
+        if pack is not None:
+            own[key] = pack.as_parameter(part, device, dtypes.get(key))
             continue
         if part.shape != weight.shape and key in dtypes:
             _resize(net, key, part)

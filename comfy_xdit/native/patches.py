@@ -41,6 +41,8 @@ class Patches:
         self._loaded = loaded
         self._device = device
         self._worn: set[str] = set()
+        # In blocks of a GGUF file.
+        self._packed: set[str] = set()
         # Weights that the file hasn't got in this form, as they were before they were patched.
         self._before: dict[str, Tensor] = {}
 
@@ -109,6 +111,9 @@ class Patches:
         patcher = comfy.model_patcher.ModelPatcher(model, load_device=self._device, offload_device=self._device)
         for key, patches in wanted.items():
             name = PREFIX + key
+            if self._loaded.is_packed(weight := comfy.utils.get_attr(model, name)):
+                self._leave_to_layer(name, weight, patches)
+                continue
             patcher.patches = {name: [_entry(patch) for patch in patches]}
             with _complaints_raised(name):
                 weight = patcher.patch_weight_to_device(name, device_to=self._device, return_weight=True)
@@ -117,10 +122,25 @@ class Patches:
             self._worn.add(key)
             comfy.utils.set_attr_param(model, name, weight)
 
+    def _leave_to_layer(self, name: str, weight: Any, patches: list[Patch]) -> None:
+        """Leave patches to the layer, which applies them each time when it has unpacked its weight."""
+        key = name.removeprefix(PREFIX)
+        self._worn.add(key)
+        self._packed.add(key)
+        weight.patches = [([_entry(patch) for patch in patches], name)]
+        layer = self._loaded.model.diffusion_model.get_submodule(layer_of(key))
+        # Once here, since then whatever is wrong with them is only logged.
+        with _complaints_raised(name):
+            layer.get_weight(weight, self._loaded.model.get_dtype_inference())
+
     def _restore(self) -> None:
         """Take all patches off."""
         import comfy.utils
 
+        for key in self._packed:
+            comfy.utils.get_attr(self._loaded.model, PREFIX + key).patches = []
+        self._worn -= self._packed
+        self._packed.clear()
         for key, weight in self._before.items():
             comfy.utils.set_attr_param(self._loaded.model, PREFIX + key, weight.to(self._device))
         self._loaded.restore({layer_of(key) for key in self._worn - self._before.keys()})

@@ -1,7 +1,8 @@
 """Whether a family holds on a ComfyUI: what an earlier self-test found, or what one finds now.
 
-A finding holds for one version of everything that it depends on: ComfyUI's sources, torch, the family's plan, and our
-engine with what it is tried on. The self-test is another process: it imports ComfyUI for a CPU, whatever this one has.
+A finding holds for one version of everything that it depends on: ComfyUI's sources, torch, the family's plan, our
+engine with what it is tried on, and the configuration of the file but for its sizes. The self-test is another process:
+it imports ComfyUI for a CPU, whatever this one has.
 """
 
 from __future__ import annotations
@@ -9,10 +10,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,6 +25,10 @@ from comfy_xdit import parallel
 
 from .boot import hash_of_sources, sources_of
 from .family import ComfyFamily
+from .subject import Config, as_text, cases
+from .subjects import SUBJECTS
+
+log = logging.getLogger("comfy_xdit")
 
 RESULTS = "selftest.json"
 """The file of findings, in the folder of all pools."""
@@ -28,23 +36,30 @@ RESULTS = "selftest.json"
 TIMEOUT_S = 300.0
 """A self-test takes seconds; so long on a machine that is busy."""
 
+POLL_S = 0.1
+TELL_S = 5.0
+"""How often the log says that a self-test still runs."""
 
-def why_refused(family: ComfyFamily, comfyui: str, results: Path) -> str:
-    """The sentence that refuses the family with the ComfyUI in the folder `comfyui`; "" where it holds.
 
-    results: the file in which findings are kept. May take as long as a self-test: not for a thread that serves.
+def why_refused(
+    family: ComfyFamily, real: dict[str, Config], comfyui: str, results: Path, poll: Callable[[], object]
+) -> str:
+    """The sentence that refuses a file of the family with the ComfyUI in the folder `comfyui`; "" where it holds.
+
+    real: kind → the file's configuration, as ComfyUI detects it. results: the file in which findings are kept.
+    poll: called ten times a second while a self-test runs; what it raises ends the test, and is raised.
+    Raises InputError where the configuration has what can't be said. May take as long as a self-test: not for a thread
+    that serves.
     """
-    key = finding_key(family, comfyui)
+    key = finding_key(family, comfyui, real)
     if (known := findings(results).get(key)) is not None:
         return known
-    command = [sys.executable, "-m", "comfy_xdit", "selftest", "--comfyui", comfyui, "--family", family.name, "--json"]
-    # The package need not be installed.
-    package = str(Path(__file__).resolve().parents[2])
-    paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(paths), OMP_NUM_THREADS="1")
+    ((kind, config),) = real.items()
+    command = [sys.executable, "-m", "comfy_xdit", "selftest", "--comfyui", comfyui, "--family", family.name]
+    command += ["--kind", kind, "--config", as_text(config), "--json"]
+    log.info("%s: trying its plan on this ComfyUI, once, some seconds", family.title)
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-        (answer,) = json.loads(done.stdout)
+        (answer,) = json.loads(_printed(command, family.title, poll))
         return str(answer["refused"])
     except (OSError, ValueError, KeyError, subprocess.TimeoutExpired) as error:
         # Not kept: it says nothing of the family.
@@ -54,10 +69,36 @@ def why_refused(family: ComfyFamily, comfyui: str, results: Path) -> str:
         )
 
 
-def finding_key(family: ComfyFamily, comfyui: str) -> str:
-    """Of all that a finding depends on."""
+def _printed(command: list[str], title: str, poll: Callable[[], object]) -> str:
+    """What a command prints. Raises TimeoutExpired, and what `poll` raises; the command has ended then, too."""
+    # The package need not be installed.
+    package = str(Path(__file__).resolve().parents[2])
+    paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(paths), OMP_NUM_THREADS="1")
+    begin, told_s = time.monotonic(), 0.0
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as process:  # type: ignore[call-overload]
+        try:
+            while True:
+                try:
+                    return str(process.communicate(timeout=POLL_S)[0])
+                except subprocess.TimeoutExpired:
+                    taken_s = time.monotonic() - begin
+                    if taken_s > TIMEOUT_S:
+                        raise
+                if taken_s > told_s + TELL_S:
+                    told_s = taken_s
+                    log.info("%s: its self-test runs for %.0f s, %.0f at most", title, taken_s, TIMEOUT_S)
+                poll()
+        finally:
+            process.kill()
+
+
+def finding_key(family: ComfyFamily, comfyui: str, real: dict[str, Config] | None = None) -> str:
+    """Of all that a finding depends on; real: as of `cases`."""
     ours = hash_of_sources(Path(__file__).parent, Path(parallel.__file__).parent)
-    parts = (sources_of(comfyui), torch.__version__, family.name, repr(family.plan), ours)
+    tried = [(subject.kind, as_text(config)) for subject, config in cases(SUBJECTS[family.name], real)]
+    parts = (sources_of(comfyui), torch.__version__, family.name, repr(family.plan), ours, repr(tried))
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
 
 

@@ -25,7 +25,7 @@ from comfy_xdit.parallel.tokens import TokenPlan
 from comfy_xdit.parallel.whole_shaped import whole_shaped
 
 from .family import ComfyFamily
-from .subject import Call, Config, Subject, build, exists
+from .subject import Call, Config, Subject, build, cases, exists
 
 LIMIT = 1e-4
 """The largest relative difference of N ranks from one, in fp32: roundings stay a hundred times below it."""
@@ -67,9 +67,9 @@ def outcomes_of(
     real: dict[str, Config] | None = None,
 ) -> Iterator[Outcome]:
     """As `selftest`, one after the other."""
-    for subject in subjects:
-        if exists(subject.kind) and (real is None or subject.kind in real):
-            yield from _outcomes(family, subject, specs, (real or {}).get(subject.kind))
+    for subject, config in cases(subjects, real):
+        if exists(subject.kind):
+            yield from _outcomes(family, subject, specs, config)
 
 
 def verdict(family: ComfyFamily, outcomes: Iterable[Outcome], version: str) -> str:
@@ -85,10 +85,9 @@ def verdict(family: ComfyFamily, outcomes: Iterable[Outcome], version: str) -> s
 
 
 def _outcomes(
-    family: ComfyFamily, subject: Subject, specs: Sequence[ParallelSpec], real: Config | None
+    family: ComfyFamily, subject: Subject, specs: Sequence[ParallelSpec], config: Config
 ) -> Iterator[Outcome]:
     try:
-        config = subject.configured(real)
         trial = Trial(model=build(subject.kind, config), plan=family.plan)
         num_heads = family.shape(trial.model).num_heads
         calls = subject.calls(config)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from comfy_xdit.errors import InputError
 
 Config = dict[str, Any]
 Call = dict[str, Any]
@@ -40,6 +43,49 @@ class Subject:
         if real is None:
             return dict(self.config)
         return {**real, **{name: self.config[name] for name in self.small}}
+
+
+def cases(subjects: Iterable[Subject], real: dict[str, Config] | None = None) -> list[tuple[Subject, Config]]:
+    """Each subject and the tiny configuration that it is made with.
+
+    real: kind → the configuration of a file that is to be run; the other kinds are then left out.
+
+    Subjects of a kind may differ in nothing but what is the file's then; those are one.
+    """
+    found: list[tuple[Subject, Config]] = []
+    for subject in subjects:
+        if real is None or subject.kind in real:
+            config = subject.configured((real or {}).get(subject.kind))
+            if all((subject.kind, config) != (other.kind, same) for other, same in found):
+                found.append((subject, config))
+    return found
+
+
+def as_text(config: Config) -> str:
+    """A file's configuration as Python writes it, without its dtype; `from_text` reads it.
+
+    Raises InputError, naming the entry, for what no text says whole.
+    """
+    kept = {name: value for name, value in sorted(config.items()) if name != "dtype"}
+    for name, value in kept.items():
+        try:
+            is_same = bool(ast.literal_eval(repr(value)) == value)
+        except (ValueError, SyntaxError):
+            is_same = False
+        if not is_same:
+            raise InputError(f"the configuration's {name!r} is a {type(value).__name__}; no self-test can be told it")
+    return repr(kept)
+
+
+def from_text(text: str) -> Config:
+    """Raises InputError for a text that is no dict of plain values."""
+    try:
+        config = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        config = None
+    if not isinstance(config, dict):
+        raise InputError("the configuration is no dict of plain values, as Python writes it")
+    return config
 
 
 def rand(*shape: int, seed: int = 0) -> Tensor:

@@ -6,7 +6,9 @@ import dataclasses
 from typing import Any, ClassVar
 
 import torch
+from comfy_xdit_nodes.native import gguf
 from comfy_xdit_nodes.native.export import WAY_OUT, export
+from comfy_xdit_nodes.native.gguf_pack import ops_of
 from comfy_xdit_nodes.native.options import use_comfy
 from comfy_xdit_nodes.native.source import describe, load_message
 from torch import Tensor
@@ -26,8 +28,8 @@ OF_DIFFUSERS = ("Flux", "FluxInpaint", "FluxSchnell", "SD3", "PixArtAlpha", "Pix
 class ComfyCheckpoint:
     """The file that the workers load a MODEL from, and what ComfyUI made of it.
 
-    message: makes it resident, but for its degrees. num_dims: of its latent. is_quantised: whether a layer is.
-    meta: key → tensor without numbers.
+    message: makes it resident, but for its degrees. config: of the transformer, as ComfyUI detected it.
+    num_dims: of its latent. is_quantised: whether a layer is. meta: key → tensor without numbers.
     """
 
     whose: ClassVar[str] = " (ComfyUI's class)"
@@ -36,6 +38,7 @@ class ComfyCheckpoint:
     message: LoadModel
     family: ComfyFamily
     shape: ModelShape
+    config: dict[str, Any]
     num_dims: int
     is_quantised: bool
     meta: dict[str, Tensor]
@@ -73,28 +76,33 @@ class ComfyCheckpoint:
 
 def comfy_family(patcher: Any) -> ComfyFamily | None:
     """Of a loaded MODEL whose own class runs on the workers; None where diffusers' class is to run it."""
-    model = patcher.model
-    kind = type(model.model_config).__name__
-    family = family_of(kind)
-    if family is None or use_comfy() is None or (kind in OF_DIFFUSERS and not is_quantised(model)):
+    return family_here(type(patcher.model.model_config).__name__, is_quantised(patcher.model))
+
+
+def family_here(kind: str, is_quantised: bool) -> ComfyFamily | None:
+    """Of models of ComfyUI's configuration class `kind`; None as of `comfy_family`."""
+    if use_comfy() is None or (kind in OF_DIFFUSERS and not is_quantised):
         return None
-    return family
+    return family_of(kind)
 
 
 def comfy_checkpoint(patcher: Any, family: ComfyFamily, owner: Any) -> ComfyCheckpoint:
     """The file of a loaded MODEL for its own class on the workers.
 
-    Its own file where that has its weights, else a copy in shared memory that lives as long as `owner`. Raises
-    ValueError when the workers can't have its weights.
+    Its own file where that has its weights, else a copy in shared memory that lives as long as `owner`; there are no
+    copies of GGUF files. Raises ValueError when the workers can't have its weights.
     """
     model = patcher.model
     net = model.diffusion_model
     # Not of its state_dict, where a quantised weight has another shape.
     weights = dict([*net.named_parameters(), *net.named_buffers()])
+    is_gguf = ops_of(model.model_config) is not None
+    message = gguf.describe(patcher) if is_gguf else describe(patcher) or export(patcher, owner)
     return ComfyCheckpoint(
-        message=describe(patcher) or export(patcher, owner),
+        message=message,
         family=family,
         shape=family.shape(net),
+        config=model.model_config.unet_config,
         num_dims=model.latent_format.latent_dimensions + 2,
         is_quantised=is_quantised(model),
         meta={key: torch.empty(weight.shape, dtype=weight.dtype, device="meta") for key, weight in weights.items()},

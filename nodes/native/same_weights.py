@@ -94,13 +94,20 @@ def named_by_comfyui(
     """
     # In inference mode tensors don't count the writes to them.
     with torch.inference_mode(False), torch.no_grad():
-        # Copies: what is written to here is not to be read there.
-        given = {key: view.cpu().clone() if view.dim() < 2 else view.to("meta") for key, view in views.items()}
+        given = stand_ins(views)
         origins = {id(value): (views[key], value._version) for key, value in given.items()}
         # `configured` takes entries out of what it is given, and an id is another's when its object is gone.
         config, made = configured(dict(given), metadata, source)
         made = config.process_unet_state_dict(dict(made))
     return {key: (value, _numbers(value, *origins.get(id(value), (None, 0)))) for key, value in made.items()}
+
+
+def stand_ins(views: dict[str, Tensor]) -> dict[str, Tensor]:
+    """For a file's weights: copies of those with one dim at most, no numbers of the others.
+
+    Copies, since what ComfyUI writes to them is not to be read from the file.
+    """
+    return {key: view.cpu().clone() if view.dim() < 2 else view.to("meta") for key, view in views.items()}
 
 
 def _numbers(value: Tensor, origin: Tensor | None, version: int) -> Tensor | None:

@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 import torch
+from comfy_xdit_nodes.native.gguf_pack import pack_of
 from comfy_xdit_nodes.native.same_weights import why_not_of
 
 from comfy_xdit.messages import ComfySource, FileStamp, LoadModel
@@ -42,8 +43,11 @@ def describe(patcher: Any) -> LoadModel | None:
 
 def load_message(path: str, source: ComfySource, seen: FileStamp | None) -> LoadModel:
     """What has a worker load the file, of which `seen` is the stamp, as `source`."""
+    named = [path, "ComfyUI", source.config, source.dtype, source.cast, str(source.fp8)]
+    if source.gguf is not None:
+        named += [source.gguf.sources, source.gguf.dequant_dtype, source.gguf.patch_dtype]
     return LoadModel(
-        model="|".join([path, "ComfyUI", source.config, source.dtype, source.cast, str(source.fp8)]),
+        model="|".join(named),
         path=path,
         prefix="",
         family=source.kind,
@@ -63,6 +67,7 @@ def source_of(config: Any) -> ComfySource:
         dtype=_name(config.unet_config["dtype"]),
         cast="" if cast is None else _name(cast),
         fp8=bool(config.optimizations.get("fp8", False)),
+        gguf=pack_of(config),
     )
 
 

@@ -121,8 +121,7 @@ def test_a_plan_that_does_not_hold_here_is_refused(stock, pools, monkeypatch):
 
     model, expected = stock("wan")
     monkeypatch.setattr(proven, "why_refused", lambda family, *where: f"{family.title} is refused")
-    proven._why_refused.cache_clear()
+    proven._require.cache_clear()
     with pytest.raises(ValueError, match="Wan is refused"):
         CASES["wan"].run(parallelize(model, pools(2, ulysses=2)))
     assert torch.equal(CASES["wan"].run(parallelize(model, pools(1))), expected)
-    proven._why_refused.cache_clear()

@@ -8,15 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import comfy.sd
 import comfyui_version
+import native_models as make
 import pytest
 import torch
 from comfy_xdit_nodes.native.options import use_comfy
 
 from comfy_xdit.native import proof
-from comfy_xdit.native.families import FAMILIES
+from comfy_xdit.native.families import FAMILIES, family_of
 from comfy_xdit.native.selftest import outcomes_of, run, selftest, verdict
-from comfy_xdit.native.subject import build, exists
+from comfy_xdit.native.subject import as_text, build, cases, exists, from_text
 from comfy_xdit.native.subjects import SUBJECTS, hunyuan
 from comfy_xdit.parallel.spec import ParallelSpec
 from comfy_xdit.parallel.tokens import Refused
@@ -173,13 +175,33 @@ def test_a_changed_comfyui_is_refused_by_name(tmp_path):
 
 @is_new
 def test_a_finding_is_kept(tmp_path, monkeypatch):
-    results = tmp_path / "selftest.json"
+    results, folder = tmp_path / "selftest.json", use_comfy().folder
     monkeypatch.setenv("COMFY_XDIT_HOME", str(tmp_path))
-    folder = use_comfy().folder
-    assert proof.why_refused(KNOWN["krea2"], folder, results) == ""
-    assert proof.findings(results) == {proof.finding_key(KNOWN["krea2"], folder): ""}
-    monkeypatch.setattr(subprocess, "run", None)
-    assert proof.why_refused(KNOWN["krea2"], folder, results) == ""
+    real = {"Krea2": {**SUBJECTS["krea2"][0].config, "features": 6144, "heads": 48}}
+    polls = []
+
+    def why():
+        return proof.why_refused(KNOWN["krea2"], real, folder, results, lambda: polls.append(1))
+
+    assert why() == "" and polls
+    assert proof.findings(results) == {proof.finding_key(KNOWN["krea2"], folder, real): ""}
+    monkeypatch.setattr(proof, "_printed", None)
+    assert why() == ""
+
+
+@is_new
+@pytest.mark.parametrize("make_config", [make.tiny.flux_config, make.qwen, make.wan])
+def test_a_files_own_configuration_is_tried(make_config, tmp_path):
+    """As ComfyUI detects it, but for its sizes."""
+    path = make.save(tmp_path / "model.safetensors", make.weights(make_config()))
+    config = comfy.sd.load_diffusion_model(str(path)).model.model_config
+    kind = type(config).__name__
+    family = family_of(kind)
+    real = {kind: from_text(as_text(config.unet_config))}
+    ((subject, tiny),) = cases(SUBJECTS[family.name], real)
+    assert tiny.items() >= {name: subject.config[name] for name in subject.small}.items()
+    outcomes = selftest(family, SUBJECTS[family.name], real=real)
+    assert outcomes and not verdict(family, outcomes, comfyui_version.__version__)
 
 
 @pytest.mark.skipif(use_comfy() is not None, reason="the order of its tokens is another one")
