@@ -17,10 +17,10 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from oracle_rows import FORWARDS, Spans, copied, latent_of, token_counts
+from oracle_rows import BETWEEN, FORWARDS, Spans, copied, latent_of, token_counts
 from torch import Tensor, nn
 
-from comfy_xdit.parallel.apply import find
+from comfy_xdit.parallel.paths import find
 from comfy_xdit.parallel.plan import TensorPlan
 from comfy_xdit.parallel.spec import ParallelSpec
 from comfy_xdit.trajectory import Replay
@@ -142,7 +142,10 @@ class Lane:
                 return self._attend(layer, rank, meeting.all(rank, qkv), places, is_exact)
 
             HERE.attend, HERE.layer = attend, 0
-            return FORWARDS[family](self.module, arguments, own[rank], Tensor.narrow if len(ranks) == 1 else copied)
+            take = Tensor.narrow if len(ranks) == 1 else copied
+            if self.num_patches:
+                return FORWARDS[family](self.module, arguments, own[rank], take)
+            return take(BETWEEN[family](self.module, arguments, own[rank], take), 1, *own[rank]["image"])
 
         with mock.patch.object(F, "scaled_dot_product_attention", attention):
             return torch.cat(meeting.run(rank_of), 1)

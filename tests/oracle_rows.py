@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Spans = dict[str, tuple[int, int]]
@@ -63,6 +64,53 @@ def pixart_rows(module: Any, arguments: dict[str, Any], rows: Spans, take: Take)
     shift, scale = (module.scale_shift_table[None] + time[:, None]).chunk(2, dim=1)
     return module.proj_out(module.norm_out(hidden) * (1 + scale) + shift)
 
+
+def flux_between(module: Any, arguments: dict[str, Any], rows: Spans, take: Take) -> Tensor:
+    hidden = module.x_embedder(arguments["hidden_states"])
+    context = module.context_embedder(arguments["encoder_hidden_states"])
+    numbers = [arguments[name] for name in ("timestep", "guidance") if arguments.get(name) is not None]
+    time = module.time_text_embed(*(1000 * x.to(hidden.dtype) for x in numbers), arguments["pooled_projections"])
+    places = module.pos_embed(torch.cat([arguments["txt_ids"], arguments["img_ids"]]))
+    (first, number), (first_image, number_image) = rows["text"], rows["image"]
+    first_image += context.shape[1]
+    own = tuple(torch.cat([take(x, 0, first, number), take(x, 0, first_image, number_image)]) for x in places)
+    text, image = take(context, 1, *rows["text"]), take(hidden, 1, *rows["image"])
+    for block in (*module.transformer_blocks, *module.single_transformer_blocks):
+        text, image = block(hidden_states=image, encoder_hidden_states=text, temb=time, image_rotary_emb=own)
+    return module.proj_out(module.norm_out(placed(image, hidden, rows), time))
+
+
+def sd3_between(module: Any, arguments: dict[str, Any], rows: Spans, take: Take) -> Tensor:
+    whole, context = module.pos_embed(arguments["hidden_states"]), arguments["encoder_hidden_states"]
+    hidden, context = take(whole, 1, *rows["image"]), take(module.context_embedder(context), 1, *rows["text"])
+    time = module.time_text_embed(arguments["timestep"], arguments["pooled_projections"])
+    for block in module.transformer_blocks:
+        context, hidden = block(hidden_states=hidden, encoder_hidden_states=context, temb=time)
+    return module.proj_out(module.norm_out(placed(hidden, whole, rows), time))
+
+
+def pixart_between(module: Any, arguments: dict[str, Any], rows: Spans, take: Take) -> Tensor:
+    whole = module.pos_embed(arguments["hidden_states"])
+    hidden, context = take(whole, 1, *rows["image"]), module.caption_projection(arguments["encoder_hidden_states"])
+    modulation, time = module.adaln_single(
+        arguments["timestep"], arguments.get("added_cond_kwargs"), batch_size=len(hidden), hidden_dtype=hidden.dtype
+    )
+    for block in module.transformer_blocks:
+        hidden = block(hidden, encoder_hidden_states=context, timestep=modulation)
+    shift, scale = (module.scale_shift_table[None] + time[:, None]).chunk(2, dim=1)
+    return module.proj_out(module.norm_out(placed(hidden, whole, rows)) * (1 + scale) + shift)
+
+
+def placed(x: Tensor, like: Tensor, rows: Spans) -> Tensor:
+    """The image's `rows` at their places among all."""
+    whole = like.new_zeros(like.shape)
+    whole[:, rows["image"][0] : sum(rows["image"])] = x
+    return whole
+
+
+BETWEEN = {"flux": flux_between, "sd3": sd3_between, "pixart": pixart_between}
+"""As `FORWARDS`, with rows taken for the blocks alone: what is before and after them sees all tokens. Kernels round by
+their number. What comes out has all tokens, of which `rows` mean anything."""
 
 FORWARDS = {"flux": flux_rows, "sd3": sd3_rows, "pixart": pixart_rows}
 """Family → the image tokens among `rows` that come out of the model."""

@@ -28,8 +28,7 @@ def staged_model(*, stage: int = 0, num_stages: int = 1, **options: Any) -> Any:
     plan, module = model.family.plan, model.module
     model.block_paths = block_paths(module, plan)
     model.shape = dataclasses.replace(model.shape, num_blocks=len(model.block_paths))
-    hidden = module.config["num_attention_heads"] * module.config["attention_head_dim"]
-    model.stage = stages(block_costs(module, plan, hidden=hidden), num_stages)[stage]
+    model.stage = stages(block_costs(module, plan.tokens), num_stages)[stage]
     for number, path in enumerate(model.block_paths):
         if number not in model.stage:
             leave_out(module, path, plan.streams)

@@ -14,7 +14,7 @@ from test_cuda_paths import FP8, LIMITS, ONCE_A_JOB, _kinds, within
 
 from comfy_xdit.models import flux_call
 from comfy_xdit.models.resident import CastLinear
-from comfy_xdit.parallel import apply, attention, kernels, links
+from comfy_xdit.parallel import attention, kernels, links, sharded
 from comfy_xdit.parallel.agreement import Agreement
 
 ULYSSES = Case(degrees={"ulysses": 2}, steps=2)
@@ -83,7 +83,7 @@ def test_a_collective_on_a_tensor_that_is_not_contiguous():
         dist.all_reduce(x.transpose(0, 1), group=axis.group)
         return x
 
-    with mock.patch.object(apply, "total", total), pytest.raises(AssertionError, match=r"all_reduce.*not contiguous"):
+    with mock.patch.object(sharded, "total", total), pytest.raises(AssertionError, match=r"all_reduce.*not contiguous"):
         play(Case(degrees={"tensor": 2}, batch=2))
 
 

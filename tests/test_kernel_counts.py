@@ -11,8 +11,8 @@ import torch
 from ranks import Ranks, groups, tiny_call, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from comfy_xdit.parallel.apply import applied
 from comfy_xdit.parallel.context import ParallelContext
+from comfy_xdit.parallel.cut import cut
 from comfy_xdit.parallel.denoise import evaluate
 from comfy_xdit.parallel.spec import ParallelSpec
 
@@ -60,7 +60,7 @@ def count(kind: str, degrees: dict[str, int]) -> Counter[str]:
     with (
         ParallelContext(ParallelSpec(**degrees), groups()) as context,
         torch.no_grad(),
-        applied(model.module, model.family.plan, context),
+        cut(model.module, model.family.plan, context),
         Kernels() as kernels,
     ):
         evaluate(model, [call], context)

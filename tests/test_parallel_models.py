@@ -11,8 +11,9 @@ from ranks import Ranks, groups, plain_denoise, run_denoise, tiny_call, tiny_mod
 
 from comfy_xdit.models import FAMILIES
 from comfy_xdit.models.flux import FLUX
-from comfy_xdit.parallel.apply import applied, find
 from comfy_xdit.parallel.context import ParallelContext
+from comfy_xdit.parallel.cut import cut
+from comfy_xdit.parallel.paths import find
 from comfy_xdit.parallel.spec import ParallelSpec
 
 LIMIT = 1e-5
@@ -189,7 +190,7 @@ def test_nothing_stays_on_the_module(kind) -> None:
     with (
         ParallelContext(ParallelSpec(), groups()) as context,
         pytest.raises(RuntimeError, match="in attention"),
-        applied(model.module, model.family.plan, context),
+        cut(model.module, model.family.plan, context),
     ):
         model.module(**arguments)
     broken.remove()
@@ -198,14 +199,13 @@ def test_nothing_stays_on_the_module(kind) -> None:
 
 
 def test_timesteps_keep_their_precision_in_bfloat16() -> None:
-    """A bfloat16 Flux sees 731.3, not 732: what the forward would round, the plan passes in fp32."""
+    """A bfloat16 Flux sees 731.3, not 732, to which diffusers' forward would round."""
     model = tiny_model("flux", heads=4, dtype=torch.bfloat16)
     call = tiny_call("flux", seed=0, batch=1, size=(4, 4), text=3, dtype=torch.bfloat16)
     call["timestep"] = torch.tensor([0.7313])
     seen = []
     model.module.time_text_embed.time_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    with ParallelContext(ParallelSpec(), groups()) as context, applied(model.module, FLUX.plan, context):
-        model.module(**FLUX.inputs(dict(model.module.config), call))
+    model.module(**FLUX.inputs(dict(model.module.config), call))
     assert seen[0].item() == pytest.approx(731.3)
 
 
@@ -213,5 +213,5 @@ def test_timesteps_keep_their_precision_in_bfloat16() -> None:
 def test_plans_name_what_exists(family) -> None:
     model = tiny_model(family.name, heads=4, dual=True)
     plan = family.plan
-    for pattern in [*plan.cut_outputs, *plan.join_outputs, *plan.attention, *plan.exact, *plan.blocks]:
+    for pattern in [*plan.cut_outputs, *plan.join_outputs, *plan.attention, *plan.blocks, *plan.tokens.attention]:
         assert find(model.module, pattern), pattern

@@ -14,8 +14,8 @@ from staged import spread_model
 from torch import Tensor
 
 from comfy_xdit.messages import Sample
-from comfy_xdit.parallel.apply import applied
 from comfy_xdit.parallel.context import ParallelContext
+from comfy_xdit.parallel.cut import cut
 from comfy_xdit.parallel.sample import sample
 from comfy_xdit.parallel.spec import ParallelSpec
 
@@ -127,7 +127,7 @@ def test_a_block_without_attention_is_a_plan_for_another_version() -> None:
     block._modules["attention"] = block._modules.pop("attn")
     with (
         ParallelContext(spec, groups()) as context,
-        pytest.raises(AssertionError, match=r"single_transformer_blocks\.1 of Flux.* has no attention"),
-        applied(model.module, model.family.plan, context),
+        pytest.raises(ValueError, match=r"single_transformer_blocks\.1 of Flux.* has no attention"),
+        cut(model.module, model.family.plan, context),
     ):
         pass

@@ -13,7 +13,7 @@ from comfy_xdit.errors import InputError
 from comfy_xdit.native.family import ComfyFamily
 from comfy_xdit.native.stage import keep_share
 from comfy_xdit.parallel.spec import ParallelSpec
-from comfy_xdit.parallel.stages import Absent, block_paths, keep_stage, token_block_costs
+from comfy_xdit.parallel.stages import Absent, block_costs, block_paths, keep_stage
 
 CASES = {
     "a cut between two lists": ("joint", (2, 4), {}),
@@ -186,10 +186,10 @@ def test_costs():
     """Double blocks have two outputs where single ones have one; a text's takes no time."""
     model = toy_model("joint")
     square = WIDTH * WIDTH
-    weights = token_block_costs(model, JOINT, "memory")
-    assert weights == [square + square + 2 * square] * 2 + [4 * square] * 2
+    weights = block_costs(model, JOINT, "memory")
+    assert weights == [4 * square + 4 * WIDTH] * 4
     blocks = (dataclasses.replace(JOINT.blocks[0], light=("text.",)), JOINT.blocks[1])
-    doubles, _, singles, _ = token_block_costs(model, dataclasses.replace(JOINT, blocks=blocks))
+    doubles, _, singles, _ = block_costs(model, dataclasses.replace(JOINT, blocks=blocks))
     assert singles - doubles == 15 * square
 
 

@@ -13,7 +13,7 @@ from ranks import Ranks, run_resident
 from comfy_xdit.messages import LoadModel, Patch, SetPatches
 from comfy_xdit.models import FAMILIES
 from comfy_xdit.models.resident import load
-from comfy_xdit.parallel.apply import find
+from comfy_xdit.parallel.paths import find
 from comfy_xdit.parallel.spec import ParallelSpec
 from comfy_xdit.parallel.tensor import Region
 from comfy_xdit.weights.parts import divisible, part_of

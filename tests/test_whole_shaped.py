@@ -1,6 +1,7 @@
 """Whole-shaped shards: a toy module's output on several ranks is that of one, and no line of a plan is idle."""
 
 import contextlib
+import dataclasses
 
 import pytest
 import torch
@@ -108,9 +109,20 @@ def test_a_call_too_few_is_named():
 
 
 def test_attention_outside_of_the_blocks_is_named():
-    plan = TokenPlan(blocks=GRID.blocks, attention={"head": Attention(("all",))}, join=GRID.join)
-    with alone("grid", plan) as (model, _), pytest.raises(RuntimeError, match="head runs outside of the plan's blocks"):
-        model(**call("grid"))
+    plan = dataclasses.replace(GRID, attention={**GRID.attention, "head": Attention(("all",))})
+    with (
+        alone("grid", plan) as (model, work),
+        pytest.raises(RuntimeError, match="head runs outside of the plan's blocks"),
+    ):
+        model(**call("grid"), options={"override": work.attend})
+
+
+def test_tensors_that_a_plan_calls_untouched_are_the_same_ones():
+    """A model that does something between its blocks is refused, and not computed with a rank's own tokens."""
+    plan = dataclasses.replace(PAIR, untouched=True)
+    with Ranks(2) as started:
+        said = asked(started, "refusal", toy="pair", degrees={"ulysses": 2}, sizes={}, plan=plan)
+    assert all(each.startswith("RuntimeError: a block of blocks is given other tensors than") for each in said), said
 
 
 def test_nothing_is_left_behind():

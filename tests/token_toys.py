@@ -328,10 +328,10 @@ def run_toy(toy, degrees, sizes, **more):
     return compute(toy, TOYS[toy][1], degrees, sizes, **more)
 
 
-def refusal(toy, degrees, sizes, **more):
-    """Job: what a run raises."""
+def refusal(toy, degrees, sizes, plan=None, **more):
+    """Job: what a run raises, with the toy's plan or another one."""
     try:
-        compute(toy, TOYS[toy][1], degrees, sizes, **more)
+        compute(toy, plan or TOYS[toy][1], degrees, sizes, **more)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""

@@ -5,6 +5,12 @@ Layouts: the single file of Black Forest Labs, which is ComfyUI's too, and diffu
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
 from comfy_xdit.errors import InputError
 from comfy_xdit.models.base import Config, Family
 from comfy_xdit.models.flux_call import PLAN, inputs, output, output_channels
@@ -94,10 +100,22 @@ def config(infos: Infos) -> Config:
     }
 
 
+@functools.cache
 def model_class() -> type:
+    """Diffusers' class, but a timestep is not rounded to the model's dtype: in bfloat16 1000 has steps of 4."""
     from diffusers import FluxTransformer2DModel
 
-    return FluxTransformer2DModel
+    class Flux(FluxTransformer2DModel):
+        def forward(self, *args: Any, timestep: Tensor, **kwargs: Any) -> Any:
+            exact = timestep.to(torch.promote_types(timestep.dtype, torch.float32)) * 1000.0
+            embedder: Any = self.time_text_embed  # type: ignore[attr-defined]
+            handle = embedder.register_forward_pre_hook(lambda module, given: (exact, *given[1:]))
+            try:
+                return super().forward(*args, timestep=timestep, **kwargs)  # type: ignore[misc]
+            finally:
+                handle.remove()
+
+    return Flux
 
 
 def table(infos: Infos) -> Table:

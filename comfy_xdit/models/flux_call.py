@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from comfy_xdit.errors import InputError
-from comfy_xdit.parallel.plan import AttentionLayer, Cut, Exact, ModelPlan, TensorPlan
+from comfy_xdit.parallel.plan import AttentionLayer, Cut, ModelPlan, TensorPlan
+from comfy_xdit.parallel.tokens import Attention, Blocks, Rule, TokenPlan, Tokens
 
 from .base import Call, Config
 from .latent import check_channels, check_pooled, cropped, padded, rows
@@ -19,7 +20,35 @@ PATCH = 2
 DOUBLE = "transformer_blocks.*."
 SINGLE = "single_transformer_blocks.*."
 
+BOTH = ("text", "image")
+STREAMS: dict[str, Rule] = {
+    "hidden_states": Tokens(("image",)),
+    "encoder_hidden_states": Tokens(("text",)),
+    "image_rotary_emb": Tokens(BOTH, dim=0),
+}
+GIVES = ("encoder_hidden_states", "hidden_states")
+
+TOKENS = TokenPlan(
+    blocks=(
+        Blocks(
+            path="transformer_blocks",
+            takes=STREAMS,
+            gives=GIVES,
+            light=("ff_context.", "attn.add_", "attn.to_add_out."),
+            once=("norm1.", "norm1_context."),
+        ),
+        Blocks(path="single_transformer_blocks", takes=STREAMS, gives=GIVES, once=("norm.",)),
+    ),
+    attention={
+        "transformer_blocks.*.attn": Attention(BOTH, seam="diffusers"),
+        "single_transformer_blocks.*.attn": Attention(BOTH, seam="diffusers"),
+    },
+    join={"proj_out": Tokens(("image",))},
+    untouched=True,
+)
+
 PLAN = ModelPlan(
+    tokens=TOKENS,
     cut_arguments={
         "hidden_states": Cut(stream="image", dim=1),
         "encoder_hidden_states": Cut(stream="text", dim=1),
@@ -33,7 +62,6 @@ PLAN = ModelPlan(
         "transformer_blocks.*.attn": AttentionLayer(streams=("text", "image")),
         "single_transformer_blocks.*.attn": AttentionLayer(streams=("text", "image")),
     },
-    exact={"time_text_embed": {0: Exact(argument="timestep", factor=1000.0)}},
     blocks=("transformer_blocks", "single_transformer_blocks"),
     text_only=("ff_context.", "attn.add_", "attn.to_add_out."),
     once=("norm.", "norm1.", "norm1_context."),

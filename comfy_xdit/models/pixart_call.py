@@ -12,6 +12,7 @@ from torch import Tensor
 
 from comfy_xdit.errors import InputError
 from comfy_xdit.parallel.plan import AttentionLayer, Cut, ModelPlan, TensorPlan
+from comfy_xdit.parallel.tokens import Attention, Blocks, TokenPlan, Tokens
 
 from .base import Call, Config
 from .latent import check_channels, rows
@@ -24,7 +25,25 @@ LATENT_PIXEL = 8
 STEP = 512 // LATENT_PIXEL
 """Positions are scaled in steps of 512 pixels, as sides of the latent."""
 
+IMAGE = ("image",)
+
+TOKENS = TokenPlan(
+    blocks=(
+        Blocks(
+            path="transformer_blocks",
+            takes={"hidden_states": Tokens(IMAGE)},
+            gives=("hidden_states",),
+            light=("attn2.to_k.", "attn2.to_v."),
+            once=("scale_shift_table",),
+        ),
+    ),
+    attention={BLOCK + "attn1": Attention(IMAGE, seam="diffusers")},
+    join={"proj_out": Tokens(IMAGE)},
+    untouched=True,
+)
+
 PLAN = ModelPlan(
+    tokens=TOKENS,
     cut_outputs={"pos_embed": Cut(stream="image", dim=1)},
     join_outputs={"proj_out": Cut(stream="image", dim=1)},
     attention={BLOCK + "attn1": AttentionLayer(streams=("image",))},

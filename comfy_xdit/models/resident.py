@@ -97,8 +97,7 @@ class ResidentModel:
         self._buffers = {name for name, _ in self.module.named_buffers()}
         self._unpatched = self._buffers | _loose_parameters(self.module)
         self.block_paths = block_paths(self.module, family.plan)
-        hidden = self.config["num_attention_heads"] * self.config["attention_head_dim"]
-        costs = block_costs(self.module, family.plan, hidden=hidden, balance=share.balance)
+        costs = block_costs(self.module, family.plan.tokens, share.balance)
         self.stages = stages(costs, share.num_stages)
         self._regions = self._own_regions(self._leave_out_other_stages())
         for target in self._regions:

@@ -8,13 +8,33 @@ from torch import Tensor
 
 from comfy_xdit.errors import InputError
 from comfy_xdit.parallel.plan import AttentionLayer, Cut, ModelPlan, TensorPlan
+from comfy_xdit.parallel.tokens import Attention, Blocks, TokenPlan, Tokens
 
 from .base import Call, Config
 from .latent import check_channels, check_pooled, cropped, padded, rows
 
 BLOCK = "transformer_blocks.*."
 
+TOKENS = TokenPlan(
+    blocks=(
+        Blocks(
+            path="transformer_blocks",
+            takes={"hidden_states": Tokens(("image",)), "encoder_hidden_states": Tokens(("text",))},
+            gives=("encoder_hidden_states", "hidden_states"),
+            light=("ff_context.", "attn.add_", "attn.to_add_out."),
+            once=("norm1.", "norm1_context."),
+        ),
+    ),
+    attention={
+        BLOCK + "attn": Attention(("image", "text"), seam="diffusers"),
+        BLOCK + "attn2": Attention(("image",), some=True, seam="diffusers"),
+    },
+    join={"proj_out": Tokens(("image",))},
+    untouched=True,
+)
+
 PLAN = ModelPlan(
+    tokens=TOKENS,
     cut_arguments={
         "encoder_hidden_states": Cut(stream="text", dim=1),
         "block_controlnet_hidden_states": Cut(stream="image", dim=1),

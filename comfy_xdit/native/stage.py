@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from comfy_xdit.parallel.spec import WeightShare
 from comfy_xdit.parallel.stage_blocks import require_in_order
-from comfy_xdit.parallel.stages import block_paths, keep_stage, stages, token_block_costs
+from comfy_xdit.parallel.stages import block_costs, block_paths, keep_stage, stages
 
 from .family import ComfyFamily
 from .load import Mine
@@ -21,7 +21,7 @@ def keep_share(net: nn.Module, family: ComfyFamily, share: WeightShare) -> tuple
     plan = family.plan
     if share.num_stages > 1:
         require_in_order(plan, family.title)
-    costs = token_block_costs(net, plan, share.balance)
+    costs = block_costs(net, plan, share.balance)
     own = stages(costs, share.num_stages)[share.stage]
     others = tuple(f"{path}." for number, path in enumerate(block_paths(net, plan)) if number not in own)
     keep_stage(net, plan, own)

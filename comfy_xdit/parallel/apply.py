@@ -9,7 +9,6 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -17,9 +16,11 @@ from comfy_xdit.errors import InputError
 
 from .attention import Attend, Layer, SequenceAttention
 from .context import ParallelContext
-from .plan import Cut, Exact, ModelPlan
+from .paths import find
+from .plan import Cut, ModelPlan
 from .seam import Seam, torchs_own
-from .sequence import cut, join, total
+from .sequence import cut, join
+from .sharded import sharded
 from .stages import Absent
 
 
@@ -38,26 +39,13 @@ def applied(
     Yields the application, whose `segment` says which tokens a forward computes.
     """
     work = Application(module, plan, context, attend or SequenceAttention(context))
-    with torchs_own(module):
+    with torchs_own(module), sharded(module, plan.tensor, context.axis("tensor")):
         try:
             work.hook()
             yield work
             work.settle()
         finally:
             work.unhook()
-
-
-def find(module: nn.Module, pattern: str) -> list[tuple[str, nn.Module]]:
-    """Submodules whose path fits `pattern`, in order; a `*` is any one child, a missing name fits nothing."""
-    found = [("", module)]
-    for part in pattern.split("."):
-        found = [
-            (f"{path}.{name}" if path else name, child)
-            for path, parent in found
-            for name, child in parent.named_children()
-            if part in ("*", name)
-        ]
-    return found
 
 
 class Application:
@@ -71,11 +59,9 @@ class Application:
         self.module = module
         self.plan = plan
         self.whole_axis = self.axis = context.axis("sequence")
-        self.tensor_axis = context.axis("tensor")
         self.attend = attend
         self.segment: dict[str, tuple[int, int]] | None = None
         self.lengths: dict[str, int] = {}
-        self.given: dict[str, Any] = {}
         self.seams: list[Seam] = []
         self.is_settled = True
         self.handles: list[RemovableHandle] = []
@@ -90,10 +76,6 @@ class Application:
         for path, rule in self.plan.join_outputs.items():
             for _, child in _required(self.module, path):
                 add(child.register_forward_hook(lambda m, a, out, rule=rule: self._join(out, rule)))
-        for path, exact in self.plan.exact.items():
-            for _, child in _required(self.module, path):
-                add(child.register_forward_pre_hook(lambda m, a, exact=exact: self._exact(a, exact)))
-        self._hook_shards()
         for pattern, layer in self.plan.attention.items():
             for path, child in find(self.module, pattern):
                 seam = Seam(path, layer.streams, layer.num_calls, self._ask)
@@ -105,21 +87,6 @@ class Application:
             assert any(seam.path.startswith(f"{path}.") for seam in self.seams), (
                 f"{path} of {type(self.module).__name__} has no attention; the plan is for another version of diffusers"
             )
-
-    def _hook_shards(self) -> None:
-        """What comes out of sharded weights is added up, or joined along its channels."""
-        axis, plan = self.tensor_axis, self.plan.tensor
-        if axis.degree == 1:
-            return
-        for path in plan.rows:
-            for _, child in find(self.module, path):
-                self.handles.append(child.register_forward_hook(lambda m, a, out: total(out, axis)))
-        for path in plan.joined:
-            for _, child in find(self.module, path):
-                hook = child.register_forward_hook(
-                    lambda m, a, out: join(out, out.dim() - 1, out.shape[-1] * axis.degree, axis)
-                )
-                self.handles.append(hook)
 
     def unhook(self) -> None:
         for handle in self.handles:
@@ -142,7 +109,6 @@ class Application:
         self.settle()
         self.is_settled = False
         self.lengths.clear()
-        self.given = dict(kwargs)
         cuts = {name: rule for name, rule in self.plan.cut_arguments.items() if kwargs.get(name) is not None}
         self.axis = self.whole_axis.alone if self._too_short(kwargs, cuts) else self.whole_axis
         return (), {**kwargs, **{name: self._cut(kwargs[name], rule) for name, rule in cuts.items()}}
@@ -196,13 +162,6 @@ class Application:
         whole = value.new_zeros(shape)
         whole.narrow(rule.dim, first, size).copy_(join(value, rule.dim, size, self.axis))
         return whole
-
-    def _exact(self, args: tuple[Any, ...], exact: dict[int, Exact]) -> tuple[Any, ...]:
-        replaced = list(args)
-        for position, rule in exact.items():
-            value = self.given[rule.argument]
-            replaced[position] = value.to(torch.promote_types(value.dtype, torch.float32)) * rule.factor
-        return tuple(replaced)
 
 
 def own_blocks(module: nn.Module, plan: ModelPlan) -> list[tuple[str, nn.Module]]:

@@ -28,7 +28,7 @@ class AttentionSeam(Seam):
             raise RuntimeError(f"attention of {self.path} runs outside of the plan's blocks")
         self._asked = 0
         self.engine.running.append(self)
-        if self.rule.seam == "sdpa":
+        if self.rule.is_torchs:
             super().enter(module, args)
         elif self.is_called:
             self._before = receive(self.engine.attend)
@@ -44,7 +44,7 @@ class AttentionSeam(Seam):
     @property
     def is_called(self) -> bool:
         """Whether the class calls its attention by a name of its own."""
-        return self.rule.seam not in ("override", "sdpa")
+        return self.rule.seam != "override" and not self.rule.is_torchs
 
     def close(self) -> None:
         if self.is_called and self._open:
@@ -79,7 +79,7 @@ class AttentionSeam(Seam):
         if self._asked == 1:
             return self.rule.streams, self.rule.keys
         if self._asked > self._num_calls:
-            raise RuntimeError(f"attention of {self.path} is called {self._asked} times, not {self._num_calls}")
+            raise self._miscounted()
         return self.rule.then[self._asked - 2], None
 
     def _from_torch(self, path: str, streams: Any, q: Tensor, k: Tensor, v: Tensor, **more: Any) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .apply import find
+from .paths import find
 from .plan import ModelPlan
 
 Key = tuple[Hashable, int]

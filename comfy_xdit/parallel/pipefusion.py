@@ -24,7 +24,6 @@ from comfy_xdit.trajectory import SamplerProgram
 from .agreement import Agreement
 from .apply import Application, applied
 from .context import ParallelContext
-from .cut import staged
 from .denoise import Piece, deal
 from .links import Inbox, Outbox, Shelf
 from .model import Call
@@ -67,7 +66,9 @@ def pipefusion(
     result = None
     keys, plan = StaleAttention(context), model.family.plan
     once = OncePerEvaluation(model.module, plan)
-    with keys, once, applied(model.module, plan, context, keys) as run, staged(model, context) as stage:
+    stage = Stage(context)
+    blocks = [model.module.get_submodule(path) for path in model.block_paths]
+    with keys, once, applied(model.module, plan, context, keys) as run, stage.between(blocks, model.stage):
         pipeline = _Pipeline(model, message, conds, context, patches, keys, once, run, stage, post)
         if Agreement(wish_to_stop, context.world).go_on():
             result = pipeline.run(wish_to_stop)

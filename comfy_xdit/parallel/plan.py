@@ -1,8 +1,10 @@
-"""What a family declares about its diffusers model, as data; `apply.py` puts it into effect."""
+"""What a family declares about its diffusers model, as data; `apply.py` and `whole_shaped.py` put it into effect."""
 
 from __future__ import annotations
 
 import dataclasses
+
+from .tokens import TokenPlan
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,18 +33,6 @@ class AttentionLayer:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Exact:
-    """A submodule's positional argument is recomputed from an argument of the model, in fp32: factor · it.
-
-    For numbers that the model's forward would round to its compute dtype first: in bfloat16 a timestep
-    of 1000 has steps of 4.
-    """
-
-    argument: str
-    factor: float
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class TensorPlan:
     """Which weights are cut over the tensor axis, in equal shares; all others are whole on every rank.
 
@@ -64,6 +54,7 @@ class TensorPlan:
 class ModelPlan:
     """Where a diffusers model is cut over ranks and where it is joined.
 
+    tokens: for all methods but PipeFusion, which cuts the rest of this way: outside of the blocks.
     Paths are those of `named_modules`; a `*` stands for one part of a path ("blocks.*.attn").
     cut_arguments: keyword arguments of the model's forward (a tensor or a list of tensors) → cut; absent
     and None ones are left alone.
@@ -71,7 +62,6 @@ class ModelPlan:
     join_outputs: modules whose output is joined, so that what follows sees every token.
     attention: the attention modules whose keys are of cut streams; others attend to what they hold, as
     cross-attention to a text does.
-    exact: path → position → what replaces that argument.
     blocks: the lists of blocks, in the order in which they run; pipeline stages are cut from them.
     text_only, once: starts of the names of a block's weights that multiply text tokens alone, and of those
     that work once for each row; the others multiply every image token.
@@ -83,11 +73,11 @@ class ModelPlan:
     after_blocks: modules with weights that run after the last block, so on the last stage only.
     """
 
+    tokens: TokenPlan
     cut_arguments: dict[str, Cut] = dataclasses.field(default_factory=dict)
     cut_outputs: dict[str, Cut] = dataclasses.field(default_factory=dict)
     join_outputs: dict[str, Cut]
     attention: dict[str, AttentionLayer]
-    exact: dict[str, dict[int, Exact]] = dataclasses.field(default_factory=dict)
     blocks: tuple[str, ...]
     text_only: tuple[str, ...] = ()
     once: tuple[str, ...] = ()

@@ -72,9 +72,12 @@ class Seam(TorchFunctionMode):
             return
         self.num_runs += 1
         if self._asked != self._num_calls:
-            raise RuntimeError(
-                f"attention of {self.path} went past the engine: {self._asked} calls reached it, not {self._num_calls}"
-            )
+            raise self._miscounted()
+
+    def _miscounted(self) -> RuntimeError:
+        return RuntimeError(
+            f"attention of {self.path} went past the engine: {self._asked} calls reached it, not {self._num_calls}"
+        )
 
     def settle(self) -> None:
         """A forward of the model is over. Raises RuntimeError unless the module ran once in it."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from comfy_xdit.errors import InputError
 
-from .apply import find
+from .paths import find
 from .stage import Stage
 from .stages import Absent
 from .tokens import Blocks, TokenPlan

@@ -75,52 +75,43 @@ def keep_stage(module: nn.Module, plan: TokenPlan, stage: range) -> None:
             leave_out(module, path, gives[path.rpartition(".")[0]])
 
 
-def block_costs(module: nn.Module, plan: ModelPlan, *, hidden: int, balance: str = BALANCES[0]) -> list[int]:
+def block_costs(module: nn.Module, plan: TokenPlan, balance: str = BALANCES[0]) -> list[int]:
     """What each block takes of what stages are to have alike: an evaluation's time, in units of its own (see
-    `cost_of`), or memory, in elements of weights.
+    `cost_of`), or memory, in elements of weights. No weight need be there.
     """
+    rules = {blocks.path: blocks for blocks in plan.blocks}
     costs = []
     for path in block_paths(module, plan):
-        weights = dict(module.get_submodule(path).named_parameters())
+        rule, weights = rules[path.rpartition(".")[0]], _weights(module.get_submodule(path))
         if balance == "memory":
-            costs.append(sum(weight.numel() for weight in weights.values()))
+            costs.append(sum(elements for _, elements, _ in weights))
             continue
-        elements = {"image": 0, "text": 0}
-        for name, weight in weights.items():
-            if weight.dim() >= 2 and not name.startswith(plan.once):
-                elements["text" if name.startswith(plan.text_only) else "image"] += weight.numel()
-        costs.append(cost_of(elements["image"], elements["text"], hidden=hidden))
-    return costs
-
-
-def token_block_costs(module: nn.Module, plan: TokenPlan, balance: str = BALANCES[0]) -> list[int]:
-    """As `block_costs`, for any module with a `TokenPlan`; it needs no weights."""
-    light = {blocks.path: blocks.light for blocks in plan.blocks}
-    costs = []
-    for path in block_paths(module, plan):
-        matrices = _matrices(module.get_submodule(path))
-        if balance == "memory":
-            costs.append(sum(elements for _, elements, _ in matrices))
-            continue
-        few = light[path.rpartition(".")[0]]
-        light_ones = sum(elements for name, elements, _ in matrices if few and name.startswith(few))
+        matrices = [(name, elements, width) for name, elements, width in weights if width]
+        few, none = (_elements(matrices, names) for names in (rule.light, rule.once))
         widths = Counter(width for _, _, width in matrices)
         # That of the stream, which most matrices read.
         hidden = max(widths, key=lambda width: (widths[width], width), default=0)
-        all_elements = sum(elements for _, elements, _ in matrices)
-        costs.append(cost_of(all_elements - light_ones, light_ones, hidden=hidden))
+        costs.append(cost_of(_elements(matrices, ("",)) - few - none, few, hidden=hidden))
     return costs
 
 
-def _matrices(block: nn.Module) -> list[tuple[str, int, int]]:
-    """(name, elements, width of the input) of what a block multiplies by; a quantised layer has no weight yet."""
+def _elements(weights: list[tuple[str, int, int]], starts: tuple[str, ...]) -> int:
+    """Of all whose names start so."""
+    return sum(elements for name, elements, _ in weights if name.startswith(starts))
+
+
+def _weights(block: nn.Module) -> list[tuple[str, int, int]]:
+    """(name, elements, width of the input) of a block's weights; the width is 0 for those that it does not multiply by.
+
+    A quantised layer has no weight yet.
+    """
     found = []
     for name, layer in block.named_modules():
+        own = dict(layer.named_parameters(name, recurse=False))
         if isinstance(width := getattr(layer, "in_features", None), int):
+            own.pop(f"{name}.weight", None)
             found.append((f"{name}.weight", width * int(layer.out_features), width))  # type: ignore[arg-type]
-            continue
-        weights = layer.named_parameters(name, recurse=False)
-        found += [(key, weight.numel(), weight.shape[-1]) for key, weight in weights if weight.dim() >= 2]
+        found += [(key, weight.numel(), weight.shape[-1] if weight.dim() >= 2 else 0) for key, weight in own.items()]
     return found
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from comfy_xdit.errors import InputError
 
-from .apply import find
+from .paths import find
 from .plan import TensorPlan
 from .spec import WeightShare
 

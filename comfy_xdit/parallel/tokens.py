@@ -67,14 +67,15 @@ class Blocks:
     first of those in a tuple, a list, or `*x`. Arguments that are not named stay whole.
     gives: the arguments that come back, in the order of the block's outputs; further outputs stay as they are. They
     tell how many tokens each stream has.
-    light: starts of the names of a block's weights that multiply few tokens or none, as a text's and a modulation's do:
-    they weigh, but take no time.
+    light: starts of the names of a block's weights that multiply few tokens, as a text's do: they weigh, but take
+    little time. once: of those that multiply no token, as a modulation's, which work once for each row.
     """
 
     path: str
     takes: dict[str, Rule]
     gives: tuple[str, ...]
     light: tuple[str, ...] = ()
+    once: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         assert self.gives, f"{self.path} gives nothing"
@@ -99,8 +100,10 @@ class Attention:
     of something, this rank's keys alone ("own"; then it must be the same for every query).
     then: the streams of the second call that the module makes each time when it runs, of the third, and so on.
     or_fewer: some of the modules make the first of these calls only; one at least.
-    seam: how its attention is reached: by the caller's override, at torch's scaled_dot_product_attention ("sdpa"), or
-    at a function that the Python module of its class calls, by that name (see `function_seam`).
+    some: not every block has such a module.
+    seam: how its attention is reached: by the caller's override; at torch's scaled_dot_product_attention ("sdpa"), and
+    so too where diffusers would choose between several functions ("diffusers"); or at a function that the Python
+    module of its class calls, by that name (see `function_seam`).
     """
 
     streams: Streams
@@ -109,10 +112,16 @@ class Attention:
     mask: Literal["whole", "own"] = "whole"
     then: tuple[Streams, ...] = ()
     or_fewer: bool = False
+    some: bool = False
     seam: str = "override"
 
     def __post_init__(self) -> None:
         assert self.mask in ("whole", "own") and self.seam.isidentifier()
+
+    @property
+    def is_torchs(self) -> bool:
+        """Whether it is reached at torch's function."""
+        return self.seam in ("sdpa", "diffusers")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,23 +131,33 @@ class TokenPlan:
     blocks: in the order in which the lists begin to run.
     attention: modules whose keys are of cut streams, as paths in which a `*` is one part; any other attention is to
     what the rank holds, as cross-attention to a whole text is.
-    join: module → its arguments → tokens, which are joined before it runs. Without any, what the last block of the
-    last list gives is joined.
+    join: module → its arguments → tokens, which are joined before it runs; or tokens alone, of its output, which is
+    joined. Without any, what the last block of the last list gives is joined.
     in_order: each block runs once in a forward, list after list, and what a block gives only the next one needs. Else
     no pipeline can be made of them.
+    untouched: and the next one is given these very tensors, as nothing stands between two blocks. Then they need no
+    whole size there. A model that does otherwise is refused.
     """
 
     blocks: tuple[Blocks, ...]
     attention: dict[str, Attention]
-    join: dict[str, dict[str, Tokens]] = dataclasses.field(default_factory=dict)
+    join: dict[str, dict[str, Tokens] | Tokens] = dataclasses.field(default_factory=dict)
     in_order: bool = True
+    untouched: bool = False
 
     def __post_init__(self) -> None:
         known = {stream for blocks in self.blocks for _, rule in blocks.given for stream in rule.streams}
         asked = [rule for blocks in self.blocks for rule in blocks.takes.values() if not isinstance(rule, Refused)]
         named = [rule.streams for rule in asked]
-        named += [rule.streams for arguments in self.join.values() for rule in arguments.values()]
+        joined = [[rule] if isinstance(rule, Tokens) else rule.values() for rule in self.join.values()]
+        named += [rule.streams for rules in joined for rule in rules]
         for rule in self.attention.values():
             named += [rule.streams, rule.keys or (), *rule.then]
+        assert self.in_order or not self.untouched, "blocks that take turns are not given each other's tensors"
         unknown = {stream for streams in named for stream in streams} - known
         assert not unknown, f"no block gives {sorted(unknown)}"
+
+    @property
+    def is_diffusers(self) -> bool:
+        """Whether it is of one of diffusers' models, whose attention is not torch's own by itself."""
+        return any(rule.seam == "diffusers" for rule in self.attention.values())

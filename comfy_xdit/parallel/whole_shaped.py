@@ -24,19 +24,20 @@ from torch.utils.hooks import RemovableHandle
 
 from comfy_xdit.errors import InputError
 
-from .apply import find
 from .attention import Attend, Layer, SequenceAttention
 from .attention_seam import AttentionSeam
 from .block_call import Call
 from .context import ParallelContext
 from .function_seam import lead_here
 from .patch_tokens import PatchTokens
+from .paths import find
+from .seam import torchs_own
 from .sequence import join
 from .stage import Stage
 from .stage_blocks import StageBlocks
 from .stages import Absent
 from .token_shards import TokenShards
-from .tokens import Blocks, TokenPlan, Tokens
+from .tokens import Attention, Blocks, Rule, TokenPlan, Tokens
 
 OVERRIDE = "optimized_attention_override"
 """Under which name ComfyUI's models look for another attention in their `transformer_options`."""
@@ -67,11 +68,12 @@ def whole_shaped(
     attention, a join or a block was passed by.
     """
     work = WholeShaped(module, plan, context, attend, stage)
-    try:
-        work.hook()
-        yield work
-    finally:
-        work.unhook()
+    with torchs_own(module) if plan.is_diffusers else contextlib.nullcontext():
+        try:
+            work.hook()
+            yield work
+        finally:
+            work.unhook()
 
 
 class WholeShaped:
@@ -96,6 +98,8 @@ class WholeShaped:
         self.running: list[AttentionSeam] = []
         self.in_block = False
         self.has_cut = False
+        self.handed: list[Tensor] = []
+        self.narrowed: dict[Rule, tuple[Any, Any]] = {}
         self.due: set[str] = set()
         self.handles: list[RemovableHandle] = []
 
@@ -108,20 +112,23 @@ class WholeShaped:
             enter = self._entering(number, rule, _signature(block, rule))
             add(block.register_forward_pre_hook(enter, with_kwargs=True))
         for pattern, attention in self.plan.attention.items():
-            for path, child in self._attending(pattern, lists):
+            for path, child in self._attending(pattern, attention, lists):
                 seam = AttentionSeam(path, attention, self)
                 self.seams.append(seam)
                 if seam.is_called:
                     lead_here(child, attention.seam)
                 add(child.register_forward_pre_hook(seam.enter))
                 add(child.register_forward_hook(seam.leave, always_call=True))
+        self._require_attention(lists)
         # After those of attention: a block may itself be the module that attends.
         for number, block, rule in blocks:
-            joins = number + 1 == len(blocks) and not self.plan.join
-            add(block.register_forward_hook(self._leaving(number, rule, joins=joins)))
+            add(block.register_forward_hook(self._leaving(number, rule, is_last=number + 1 == len(blocks))))
         for path, arguments in self.plan.join.items():
             ((_, child),) = self._required(path)
-            add(child.register_forward_pre_hook(self._joining(path, arguments), with_kwargs=True))
+            if isinstance(arguments, Tokens):
+                add(child.register_forward_hook(self._joining_output(path, arguments)))
+            else:
+                add(child.register_forward_pre_hook(self._joining(path, arguments), with_kwargs=True))
         add(self.module.register_forward_hook(lambda module, args, out: self._settle()))
 
     def _required(self, pattern: str) -> list[tuple[str, nn.Module]]:
@@ -130,12 +137,19 @@ class WholeShaped:
             raise ValueError(f"{type(self.module).__name__} has no {pattern}; the plan is for another version of it")
         return found
 
-    def _attending(self, pattern: str, lists: Lists) -> list[tuple[str, nn.Module]]:
+    def _attending(self, pattern: str, rule: Attention, lists: Lists) -> list[tuple[str, nn.Module]]:
         """The modules that attend and are here; none where all blocks of their list are other stages'."""
         absent = [rule.path for rule, found in lists if all(isinstance(block, Absent) for _, block in found)]
         if pattern.startswith(tuple(f"{path}." for path in absent)):
             return []
-        return [(path, child) for path, child in self._required(pattern) if not isinstance(child, Absent)]
+        found = find(self.module, pattern) if rule.some else self._required(pattern)
+        return [(path, child) for path, child in found if not isinstance(child, Absent)]
+
+    def _require_attention(self, lists: Lists) -> None:
+        for path, block in (pair for _, found in lists for pair in found):
+            if not isinstance(block, Absent) and not any(f"{seam.path}.".startswith(f"{path}.") for seam in self.seams):
+                name = type(self.module).__name__
+                raise ValueError(f"{path} of {name} has no attention; the plan is for another version of it")
 
     def unhook(self) -> None:
         for handle in self.handles:
@@ -148,6 +162,8 @@ class WholeShaped:
         self.shards = TokenShards(axis=self.axis, patch=self.patch)
         self.running.clear()
         self.in_block = self.has_cut = False
+        self.handed.clear()
+        self.narrowed.clear()
         self.due.clear()
         for seam in self.seams:
             seam.num_runs = 0
@@ -181,18 +197,42 @@ class WholeShaped:
             assert not self.in_block, f"a block of {rule.path} inside of another block"
             call = Call(signature, args, kwargs)
             tensors = [(call.get(name), tokens) for name, tokens in rule.given]
-            self.shards.learn([(x, tokens) for x, tokens in tensors if x is not None])
-            self._need_enough()
+            is_handed = bool(self.handed)
+            if is_handed:
+                self._need_handed(rule, [x for x, _ in tensors])
+            else:
+                self.shards.learn([(x, tokens) for x, tokens in tensors if x is not None])
+                self._need_enough()
             self.has_cut = self.shards.cuts
             for name, what in rule.takes.items():
-                if call.has(name) and not passes:
-                    call.set(name, self.shards.narrow(call.get(name), what))
+                if not call.has(name) or passes or (is_handed and name in rule.gives):
+                    continue
+                narrow = self.shards.narrow if name in rule.gives else self._narrowed
+                call.set(name, narrow(call.get(name), what))
             if self.stage is not None:
                 self.stage.enter(number, [call.get(name) for name in rule.gives])
             self.in_block = not passes
             return call.bound.args, call.bound.kwargs
 
         return hook
+
+    def _narrowed(self, value: Any, rule: Rule) -> Any:
+        """As `TokenShards.narrow`; once for one and the same value that is given to block after block."""
+        if not isinstance(value, (Tensor, tuple)):
+            return self.shards.narrow(value, rule)
+        known, part = self.narrowed.get(rule, (None, None))
+        if known is not value:
+            part = self.shards.narrow(value, rule)
+            self.narrowed[rule] = value, part
+        return part
+
+    def _need_handed(self, rule: Blocks, tensors: list[Tensor | None]) -> None:
+        """Raises RuntimeError where the block isn't given what the one before gave."""
+        if any(x is not None and all(x is not handed for handed in self.handed) for x in tensors):
+            raise RuntimeError(
+                f"a block of {rule.path} is given other tensors than the one before gave; the plan says that nothing "
+                "stands between them"
+            )
 
     def _need_enough(self) -> None:
         """Too few tokens aren't worth cutting, and a shard of none breaks what infers sizes: then nothing is cut.
@@ -209,8 +249,8 @@ class WholeShaped:
         if short:
             self.shards.axis = self.axis.alone
 
-    def _leaving(self, number: int, rule: Blocks, *, joins: bool) -> Callable[..., Any]:
-        passes = self._passes(number)
+    def _leaving(self, number: int, rule: Blocks, *, is_last: bool) -> Callable[..., Any]:
+        passes, joins = self._passes(number), is_last and not self.plan.join
 
         def hook(module: nn.Module, args: Any, out: Any) -> Any:
             self.in_block = False
@@ -225,6 +265,9 @@ class WholeShaped:
             back = self.shards.joined if joins else self.shards.whole_shaped
             outs = out if isinstance(out, (tuple, list)) else (out,)
             assert len(outs) >= len(rule.gives), f"{rule.path} gives {len(outs)} outputs, not {rule.gives}"
+            if self.plan.untouched and not is_last:
+                self.handed = [x for x in outs[: len(rule.gives)] if x is not None]
+                return out
             tokens = dict(rule.given)
             whole = [x if x is None else back(x, tokens[name]) for x, name in zip(outs, rule.gives, strict=False)]
             return type(out)([*whole, *outs[len(whole) :]]) if isinstance(out, (tuple, list)) else whole[0]
@@ -238,6 +281,13 @@ class WholeShaped:
                 call.set(name, self.shards.joined(self.shards.narrow(call.get(name), tokens), tokens))
             self.due.discard(path)
             return call.bound.args, call.bound.kwargs
+
+        return hook
+
+    def _joining_output(self, path: str, tokens: Tokens) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+            self.due.discard(path)
+            return self.shards.joined(self.shards.narrow(out, tokens), tokens)
 
         return hook
 
@@ -263,7 +313,7 @@ class WholeShaped:
         Returns [B, L, H · D], or [B, H, L, D] with skip_output_reshape.
         """
         seam = self.running[-1] if self.running else None
-        comes_here = seam is not None and seam.rule.seam != "sdpa"
+        comes_here = seam is not None and not seam.rule.is_torchs
         if comes_here and seam is not None:
             seam.count()
         if not comes_here or seam is None or not (self.shards.cuts or self.sees_all):
