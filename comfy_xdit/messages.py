@@ -176,6 +176,21 @@ class Drop(Message):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Preprocess(Message):
+    """Have a model of ComfyUI's own class make of conditioning what its class makes of it before sampling.
+
+    method: of the transformer, one of its family's `prepares`; args, named: its arguments.
+    Answer: `Result(value=tensor)` from rank 0; None from the others.
+    """
+
+    model: str
+    patches_id: str
+    method: str
+    args: list[Tree]
+    named: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Denoise(Message):
     """Evaluate the transformer once.
 
@@ -204,7 +219,8 @@ class Sample(Message):
     mask, noises: what its terms "noise", "latent" and "n…" are, whole ([batch, channels, ...]; mask or single
     noises may be None). conds: for each of `program.conds` the arguments of ComfyUI's diffusion model but x
     and timestep, as in `Denoise.calls`; for a model of ComfyUI's own class also "concat", channels to be added to the
-    latent, and "latent_shapes", each latent's shape without the batch where one holds several ([batch, 1, numbers]).
+    latent, "latent_shapes", each latent's shape without the batch where one holds several ([batch, 1, numbers]), and
+    "timesteps", the names of further arguments that are the timestep.
     num_patches, warmup_steps, stale: of the methods that reuse activations (PipeFusion, DistriFusion): 0
     patches lets the workers choose; the first `warmup_steps` evaluations are exact; not stale is exact throughout.
     Answer: `Result(value=samples)` from rank 0, None when the job was cancelled.

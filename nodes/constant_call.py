@@ -26,6 +26,7 @@ class Catcher:
     """Stands in for a sampling run on the pool: keeps its calls, answers zeros."""
 
     meeting = None
+    is_whole = True
 
     def __init__(self, x: Tensor) -> None:
         """x: of the sampler's latent's shape."""
@@ -66,7 +67,8 @@ def _caught(guider: Any, name: str, call: SamplerCall, x: Tensor, model_options:
         raise NotAProgram(f"the host evaluates the {name} conditioning in {len(catcher.calls)} calls")
     caught = dict(catcher.calls[0])
     if isinstance(model.remote, ComfyRemoteModel):
-        caught |= _made_of_the_latent(caught["x"], x.shape)
+        caught |= _made_of_the_latent(caught["x"], x.shape) | _made_of_the_timestep(caught)
+        caught = {name: value for name, value in caught.items() if name not in caught.get("timesteps", ())}
     foreseen = {
         "x": model.model_sampling.calculate_input(sigma, x),
         "timestep": torch.full_like(sigma, call.timestep),
@@ -89,6 +91,12 @@ def _made_of_the_latent(given: Any, shape: torch.Size) -> dict[str, Any]:
     if given.dim() == len(shape) and given.shape[1] > shape[1]:
         return {"x": given[:, : shape[1]], "concat": given[:, shape[1] :]}
     return {"x": given}
+
+
+def _made_of_the_timestep(caught: dict[str, Any]) -> dict[str, Any]:
+    """Which other arguments are the timestep, as "timesteps"."""
+    names = [name for name, value in caught.items() if name != "timestep" and _same(value, caught["timestep"])]
+    return {"timesteps": names} if names else {}
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -78,21 +78,28 @@ class RemoteModel:
         self._run: Run | None = None
         self._room: dict[str, int | None] = {}
 
-    def signature_of(self, forward: Callable[..., Any]) -> None:
-        """Read the names of the arguments from the method that this object stands in for."""
-        parameters = list(inspect.signature(forward).parameters.values())[1:]
+    def stand_in(self, transformer: Any) -> None:
+        """Have the evaluations of ComfyUI's transformer come here."""
+        # SD3's transformer has no `_forward`: there the whole `forward` is replaced.
+        name = "_forward" if hasattr(transformer, "_forward") else "forward"
+        parameters = list(inspect.signature(getattr(type(transformer), name)).parameters.values())[1:]
         self._signature = inspect.Signature(parameters)
+        setattr(transformer, name, self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The transformer's output for ComfyUI's arguments, on x's device."""
+        run = self._needed_run()
+        call, options = self._arguments(*args, **kwargs)
+        chunks = len(options.get("cond_or_uncond", ())) or 1
+        return self._given_back(run.evaluate(call, chunks), call)
+
+    def _needed_run(self) -> Run:
         if self._run is None:
             raise ValueError(
                 "a model on the pool was called outside of a sampler; use a node that samples with it (one of a "
                 "guider's models can be on the pool), or the MODEL in front of Parallel Model (xDiT)"
             )
-        call, options = self._arguments(*args, **kwargs)
-        chunks = len(options.get("cond_or_uncond", ())) or 1
-        return self._given_back(self._run.evaluate(call, chunks), call)
+        return self._run
 
     def _bound(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The arguments by their names, in the order of the signature."""
@@ -213,7 +220,12 @@ def _longest_silence(program: SamplerProgram) -> int:
 
 
 class Run:
-    """One sampling run: evaluates calls on the workers, sends what is constant once."""
+    """One sampling run: evaluates calls on the workers, sends what is constant once.
+
+    is_whole: whether calls stand for a run whose steps are the workers'.
+    """
+
+    is_whole = False
 
     def __init__(self, pool: Pool, load: Load, choose: Callable[[int], ParallelSpec], *, trace: bool = False) -> None:
         self.pool = pool
@@ -241,6 +253,14 @@ class Run:
             chunks=[chunks for _, chunks in calls],
         )
         return self._call(message, poll=poll).value
+
+    def prepare(self, method: str, args: list[Any], named: dict[str, Any]) -> Tensor:
+        """What the transformer's own method makes of conditioning on the workers."""
+        load = self._load
+        message = m.Preprocess(
+            model=load.model.model, patches_id=load.patches_id, method=method, args=args, named=named
+        )
+        return self.pool.call(message, poll=poll).value
 
     def sample(
         self, job: SamplingJob, *, key: str, num_chunks: int, reuse: dict[str, int], poll: Callable[[], bool]
@@ -287,6 +307,8 @@ class Run:
             return self._constants.refer(name, value)
         if isinstance(value, (list, tuple)):
             return [self._constant(f"{name}.{i}", item) for i, item in enumerate(value)]
+        if isinstance(value, dict):
+            return {key: self._constant(f"{name}.{key}", item) for key, item in value.items()}
         return value
 
 

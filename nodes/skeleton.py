@@ -2,7 +2,8 @@
 
 ComfyUI's loop asks a model for its latent format, its sigmas, its conditioning, the names of its weights, and where and
 of which type they are, and gets all of that from here. Only the diffusion transformer's `_forward` is replaced, on the
-instance, so that wrappers that other nodes put around the transformer still run.
+instance, so that wrappers that other nodes put around the transformer still run; and what ComfyUI has the transformer
+do to a text before sampling.
 """
 
 from __future__ import annotations
@@ -88,11 +89,7 @@ def build(config: Any, infos: dict[str, Tensor], remote: RemoteModel) -> Any:
     model.memory_usage_factor = 0.0
     model.device = None
     model.remote = remote
-    transformer = model.diffusion_model
-    # SD3's transformer has no `_forward`: there the whole `forward` is replaced.
-    name = "_forward" if hasattr(transformer, "_forward") else "forward"
-    remote.signature_of(getattr(type(transformer), name))
-    setattr(transformer, name, remote)
+    remote.stand_in(model.diffusion_model)
     model.state_dict_for_saving = _refuse_saving
     return model
 

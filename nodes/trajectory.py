@@ -14,6 +14,7 @@ the sampler's state stays on the workers. What the wrapper returns is the run's 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -146,6 +147,9 @@ def _only_shows(callback: Callable[..., None] | None) -> bool:
     """Whether it is ComfyUI's own, which shows the denoised latent. Told by where its code looks up names: a
     wrapper may bear the name of what it wraps.
     """
+    if callback is not None and getattr(callback, "__globals__", None) is vars(comfy.samplers):
+        # Between the sampler and the callback, where a latent holds several: it takes them apart.
+        callback = inspect.getclosurevars(callback).nonlocals.get("packed_callback", callback)
     return callback is None or getattr(callback, "__globals__", None) is vars(latent_preview)
 
 

@@ -56,6 +56,7 @@ class Service:
             m.SetPatches: self._set_patches,
             m.Hold: self._hold,
             m.Drop: self._drop,
+            m.Preprocess: self._preprocess,
             m.Denoise: self._denoise,
             m.Sample: self._sample,
             m.LoadVAE: self._load_vae,
@@ -155,6 +156,16 @@ class Service:
             self._held.pop(name, None)
         return m.Result()
 
+    def _preprocess(self, message: m.Preprocess) -> m.Result:
+        model = self._residents.model(message.model)
+        _require_patches(model, message.patches_id)
+        if not isinstance(model, ComfyModel):
+            raise InputError(f"{model.family.name} of diffusers' classes has no {message.method!r} before sampling")
+        args, named = _to(message.args, self.device), _to(message.named, self.device)
+        made = model.family.prepare(model, message.method, args, named)
+        self._residents.require_unchanged(message.model)
+        return m.Result(value=made if self.rank == 0 else None)
+
     def _denoise(self, message: m.Denoise) -> m.Result:
         model = self._ready_model(message)
         calls = [_to(self._recall(call), self.device) for call in message.calls]
@@ -237,10 +248,7 @@ class Service:
     def _ready_model(self, message: m.Denoise | m.Sample) -> ResidentModel | ComfyModel:
         """The model that a job wants, held as it wants it: alike on every rank, or InputError on every rank."""
         model = self._residents.model_for(message.model, message.spec)
-        if model.patches_id != message.patches_id:
-            raise InputError(
-                f"the workers hold other patches (LoRA) of this model than those of this run; {AGAIN}"
-            )
+        _require_patches(model, message.patches_id)
         return model
 
     def _recall(self, value: Any) -> Any:
@@ -255,6 +263,11 @@ class Service:
         if isinstance(value, list):
             return [self._recall(item) for item in value]
         return value
+
+
+def _require_patches(model: ResidentModel | ComfyModel, patches_id: str) -> None:
+    if model.patches_id != patches_id:
+        raise InputError(f"the workers hold other patches (LoRA) of this model than those of this run; {AGAIN}")
 
 
 def _describe(key: str, model: ResidentModel | ComfyModel) -> dict[str, Any]:

@@ -32,6 +32,45 @@ def rows_of(name: str, value: Any, rows: range, batch: int) -> Any:
     raise InputError(f"{name} is a {type(value).__name__}, whose rows are not known; remove the node that gives it")
 
 
+class Apart(Exception):
+    """Values that can't go together."""
+
+
+def joined(values: list[Any], rows: int) -> Any:
+    """One argument of several calls, of so many rows each, as that of one call; raises Apart where shapes differ."""
+    first = values[0]
+    if any(type(value) is not type(first) for value in values):
+        raise Apart
+    if isinstance(first, Tensor):
+        if first.dim() == 0 or any(value.shape != first.shape for value in values):
+            raise Apart
+        return torch.cat([value.expand(rows, *value.shape[1:]) for value in values])
+    if isinstance(first, Tuple):
+        return Tuple(items=joined([value.items for value in values], rows))
+    if isinstance(first, list):
+        if any(len(value) != len(first) for value in values):
+            raise Apart
+        return [joined(list(items), rows) for items in zip(*values, strict=True)]
+    if not all(alike(value, first) for value in values):
+        raise Apart
+    return first
+
+
+def alike(a: Any, b: Any) -> bool:
+    """Whether two arguments are the same, to the bit."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, Tuple):
+        return alike(a.items, b.items)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(alike, a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(alike(a[name], b[name]) for name in a)
+    return bool(a == b)
+
+
 def as_given(value: Any) -> Any:
     """`value` with each `Tuple` made Python's: some models ask whether a timestep is one. Lists and dicts are new."""
     if isinstance(value, Tuple):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,15 +14,15 @@ from torch import Tensor, nn
 
 from comfy_xdit.errors import InputError
 from comfy_xdit.parallel.model import Call, first_latent, num_rows
-from comfy_xdit.parallel.rows import batched
 from comfy_xdit.parallel.spec import ModelShape
 from comfy_xdit.parallel.tokens import TokenPlan
 from comfy_xdit.quoted import quoted
 
-from .calls import as_given, packed, rows_of, unpacked
+from .calls import Apart, alike, as_given, joined, packed, rows_of, unpacked
 
-OF_THE_LATENT = ("concat", "latent_shapes")
-"""Parts of a conditioning in `messages.Sample` that say how the transformer's x is made of the sampler's latent."""
+OF_THE_STEP = ("concat", "latent_shapes", "timesteps")
+"""Parts of a conditioning in `messages.Sample` that say how the transformer's arguments are made of a step's latent and
+timestep."""
 
 MISFITS = ("shapes cannot be multiplied", "normalized_shape")
 """What torch says of an input of other channels than the layer that reads it has."""
@@ -42,6 +43,13 @@ class ComfyFamily:
     (or one for all): tensors, or lists of them. constants: those that are the same for all rows.
     Any other argument is refused by name: nobody has shown that it comes out right.
     options: entries of transformer_options that the transformer's own code reads.
+    prepares: methods of the transformer that ComfyUI's model has work on conditioning before sampling. They run on the
+    workers, on each rank whole.
+    rebuilt: entries of arguments, as "argument.entry", that the transformer makes of the others where they are missing.
+    They don't travel.
+    scales: entries, named so too, by which the transformer's `forward` scales latents around its `_forward`, each step
+    otherwise. In ComfyUI's own loop that is done there, and they don't travel.
+    max_rows: how many a forward takes; 0 for any number.
     """
 
     name: str
@@ -52,6 +60,10 @@ class ComfyFamily:
     rows: tuple[str, ...]
     constants: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
+    prepares: tuple[str, ...] = ()
+    rebuilt: tuple[str, ...] = ()
+    scales: tuple[str, ...] = ()
+    max_rows: int = 0
 
     def shape(self, transformer: nn.Module) -> ModelShape:
         """What limits the degrees of this model; it may be one without weights."""
@@ -70,14 +82,17 @@ class ComfyFamily:
         for name in call.get("transformer_options", {}).keys() - {*self.options}:
             raise InputError(f"{self.title} can't be given the transformer option {name!r} on the pool")
         self.of_rows(call, range(1))
+        if 0 < self.max_rows < num_rows(call):
+            raise InputError(f"{self.title} takes a batch of {self.max_rows}, not of {num_rows(call)}")
 
     # As `parallel.model.Family` says; `model` is a `ComfyModel`.
 
     def call_of(self, x: Tensor, timestep: Tensor, cond: Call) -> Call:
-        made: Call = {name: value for name, value in cond.items() if name not in OF_THE_LATENT}
+        made: Call = {name: value for name, value in cond.items() if name not in OF_THE_STEP}
         if "concat" in cond:
             x = torch.cat([x, cond["concat"]], 1)
-        return {**made, "x": unpacked(x, cond["latent_shapes"]) if "latent_shapes" in cond else x, "timestep": timestep}
+        made["x"] = unpacked(x, cond["latent_shapes"]) if "latent_shapes" in cond else x
+        return {**made, **dict.fromkeys(["timestep", *cond.get("timesteps", ())], timestep)}
 
     def check(self, model: Any, call: Call) -> None:
         self.check_arguments(call)
@@ -91,15 +106,53 @@ class ComfyFamily:
         return {name: rows_of(name, value, rows, batch) if name in cut else value for name, value in call.items()}
 
     def batched(self, calls: list[Call]) -> Call | None:
-        return batched(calls, self.constants)
+        first, *rest = calls
+        rows = num_rows(first)
+        if not rest or (self.max_rows and rows * len(calls) > self.max_rows):
+            return None
+        if any(call.keys() != first.keys() or num_rows(call) != rows for call in rest):
+            return None
+        made: Call = {}
+        try:
+            for name in first:
+                values = [call[name] for call in calls]
+                if name in ("x", "timestep", *self.rows):
+                    made[name] = joined(values, rows)
+                elif all(alike(value, values[0]) for value in values):
+                    made[name] = values[0]
+                else:
+                    return None
+        except Apart:
+            return None
+        return made
 
     def run(self, model: Any, call: Call) -> Tensor:
         # New lists and dicts: models write into them.
         named = {name: as_given(value) for name, value in call.items()}
         # What is None does not travel, but a class may ask for it.
         given = {**dict.fromkeys(_required(model.module)), "transformer_options": {}, **named}
-        try:
+        with self._misfits_said():
             output = packed(model.module(given.pop("x"), given.pop("timestep"), **given))
+        shape = self.output_shape(model, call)
+        if output.shape != shape or output.dtype != model.compute_dtype:
+            raise RuntimeError(f"{self.title} gave {tuple(output.shape)} of {output.dtype}, not {shape}")
+        return output
+
+    def prepare(self, model: Any, method: str, args: list[Any], named: dict[str, Any]) -> Any:
+        """What the transformer's `method` makes of conditioning. `model` is a `ComfyModel`.
+
+        Raises InputError for a method that the family does not name, and for conditioning of another model.
+        """
+        if method not in self.prepares:
+            raise InputError(f"{self.title} can't be asked for {method!r} on the pool; sample it without the pool")
+        with self._misfits_said():
+            return getattr(model.module, method)(*args, **named)
+
+    @contextlib.contextmanager
+    def _misfits_said(self) -> Iterator[None]:
+        """Raises InputError for what torch says of inputs of another model."""
+        try:
+            yield
         except RuntimeError as error:
             if not any(words in str(error) for words in MISFITS):
                 raise
@@ -107,10 +160,6 @@ class ComfyFamily:
                 f"{self.title} can't take what it is given ({quoted(error)}); use the text encoders, the empty latent "
                 "and the VAE that belong to the model"
             ) from error
-        shape = self.output_shape(model, call)
-        if output.shape != shape or output.dtype != model.compute_dtype:
-            raise RuntimeError(f"{self.title} gave {tuple(output.shape)} of {output.dtype}, not {shape}")
-        return output
 
     def output_shape(self, model: Any, call: Call) -> tuple[int, ...]:
         x = call["x"]

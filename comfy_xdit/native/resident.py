@@ -52,8 +52,9 @@ class ComfyModel:
         self._model, self._addresses = loaded.model, loaded.addresses
         self._patches = Patches(loaded, device)
         self.module: nn.Module = self._model.diffusion_model
-        # What a class does around `_forward` (wrappers, scales of its latents) the host does.
-        self.module.forward = getattr(self.module, "_forward", self.module.forward)
+        # What a class does around `_forward` the host does: wrappers; scales of its latents, if it is told no others.
+        if not family.scales:
+            self.module.forward = getattr(self.module, "_forward", self.module.forward)
         self.compute_dtype: torch.dtype = self._model.get_dtype_inference()
         self.num_channels: int = self._model.latent_format.latent_channels
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from comfy_xdit_nodes.native.call import as_call
@@ -20,10 +22,31 @@ class ComfyRemoteModel(RemoteModel):
         super().__init__()
         self._family = family
 
+    def stand_in(self, transformer: Any) -> None:
+        """As the base says; and what the family has its transformer do beside evaluations."""
+        super().stand_in(transformer)
+        for method in self._family.prepares:
+            setattr(transformer, method, partial(self._prepare, method))
+        if self._family.scales:
+            transformer.forward = partial(self._scaled, transformer.forward)
+
+    def _prepare(self, method: str, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What the transformer's `method` makes of `value`, on its device."""
+        return self._needed_run().prepare(method, [value, *args], kwargs).to(value.device)
+
+    def _scaled(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The transformer's `forward`, which scales around `_forward`; a run of the workers' scales there."""
+        return self(*args, **kwargs) if self._needed_run().is_whole else forward(*args, **kwargs)
+
     def _arguments(self, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         bound = self._bound(*args, **kwargs)
         x, timestep = (bound.pop(name) for name in list(bound)[:2])
         options = bound.get("transformer_options") or {}
+        is_whole = self._needed_run().is_whole
+        for path in (*self._family.rebuilt, *(() if is_whole else self._family.scales)):
+            name, entry = path.split(".")
+            if isinstance(bound.get(name), dict):
+                bound[name] = {key: value for key, value in bound[name].items() if key != entry}
         call = as_call(x, timestep, own=self._family.options, **bound)
         if "control" in call:
             raise ValueError("a ControlNet can't run on the pool yet; use the stock sampler for it")

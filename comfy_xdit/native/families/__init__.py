@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_xdit.native.family import ComfyFamily
 
+from .anima import ANIMA
 from .chroma import CHROMA
 from .flux import FLUX, FLUX2
 from .hunyuan import HUNYUAN, HUNYUAN15
@@ -17,7 +18,10 @@ from .qwen import QWEN
 from .sd3 import SD3
 from .wan import VACE, WAN
 
-ALL = (MINIMAX, LTXAV, LTXV, QWEN, LUMINA, WAN, VACE, KREA2, FLUX, FLUX2, CHROMA, HUNYUAN, HUNYUAN15, SD3, PIXART)
+ALL = (
+    *(MINIMAX, LTXAV, LTXV, QWEN, LUMINA, WAN, VACE, KREA2, FLUX, FLUX2, CHROMA, HUNYUAN, HUNYUAN15, ANIMA, SD3),
+    PIXART,
+)
 
 FAMILIES: dict[str, ComfyFamily] = {family.name: family for family in ALL}
 """By name."""

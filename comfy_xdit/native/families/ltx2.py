@@ -49,4 +49,5 @@ LTXAV = ComfyFamily(
     num_heads=lambda transformer: min(transformer.num_attention_heads, transformer.audio_num_attention_heads),
     rows=("context", "attention_mask", "denoise_mask", "audio_denoise_mask", "keyframe_idxs", "a_timestep"),
     constants=("frame_rate", "guide_attention_entries", "generated_keyframes", "ref_audio"),
+    prepares=("preprocess_text_embeds",),
 )

@@ -26,4 +26,9 @@ MINIMAX = ComfyFamily(
     # It takes one row only, so what belongs to it is the same for all.
     constants=("minimax_payload",),
     options=("minimax_h3_sigma_shift_video", "minimax_h3_sigma_shift_audio"),
+    prepares=("preprocess_text_embeds",),
+    # Of the sizes, the keyframes and the references.
+    rebuilt=("minimax_payload.layout",),
+    scales=("minimax_payload.audio_scale",),
+    max_rows=1,
 )

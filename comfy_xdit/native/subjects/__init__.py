@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_xdit.native.subject import Subject
 
-from . import chroma, flux, hunyuan, krea, ltx, lumina, minimax, pixart, qwen, sd3, wan
+from . import anima, chroma, flux, hunyuan, krea, ltx, lumina, minimax, pixart, qwen, sd3, wan
 
 SUBJECTS: dict[str, tuple[Subject, ...]] = {
     "minimax-h3": minimax.SUBJECTS,
@@ -20,6 +20,7 @@ SUBJECTS: dict[str, tuple[Subject, ...]] = {
     "chroma": chroma.SUBJECTS,
     "hunyuan-video": hunyuan.HUNYUAN_SUBJECTS,
     "hunyuan-video-1.5": hunyuan.HUNYUAN15_SUBJECTS,
+    "anima": anima.SUBJECTS,
     "sd3": sd3.SUBJECTS,
     "pixart": pixart.SUBJECTS,
 }
