@@ -31,15 +31,6 @@ KNOWN = {name: family for name, family in FAMILIES.items() if any(exists(kind) f
 
 
 @pytest.fixture(autouse=True)
-def torchs_attention(monkeypatch):
-    """PixArt can be run in parallel where its attention is torch's, as on a GPU; here ComfyUI would choose another."""
-    import comfy.ldm.pixart.blocks
-    from comfy.ldm.modules.attention import attention_pytorch
-
-    monkeypatch.setattr(comfy.ldm.pixart.blocks, "optimized_attention", attention_pytorch)
-
-
-@pytest.fixture(autouse=True)
 def one_thread():
     before = torch.get_num_threads()
     torch.set_num_threads(1)
