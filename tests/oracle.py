@@ -21,8 +21,8 @@ from oracle_rows import BETWEEN, FORWARDS, Spans, copied, latent_of, token_count
 from torch import Tensor, nn
 
 from comfy_xdit.parallel.paths import find
-from comfy_xdit.parallel.plan import TensorPlan
 from comfy_xdit.parallel.spec import ParallelSpec
+from comfy_xdit.parallel.tensor_plan import TensorPlan
 from comfy_xdit.trajectory import Replay
 
 Keys = tuple[Tensor, ...]

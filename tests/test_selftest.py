@@ -4,12 +4,13 @@ import dataclasses
 import math
 
 import pytest
+import test_sharded
 import torch
 from token_toys import JOINT, PAIR, call, lines, toy_model
 
 from comfy_xdit.native import selftest as under_test
 from comfy_xdit.native.family import ComfyFamily
-from comfy_xdit.native.selftest import LIMIT, selftest, verdict
+from comfy_xdit.native.selftest import LIMIT, SPECS, selftest, verdict
 from comfy_xdit.native.subject import Subject, cases
 from comfy_xdit.parallel.spec import ParallelSpec
 
@@ -57,7 +58,7 @@ def toys(monkeypatch):
 
 @pytest.mark.parametrize(("toy", "plan"), [("joint", JOINT), ("pair", PAIR)])
 def test_a_plan_that_holds(toy, plan):
-    outcomes = selftest(family(plan), [subject(toy)])
+    outcomes = selftest(family(plan), [subject(toy)], SPECS)
     assert [outcome.call for outcome in outcomes][:2] == ["Toy masked on ulysses=2", "Toy masked on ring=3"]
     assert len(outcomes) == 4 and all(outcome.error <= 1e-12 and outcome.holds for outcome in outcomes)
     assert verdict(family(plan), outcomes, "1.2.3") == ""
@@ -99,7 +100,7 @@ def test_what_a_plan_refuses_must_be_refused():
 
 def test_a_wrong_number_of_heads_is_told():
     wrong = dataclasses.replace(family(JOINT), num_heads=lambda toy: 12)
-    (outcome,) = (outcome for outcome in selftest(wrong, [subject("joint")]) if not outcome.holds)
+    (outcome,) = (outcome for outcome in selftest(wrong, [subject("joint")], SPECS) if not outcome.holds)
     assert outcome.why == "12 heads, of which attention has [6]"
 
 
@@ -107,10 +108,38 @@ def test_a_files_configuration_is_tried_once():
     """Subjects that differ in nothing else are one; those of other sizes are not."""
     real = {"Toy": {"toy": "joint", "flag": True}}
     twins = [subject("joint"), dataclasses.replace(subject("joint"), config={"toy": "joint", "flag": False})]
-    assert len(selftest(family(JOINT), twins, real=real)) == 4
-    assert len(selftest(family(JOINT), twins)) == 8
+    assert len(selftest(family(JOINT), twins, SPECS, real=real)) == 4
+    assert len(selftest(family(JOINT), twins, SPECS)) == 8
     made = [config for _, config in cases([*twins, subject("pair")], real)]
     assert made == [real["Toy"], {**real["Toy"], "toy": "pair"}]
+
+
+def test_rows_are_tried_one_by_one():
+    named = dataclasses.replace(family(JOINT), rows=("pe", "gain", "residual"))
+    outcomes = selftest(named, [subject("joint")])
+    by_rows = [outcome for outcome in outcomes if outcome.call.endswith("row by row, as on cfg and dp")]
+    assert len(outcomes) == 6 and len(by_rows) == 2 and all(outcome.error <= 1e-12 for outcome in outcomes)
+    wrong = dataclasses.replace(named, rows=("pe", "gain"), constants=("residual",))
+    assert "row by row" in verdict(wrong, selftest(wrong, [subject("joint")]), "1.2.3")
+
+
+def test_tensor_is_tried_where_there_is_a_plan_for_it(monkeypatch):
+    def call():
+        given = test_sharded.call()
+        return {"x": given["x"], "timestep": given["vec"], "pe": given["pe"]}
+
+    class Toy(test_sharded.Model):
+        def forward(self, x, timestep, transformer_options, pe):
+            return super().forward(x, timestep, pe, transformer_options)
+
+    monkeypatch.setattr(under_test, "build", lambda kind, config: test_sharded.model(Toy))
+    whole = dataclasses.replace(family(JOINT), plan=test_sharded.PLAN, num_heads=lambda toy: 8, rows=("pe",))
+    outcomes = selftest(whole, [Subject(kind="Toy", config={}, small=(), calls=lambda config: {"plain": call()})])
+    assert [outcome.call for outcome in outcomes][2:] == [
+        "Toy plain on tensor=2",
+        "Toy plain row by row, as on cfg and dp",
+    ]
+    assert all(outcome.error <= 1e-12 for outcome in outcomes)
 
 
 def test_kinds_that_are_not_there_are_left_out():

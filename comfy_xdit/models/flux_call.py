@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from comfy_xdit.errors import InputError
-from comfy_xdit.parallel.plan import AttentionLayer, Cut, ModelPlan, TensorPlan
+from comfy_xdit.parallel.plan import AttentionLayer, Cut, ModelPlan
+from comfy_xdit.parallel.tensor_plan import TensorPlan
 from comfy_xdit.parallel.tokens import Attention, Blocks, Rule, TokenPlan, Tokens
 
 from .base import Call, Config

@@ -82,6 +82,15 @@ def as_given(value: Any) -> Any:
     return value
 
 
+def as_sent(value: Any) -> Any:
+    """`value` with each tuple made a `Tuple`, as a message has it."""
+    if isinstance(value, tuple):
+        return Tuple(items=[as_sent(item) for item in value])
+    if isinstance(value, list):
+        return [as_sent(item) for item in value]
+    return value
+
+
 def packed(output: Tensor | list[Tensor] | tuple[Tensor, ...]) -> Tensor:
     """A transformer's output; several latents as ComfyUI's samplers see them: in one row, [rows, 1, numbers]."""
     if isinstance(output, Tensor):

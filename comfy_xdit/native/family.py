@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from comfy_xdit.errors import InputError
 from comfy_xdit.parallel.model import Call, first_latent, num_rows
 from comfy_xdit.parallel.spec import ModelShape
+from comfy_xdit.parallel.tensor import common_divisor, layers_cut
 from comfy_xdit.parallel.tokens import TokenPlan
 from comfy_xdit.quoted import quoted
 
@@ -26,6 +27,9 @@ timestep."""
 
 MISFITS = ("shapes cannot be multiplied", "normalized_shape")
 """What torch says of an input of other channels than the layer that reads it has."""
+
+PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""What weights are made of that tensor parallel cuts: of others nobody has shown that a part is a part."""
 
 METHODS = ("dp", "cfg", "distri", "ring", "ulysses")
 """The parallel methods that there are for all of these models."""
@@ -68,9 +72,26 @@ class ComfyFamily:
     def shape(self, transformer: nn.Module) -> ModelShape:
         """What limits the degrees of this model; it may be one without weights."""
         num_blocks = sum(len(list(transformer.get_submodule(blocks.path).children())) for blocks in self.plan.blocks)
-        heads = self.num_heads(transformer)
-        methods = (*METHODS, "pipe") if self.plan.in_order else METHODS
-        return ModelShape(title=self.title, num_heads=heads, num_blocks=num_blocks, methods=methods)
+        divides = self._tensor_divides(transformer)
+        return ModelShape(
+            title=self.title,
+            num_heads=self.num_heads(transformer),
+            num_blocks=num_blocks,
+            methods=(*METHODS, *("pipe",) * self.plan.in_order, *("tensor",) * (divides > 0)),
+            tensor_divides=divides,
+        )
+
+    def _tensor_divides(self, transformer: nn.Module) -> int:
+        """What a degree of tensor must divide; 0 where the weights aren't plain, or others than the plan knows."""
+        plan = self.plan.tensor
+        if plan is None:
+            return 0
+        try:
+            weights = [getattr(layer, "weight", None) for layer in layers_cut(transformer, plan)]
+            is_plain = all(type(one.data) is Tensor and one.dtype in PLAIN for one in weights if one is not None)
+            return common_divisor(transformer, plan) if is_plain else 0
+        except ValueError:
+            return 0
 
     def check_arguments(self, call: Call) -> None:
         """Raises InputError, naming it, for an argument that these models can't be given on a pool."""

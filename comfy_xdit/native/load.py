@@ -60,6 +60,7 @@ class Loaded:
     elsewhere: frozenset[str]
     cut: frozenset[str]
     _base: dict[str, Tensor]
+    _mine: Mine
     _lost: frozenset[str]
     _device: torch.device
     _pack: GGUF | None
@@ -73,14 +74,33 @@ class Loaded:
         return layer not in self._lost
 
     def restore(self, layers: set[str]) -> None:
-        """Give these modules, which `can_restore`, their whole weights again, as they were after the load."""
+        """Give these modules, which `can_restore`, their weights again, as they were after the load."""
         net = self.model.diffusion_model
         weights = {key: weight for key, weight in self._base.items() if layer_of(key) in layers}
         own: dict[str, dict[str, Tensor]] = {layer: {} for layer in layers}
-        for key, value in _own(net, weights, self._device, whole(net), self._pack)[0].items():
+        for key, value in _own(net, weights, self._device, self._mine, self._pack)[0].items():
             own[layer_of(key)][key.rpartition(".")[2]] = value
         for layer, values in own.items():
             _assign(net.get_submodule(layer), values, self._device)
+
+    def whole(self, key: str) -> Tensor:
+        """All of a weight that is cut, from the file, in its dtype here.
+
+        Raises InputError where the file hasn't got it.
+        """
+        weight = self._base.get(key)
+        if weight is None:
+            raise InputError(
+                f"{key} is in the file in another layout, and a part of it can't be patched (LoRA); use tensor=1"
+            )
+        held = self.model.diffusion_model.get_parameter(key)
+        return weight.to(device=self._device, dtype=held.dtype)
+
+    def own_part(self, key: str, weight: Tensor) -> Tensor:
+        """A copy of this rank's part of a weight that is cut."""
+        part = self._mine(key, weight)
+        assert part is not None, f"{key} is on another rank"
+        return part.clone()
 
 
 def layer_of(key: str) -> str:
@@ -108,7 +128,8 @@ def load(path: str, told: ComfySource, device: torch.device, part: Part = whole)
     net = model.diffusion_model
     weights = config.process_unet_state_dict(dict(weights))
     shapes = {**_shapes(net), **(shapes_of(net, weights) if pack is not None else {})}
-    own, elsewhere = _own(net, weights, device, part(net), pack)
+    mine = part(net)
+    own, elsewhere = _own(net, weights, device, mine, pack)
     cut = {key for key, value in own.items() if value.shape != weights[key].shape}
     missing, unexpected = _assign(net, own, device)
     for what, keys in (("missing", set(missing) - elsewhere), ("unexpected", set(unexpected))):
@@ -125,6 +146,7 @@ def load(path: str, told: ComfySource, device: torch.device, part: Part = whole)
         elsewhere=frozenset(elsewhere),
         cut=frozenset(cut),
         _base=base,
+        _mine=mine,
         _lost=frozenset(layer_of(key) for key in (shapes.keys() | weights.keys()) - base.keys()),
         _device=device,
         _pack=pack,

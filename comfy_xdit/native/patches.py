@@ -79,8 +79,6 @@ class Patches:
 
     def _wanted(self, patches: list[Patch]) -> dict[str, list[Patch]]:
         """What concerns the weights here, by weight."""
-        if patches and self._loaded.cut:
-            raise InputError("the pool can't patch (LoRA) a model that tensor parallel cuts; use tensor=1")
         wanted: dict[str, list[Patch]] = {}
         for patch in patches:
             # Also of weights that other ranks hold: a fault must be every rank's fault.
@@ -115,12 +113,18 @@ class Patches:
                 self._leave_to_layer(name, weight, patches)
                 continue
             patcher.patches = {name: [_entry(patch) for patch in patches]}
-            with _complaints_raised(name):
-                weight = patcher.patch_weight_to_device(name, device_to=self._device, return_weight=True)
             if not self._loaded.can_restore(layer_of(key)):
                 self._before[key] = comfy.utils.get_attr(model, name).to("cpu")
+            is_cut = key in self._loaded.cut
+            if is_cut:
+                # The algebra, and its rounding, is that of the whole layer.
+                whole = self._loaded.whole(key)
+                self._worn.add(key)
+                comfy.utils.set_attr_param(model, name, whole)
+            with _complaints_raised(name):
+                weight = patcher.patch_weight_to_device(name, device_to=self._device, return_weight=True)
             self._worn.add(key)
-            comfy.utils.set_attr_param(model, name, weight)
+            comfy.utils.set_attr_param(model, name, self._loaded.own_part(key, weight) if is_cut else weight)
 
     def _leave_to_layer(self, name: str, weight: Any, patches: list[Patch]) -> None:
         """Leave patches to the layer, which applies them each time when it has unpacked its weight."""

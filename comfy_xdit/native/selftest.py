@@ -19,11 +19,14 @@ from torch import Tensor, nn
 from comfy_xdit.errors import InputError
 from comfy_xdit.parallel.attention import Layer, SequenceAttention
 from comfy_xdit.parallel.context import ParallelContext
-from comfy_xdit.parallel.spec import ParallelSpec
+from comfy_xdit.parallel.cut import cut
+from comfy_xdit.parallel.model import num_rows
+from comfy_xdit.parallel.spec import ModelShape, ParallelSpec
+from comfy_xdit.parallel.tensor import keep_own_shards
 from comfy_xdit.parallel.thread_ranks import on_threads
 from comfy_xdit.parallel.tokens import TokenPlan
-from comfy_xdit.parallel.whole_shaped import whole_shaped
 
+from .calls import as_given, as_sent
 from .family import ComfyFamily
 from .subject import Call, Config, Subject, build, cases, exists
 
@@ -49,11 +52,12 @@ class Outcome:
 def selftest(
     family: ComfyFamily,
     subjects: Iterable[Subject],
-    specs: Sequence[ParallelSpec] = SPECS,
+    specs: Sequence[ParallelSpec] | None = None,
     real: dict[str, Config] | None = None,
 ) -> list[Outcome]:
     """Each call of each subject on each spec; none where this ComfyUI has none of the kinds.
 
+    specs: None for `SPECS`, tensor where there is a plan for it, and each row of a batch by itself, as cfg and dp do.
     real: kind → the configuration of a file that is to be run; the other kinds are then left out.
     Nothing is raised for what a model or the plan does. ComfyUI must be imported, for a CPU and with torch's attention.
     """
@@ -63,7 +67,7 @@ def selftest(
 def outcomes_of(
     family: ComfyFamily,
     subjects: Iterable[Subject],
-    specs: Sequence[ParallelSpec] = SPECS,
+    specs: Sequence[ParallelSpec] | None = None,
     real: dict[str, Config] | None = None,
 ) -> Iterator[Outcome]:
     """As `selftest`, one after the other."""
@@ -85,11 +89,11 @@ def verdict(family: ComfyFamily, outcomes: Iterable[Outcome], version: str) -> s
 
 
 def _outcomes(
-    family: ComfyFamily, subject: Subject, specs: Sequence[ParallelSpec], config: Config
+    family: ComfyFamily, subject: Subject, specs: Sequence[ParallelSpec] | None, config: Config
 ) -> Iterator[Outcome]:
     try:
         trial = Trial(model=build(subject.kind, config), plan=family.plan)
-        num_heads = family.shape(trial.model).num_heads
+        shape = family.shape(trial.model)
         calls = subject.calls(config)
         refused = subject.refused(config) if subject.refused else {}
     except Exception as error:
@@ -102,16 +106,27 @@ def _outcomes(
         except Exception as error:
             yield Outcome(call=f"{title} on one rank", error=math.inf, why=_text(error))
             continue
-        for spec in specs:
+        for spec in _usual(shape) if specs is None else specs:
+            if name in refused and spec.tensor > 1:
+                continue
             if name in refused:
                 why = trial.why_not_refused(call, spec)
                 yield Outcome(call=f"{title} on {spec}, refused", error=math.inf if why else 0.0, why=why)
                 continue
             difference, why = trial.compared(call, spec, expected)
             yield Outcome(call=f"{title} on {spec}", error=difference, why=why)
-    if trial.heads and num_heads != min(trial.heads):
-        why = f"{num_heads} heads, of which attention has {sorted(trial.heads)}"
+        if specs is None and name not in refused and num_rows(call) > 1:
+            difference, why = trial.by_rows(family, call, expected)
+            yield Outcome(call=f"{title} row by row, as on cfg and dp", error=difference, why=why)
+    if trial.heads and shape.num_heads != min(trial.heads):
+        why = f"{shape.num_heads} heads, of which attention has {sorted(trial.heads)}"
         yield Outcome(call=f"{subject.kind}'s number of heads", error=math.inf, why=why)
+
+
+def _usual(shape: ModelShape) -> list[ParallelSpec]:
+    """The specs to be tried; of tensor the least degree that cuts the model."""
+    degrees = [degree for degree in range(2, shape.tensor_divides + 1) if shape.tensor_divides % degree == 0]
+    return [*SPECS, *(ParallelSpec(tensor=degree) for degree in degrees[:1])]
 
 
 def on_one(model: nn.Module, call: Call) -> list[Tensor]:
@@ -137,9 +152,19 @@ class Trial:
             answers = on_threads(spec, lambda context: self._on_rank(call, context))
         except Exception as error:
             return math.inf, _text(error)
-        pairs = [pair for out in answers for pair in zip(out, expected, strict=True)]
-        worst = max(((got - wanted).norm() / wanted.norm()).item() for got, wanted in pairs)
-        return (worst, "") if math.isfinite(worst) else (math.inf, "numbers that are none")
+        return _difference([pair for out in answers for pair in zip(out, expected, strict=True)])
+
+    def by_rows(self, family: ComfyFamily, call: Call, expected: list[Tensor]) -> tuple[float, str]:
+        """As `compared`, of the calls that the family makes of each row of the batch."""
+        sent, pairs = {name: as_sent(value) for name, value in call.items()}, []
+        try:
+            for row in range(num_rows(call)):
+                one = {name: as_given(value) for name, value in family.of_rows(sent, range(row, row + 1)).items()}
+                wanted = [part[row : row + 1] for part in expected]
+                pairs += list(zip(on_one(self.model, one), wanted, strict=True))
+        except Exception as error:
+            return math.inf, _text(error)
+        return _difference(pairs)
 
     def why_not_refused(self, call: Call, spec: ParallelSpec) -> str:
         """"" where the plan refuses the call."""
@@ -158,8 +183,13 @@ class Trial:
             self.heads.add(q.shape[1])
             return method(q, k, v, layer, **more)
 
-        with torch.inference_mode(), whole_shaped(_twin(self.model), self.plan, context, attend) as engine:
-            out = _tensors(run(engine.module, call))
+        model, share = _twin(self.model), context.spec.weights_of(context.rank)
+        with torch.inference_mode():
+            if share.num_shards > 1:
+                assert self.plan.tensor is not None
+                keep_own_shards(model, self.plan.tensor, share)
+            with cut(model, self.plan, context, attend):
+                out = _tensors(run(model, call))
         if not context.traffic.bytes:
             raise ValueError("nothing was cut")
         return out
@@ -174,6 +204,12 @@ def run(model: nn.Module, call: Call) -> Any:
 def _twin(model: nn.Module) -> nn.Module:
     """A module with the same weights, to which hooks can be added."""
     return copy.deepcopy(model, {id(weight): weight for weight in (*model.parameters(), *model.buffers())})
+
+
+def _difference(pairs: list[tuple[Tensor, Tensor]]) -> tuple[float, str]:
+    """The largest relative one of (got, wanted), and why it is infinite where it is."""
+    worst = max(((got - wanted).norm() / wanted.norm()).item() for got, wanted in pairs)
+    return (worst, "") if math.isfinite(worst) else (math.inf, "numbers that are none")
 
 
 def _tensors(out: Any) -> list[Tensor]:

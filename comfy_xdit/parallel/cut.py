@@ -28,8 +28,7 @@ def cut(
     """
     tokens = tokens_of(plan)
     with contextlib.ExitStack() as stack:
-        if isinstance(plan, ModelPlan):
-            stack.enter_context(sharded(module, plan.tensor, context.axis("tensor")))
+        stack.enter_context(sharded(module, plan.tensor, context.axis("tensor")))
         # Where nothing is cut a model runs as it is written; but which attention is diffusers' is never left to it.
         is_wanted = context.axis("sequence").degree > 1 or tokens.is_diffusers
         if is_wanted and context.axis("pipe").degree == 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from .tensor_plan import TensorPlan
 from .tokens import TokenPlan
 
 
@@ -30,24 +31,6 @@ class AttentionLayer:
 
     streams: tuple[str, ...]
     num_calls: int = 1
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TensorPlan:
-    """Which weights are cut over the tensor axis, in equal shares; all others are whole on every rank.
-
-    columns: Linears whose outputs are cut: the projections to heads, the first ones of MLPs.
-    joined: Linears whose outputs are cut and joined at once: modulations, which have few rows and many weights.
-    rows: Linears whose inputs are such outputs → how wide the pieces are that the input is joined from, in
-    any unit; each piece is cut by itself. What they put out is added up over the ranks.
-    heads: the attention modules, whose attribute `heads` then counts a rank's own.
-    Norms of queries and keys must be for one head each.
-    """
-
-    columns: tuple[str, ...]
-    joined: tuple[str, ...]
-    rows: dict[str, tuple[int, ...]]
-    heads: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -96,12 +96,14 @@ class ModelShape:
     """What limits the degrees of a model: its name for people, attention heads, and blocks in order.
 
     methods: the axes that there are for it.
+    tensor_divides: the number that a degree of tensor must divide; 0: the heads.
     """
 
     title: str
     num_heads: int
     num_blocks: int
     methods: tuple[str, ...] = AXES
+    tensor_divides: int = 0
 
 
 def check(spec: ParallelSpec, *, num_ranks: int, shape: ModelShape | None = None) -> list[str]:
@@ -136,10 +138,12 @@ def _shape_faults(spec: ParallelSpec, shape: ModelShape) -> list[str]:
         return [f"{shape.title} can't run with {_names(tuple(missing))} yet; use {_names(shape.methods)}"]
     faults = []
     heads = shape.num_heads
-    if heads % spec.tensor:
-        fitting = [str(degree) for degree in range(1, heads + 1) if heads % degree == 0]
+    whole = shape.tensor_divides or heads
+    if whole % spec.tensor:
+        fitting = [str(degree) for degree in range(1, whole + 1) if whole % degree == 0]
+        what = f"{heads} heads" if whole == heads else f"{heads} heads and its layers"
         faults.append(
-            f"tensor={spec.tensor} cannot cut {shape.title}'s {heads} heads evenly; "
+            f"tensor={spec.tensor} cannot cut {shape.title}'s {what} evenly; "
             f"use {', '.join(fitting[:-1])}{' or ' if fitting[:-1] else ''}{fitting[-1]}"
         )
     heads_left = max(heads // spec.tensor, 1)

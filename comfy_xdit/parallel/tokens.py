@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from .tensor_plan import TensorPlan
+
 Streams = tuple[str, ...]
 
 
@@ -137,6 +139,7 @@ class TokenPlan:
     no pipeline can be made of them.
     untouched: and the next one is given these very tensors, as nothing stands between two blocks. Then they need no
     whole size there. A model that does otherwise is refused.
+    tensor: which weights are cut over the tensor axis; None where nobody has shown how.
     """
 
     blocks: tuple[Blocks, ...]
@@ -144,6 +147,7 @@ class TokenPlan:
     join: dict[str, dict[str, Tokens] | Tokens] = dataclasses.field(default_factory=dict)
     in_order: bool = True
     untouched: bool = False
+    tensor: TensorPlan | None = None
 
     def __post_init__(self) -> None:
         known = {stream for blocks in self.blocks for _, rule in blocks.given for stream in rule.streams}

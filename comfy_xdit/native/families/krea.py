@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from comfy_xdit.native.family import ComfyFamily
+from comfy_xdit.parallel.tensor_plan import tensor_within
 from comfy_xdit.parallel.tokens import Attention, Blocks, Index, TokenPlan, Tokens
 
 ALL = ("all",)
@@ -20,6 +21,12 @@ KREA2 = ComfyFamily(
             ),
         ),
         attention={"blocks.*.attn": Attention(ALL)},
+        tensor=tensor_within(
+            "blocks.*",
+            columns=("attn.wq", "attn.wk", "attn.wv", "attn.gate", "mlp.gate", "mlp.up"),
+            rows=("attn.wo", "mlp.down"),
+            counts={"attn": ("heads", "kvheads")},
+        ),
     ),
     num_heads=lambda transformer: transformer.heads,
     rows=("context", "ref_latents"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_xdit.native.family import ComfyFamily
 from comfy_xdit.parallel.tokens import Attention, Blocks, TokenPlan, Tokens
 
-from .ltx import GUIDES, VIDEO
+from .ltx import GUIDES, VIDEO, tensor_of
 
 AUDIO = ("audio",)
 
@@ -45,6 +45,10 @@ LTXAV = ComfyFamily(
             "transformer_blocks.*.audio_to_video_attn": Attention(VIDEO, keys=AUDIO),
             "transformer_blocks.*.video_to_audio_attn": Attention(AUDIO, keys=VIDEO),
         },
+        tensor=tensor_of(
+            ("attn1", "attn2", "audio_attn1", "audio_attn2", "audio_to_video_attn", "video_to_audio_attn"),
+            ("ff", "audio_ff"),
+        ),
     ),
     num_heads=lambda transformer: min(transformer.num_attention_heads, transformer.audio_num_attention_heads),
     rows=("context", "attention_mask", "denoise_mask", "audio_denoise_mask", "keyframe_idxs", "a_timestep"),

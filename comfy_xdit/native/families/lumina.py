@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from comfy_xdit.native.family import ComfyFamily
+from comfy_xdit.parallel.tensor_plan import tensor_within
 from comfy_xdit.parallel.tokens import Attention, Blocks, Ranges, TokenPlan, Tokens
 
 IMAGE = ("image",)
@@ -27,6 +28,15 @@ LUMINA = ComfyFamily(
             ),
         ),
         attention={"noise_refiner.*.attention": Attention(IMAGE), "layers.*.attention": Attention(BOTH)},
+        tensor=tensor_within(
+            *("noise_refiner.*", "layers.*"),
+            columns=("feed_forward.w1", "feed_forward.w3"),
+            fused={"attention.qkv": ("n_local_heads", "n_local_kv_heads", "n_local_kv_heads")},
+            # In Z-Image it is the only layer of its list, in Lumina 2 the one after the activation.
+            joined=("adaLN_modulation.0", "adaLN_modulation.1"),
+            rows=("attention.out", "feed_forward.w2"),
+            counts={"attention": ("n_local_heads", "n_local_kv_heads")},
+        ),
     ),
     num_heads=lambda transformer: transformer.layers[0].attention.n_local_heads,
     rows=("context", "attention_mask", "clip_text_pooled", "ref_latents", "ref_contexts", "siglip_feats"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from comfy_xdit.native.family import ComfyFamily
+from comfy_xdit.parallel.tensor_plan import tensor_within
 from comfy_xdit.parallel.tokens import Attention, Blocks, Ranges, TokenPlan, Tokens
 
 ALL = ("all",)
@@ -20,6 +21,14 @@ MINIMAX = ComfyFamily(
             ),
         ),
         attention={"blocks.*.attn": Attention(ALL)},
+        tensor=tensor_within(
+            "blocks.*",
+            columns=(),
+            fused={"attn.qkv_proj": (1, 1, 1), "mlp.fc1": (1, 1)},
+            joined=("adaln_proj.linear",),
+            rows=("attn.out_proj", "mlp.fc2"),
+            counts={"attn": ("heads",)},
+        ),
     ),
     num_heads=lambda transformer: transformer.blocks[0].attn.heads,
     rows=("context",),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from comfy_xdit.native.family import ComfyFamily
+from comfy_xdit.parallel.tensor_plan import tensor_within
 from comfy_xdit.parallel.tokens import Attention, Blocks, TokenPlan, Tokens
+
+ATTENTIONS = ("x_block.attn", "x_block.attn2", "context_block.attn")
 
 SD3 = ComfyFamily(
     name="sd3",
@@ -18,6 +21,14 @@ SD3 = ComfyFamily(
             ),
         ),
         attention={"joint_blocks.*": Attention(("text", "image"), then=(("image",),), or_fewer=True)},
+        tensor=tensor_within(
+            "joint_blocks.*",
+            columns=("x_block.mlp.fc1", "context_block.mlp.fc1"),
+            fused={f"{name}.qkv": (1, 1, 1) for name in ATTENTIONS},
+            joined=("x_block.adaLN_modulation.1", "context_block.adaLN_modulation.1"),
+            rows=(*(f"{name}.proj" for name in ATTENTIONS), "x_block.mlp.fc2", "context_block.mlp.fc2"),
+            counts={name: ("num_heads",) for name in ATTENTIONS},
+        ),
     ),
     num_heads=lambda transformer: transformer.joint_blocks[0].x_block.attn.num_heads,
     rows=("context", "y"),

@@ -3,9 +3,25 @@
 from __future__ import annotations
 
 from comfy_xdit.native.family import ComfyFamily
+from comfy_xdit.parallel.tensor_plan import TensorPlan, tensor_within
 from comfy_xdit.parallel.tokens import Attention, Blocks, TokenPlan, Tokens
 
 VIDEO = ("video",)
+
+
+ATTENTIONS = ("self_attn", "cross_attn")
+
+
+def tensor_of(*blocks: str) -> TensorPlan:
+    """Norms of queries and keys are over all heads."""
+    return tensor_within(
+        *blocks,
+        columns=(*(f"{a}.{name}" for a in ATTENTIONS for name in ("q", "k", "v", "k_img", "v_img")), "ffn.0"),
+        rows=("self_attn.o", "cross_attn.o", "ffn.2"),
+        counts={a: ("num_heads",) for a in ATTENTIONS},
+        norms=tuple(f"{a}.norm_{name}" for a in ATTENTIONS for name in ("q", "k", "k_img")),
+    )
+
 
 WAN = ComfyFamily(
     name="wan",
@@ -18,16 +34,13 @@ WAN = ComfyFamily(
         blocks=(
             Blocks(
                 path="blocks",
-                takes={
-                    "x": Tokens(VIDEO),
-                    # With a timestep for each frame; else it is one for all, of three dims.
-                    "e": Tokens(VIDEO, spread=True, ndim=4),
-                    "freqs": Tokens(VIDEO),
-                },
+                # e has four dims with a timestep for each frame; else it is one for all, of three.
+                takes={"x": Tokens(VIDEO), "e": Tokens(VIDEO, spread=True, ndim=4), "freqs": Tokens(VIDEO)},
                 gives=("x",),
             ),
         ),
         attention={"blocks.*.self_attn": Attention(VIDEO)},
+        tensor=tensor_of("blocks.*"),
     ),
     num_heads=lambda transformer: transformer.num_heads,
     rows=(
@@ -51,6 +64,7 @@ VACE = ComfyFamily(
             ),
         ),
         attention={"blocks.*.self_attn": Attention(VIDEO), "vace_blocks.*.self_attn": Attention(VIDEO)},
+        tensor=tensor_of("blocks.*", "vace_blocks.*"),
         # A hint may come after the last block.
         join={"head": {"x": Tokens(VIDEO)}},
         in_order=False,

@@ -36,10 +36,11 @@ def calls(config: Config) -> dict[str, Call]:
 Z = {"image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 400, "n_layers": 2, "n_refiner_layers": 2}
 Z |= {"n_heads": 25, "n_kv_heads": 25, "cap_feat_dim": 48, "axes_dims": [4, 6, 6], "axes_lens": [64, 64, 64]}
 Z |= {"qk_norm": True, "rope_theta": 256.0, "z_image_modulation": True, "time_scale": 1000.0}
-Z |= {"pad_tokens_multiple": 32}
+Z |= {"pad_tokens_multiple": 32, "ffn_dim_multiplier": 3.0}
 LUMINA = {**Z, "dim": 96, "n_heads": 6, "n_kv_heads": 2, "rope_theta": 10000.0, "pad_tokens_multiple": None}
 LUMINA |= {"z_image_modulation": False, "time_scale": 1.0}
-SMALL = ("dim", "n_layers", "n_refiner_layers", "n_heads", "n_kv_heads", "cap_feat_dim", "axes_dims", "axes_lens")
+HEADS = ("n_heads", "n_kv_heads", "axes_dims", "axes_lens")
+SMALL = (*HEADS, "dim", "n_layers", "n_refiner_layers", "cap_feat_dim", "ffn_dim_multiplier")
 
 
 def subject(kind: str, config: Config, **more: object) -> Subject:

@@ -44,7 +44,7 @@ def calls(config: Config) -> dict[str, Call]:
 
 
 SIZES = {"hidden_size": 80, "num_layers": 2, "token_refiner_num_layers": 1, "num_attention_heads": 5}
-SIZES |= {"attention_head_dim": 16, "ffn_hidden_size": 64, "text_dim": 48, "rope_inv_freq_len": 2}
+SIZES |= {"attention_head_dim": 16, "ffn_hidden_size": 80, "text_dim": 48, "rope_inv_freq_len": 2}
 TIME = {"time_embed_hidden_size": 32, "time_embed_dim": 24, "timestep_input_dim": 16}
 CONFIG = {"image_model": "minimax_h3", "latents_dim": 24, "audio_latents_dim": 32, **SIZES, **TIME}
 

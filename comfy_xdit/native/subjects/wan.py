@@ -53,7 +53,7 @@ def vace_calls(config: Config) -> dict[str, Call]:
     return {name: call for name, call in found.items() if name != "odd sizes"}
 
 
-SIZES = {"dim": 120, "ffn_dim": 96, "num_heads": 5, "num_layers": 2, "text_dim": 48, "freq_dim": 32, "text_len": 16}
+SIZES = {"dim": 120, "ffn_dim": 100, "num_heads": 5, "num_layers": 2, "text_dim": 48, "freq_dim": 32, "text_len": 16}
 FIXED = {"image_model": "wan2.1", "patch_size": (1, 2, 2), "window_size": (-1, -1), "qk_norm": True, "eps": 1e-6}
 FIXED |= {"cross_attn_norm": True, "out_dim": 16}
 
