@@ -16,8 +16,9 @@ def calls(config: Config) -> dict[str, Call]:
     def base(batch: int) -> Call:
         call = {"x": rand(batch, channels, *size), "timestep": times(0.7, 0.3)[:batch]}
         call |= {"context": rand(batch, 9, text), "guidance": times(3.5, 2.0)[:batch]}
+        call["y"] = rand(batch, config["vec_in_dim"] or 32)
         # Distilled models look up which step comes next.
-        return {**call, "y": rand(batch, 32), "transformer_options": STEPS if config["meanflow"] else {}}
+        return {**call, "transformer_options": STEPS if config["meanflow"] else {}}
 
     one = base(1)
     found = {"text": one, "batch 2": base(2), "padded": {**one, "attention_mask": padded(1, 9)}}
