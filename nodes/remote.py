@@ -124,6 +124,10 @@ class RemoteModel:
         """What ComfyUI expects of its transformer, of what the workers answered."""
         return output.to(call["x"].device)
 
+    def has_patches(self, transformer: Any, noise: Tensor, conds: list[dict[str, Any]]) -> bool:
+        """Whether PipeFusion can cut a whole run's latent into patches, as the workers will find."""
+        return True
+
     @property
     def run(self) -> Run | None:
         """The sampling run in progress."""

@@ -60,7 +60,7 @@ def sample_whole(
             reason = str(found)
         else:
             how = f"as a whole on the workers, {len(job.program.calls)} evaluations"
-            _say(guider, sampler, _num_chunks(job), how + _price_of_whole(guider, _num_chunks(job), noise.shape[0]))
+            _say(guider, sampler, _num_chunks(job), how + _price_of_whole(guider, job))
             return _run(guider, job, callback, disable_pbar).to(noise.device)
     num_chunks = count_chunks(guider)
     price = _price(_spec(guider, num_chunks), num_chunks * noise.shape[0])
@@ -97,11 +97,12 @@ def _price(spec: ParallelSpec, num_rows: int) -> str:
     return _price_of_stages(spec, num_rows)
 
 
-def _price_of_whole(guider: Any, num_chunks: int, num_images: int) -> str:
-    """The same of a whole run: only models of ComfyUI's own classes have no PipeFusion yet."""
-    if not guider.model_patcher.model.checkpoint.whose:
+def _price_of_whole(guider: Any, job: SamplingJob) -> str:
+    """The same of a whole run: only where PipeFusion can't cut the latent do the stages run empty."""
+    model, num_chunks = guider.inner_model, _num_chunks(job)
+    if model.remote.has_patches(model.diffusion_model, job.noise, job.conds):
         return ""
-    return _price_of_stages(_spec(guider, num_chunks), num_chunks * num_images)
+    return _price_of_stages(_spec(guider, num_chunks), num_chunks * job.noise.shape[0])
 
 
 def _price_of_stages(spec: ParallelSpec, num_rows: int) -> str:

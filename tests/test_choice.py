@@ -22,7 +22,8 @@ from comfy_xdit.cost.links import Device, Machines, device_named, link_named
 from comfy_xdit.cost.memory import memory
 from comfy_xdit.cost.work import Work
 from comfy_xdit.messages import Probe, Result
-from comfy_xdit.parallel.segments import Grid, cut_rows, segments_of
+from comfy_xdit.parallel.latent_tokens import Grid
+from comfy_xdit.parallel.segments import cut_rows, segments_of
 from comfy_xdit.parallel.spec import ParallelSpec, auto
 from comfy_xdit.pool.errors import PoolError
 from comfy_xdit.pool.folder import pool_folder

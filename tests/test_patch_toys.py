@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from ranks import Ranks
 from staged_toys import PLANS, arguments, on_stage, stageable
 
-from comfy_xdit.parallel.patch_tokens import LatentTokens, PatchTokens
+from comfy_xdit.parallel.latent_tokens import Grid, LatentTokens
+from comfy_xdit.parallel.patch_tokens import PatchTokens
 
 NUM = 3
 """Evaluations, each of other numbers."""
@@ -35,7 +36,7 @@ class Case:
 
     def rows(self, number):
         """Of the latent's tokens, in a patch."""
-        return torch.arange(self.latent.rows).tensor_split(self.num)[number].tolist()
+        return torch.arange(self.latent.grid.rows).tensor_split(self.num)[number].tolist()
 
     def streams(self):
         """How many tokens each stream has."""
@@ -47,13 +48,13 @@ class Case:
 
     def tokens(self, number):
         """Stream → those that a patch computes."""
-        latent, found = self.latent, {}
+        latent, grid, found = self.latent, self.latent.grid, {}
         for stream, length in self.streams().items():
             everything = torch.arange(length)
             parts = [everything]
             if stream == latent.stream:
-                end = latent.first + latent.frames * latent.rows * latent.columns
-                shape = (latent.frames, latent.rows, latent.columns)
+                end = latent.first + grid.frames * grid.rows * grid.columns
+                shape = (grid.frames, grid.rows, grid.columns)
                 own = everything[latent.first : end].view(shape)[:, self.rows(number)].flatten()
                 before, after = everything[: latent.first], everything[end:]
                 parts = [before.tensor_split(self.num)[number], own, after.tensor_split(self.num)[number]]
@@ -66,17 +67,21 @@ class Case:
         return found
 
 
-IMAGE = LatentTokens(stream="image", rows=4, columns=2)
+def standing(stream, rows, columns, *, frames=1, first=0):
+    return LatentTokens(stream=stream, first=first, grid=Grid(frames=frames, rows=rows, columns=columns, side=1))
+
+
+IMAGE = standing("image", 4, 2)
 CASES = {
     "references after the image": Case("joint", 3, IMAGE),
     "masked": Case("joint", 2, IMAGE, {"masked": True}),
     "a text shorter than patches": Case("joint", 4, IMAGE, {"text": 2}),
     "a text of one token": Case("joint", 2, IMAGE, {"text": 1}),
     "one patch": Case("joint", 1, IMAGE),
-    "tokens before the latent's": Case("joint", 2, LatentTokens(stream="image", first=3, rows=4, columns=2)),
-    "frames, two streams": Case("pair", 2, LatentTokens(stream="video", frames=2, rows=3, columns=2)),
-    "no audio": Case("pair", 3, LatentTokens(stream="video", frames=2, rows=3, columns=2), {"audio": 0}),
-    "a grid": Case("line", 3, LatentTokens(stream="all", frames=3, rows=3, columns=3), {"height": 3}),
+    "tokens before the latent's": Case("joint", 2, standing("image", 4, 2, first=3)),
+    "frames, two streams": Case("pair", 2, standing("video", 3, 2, frames=2)),
+    "no audio": Case("pair", 3, standing("video", 3, 2, frames=2), {"audio": 0}),
+    "a grid": Case("line", 3, standing("all", 3, 3, frames=3), {"height": 3}),
 }
 
 

@@ -4,30 +4,34 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comfy_xdit.parallel.segments import LARGE, Grid, cut_rows, num_tokens, pixel_rows, segments_of
+from comfy_xdit.parallel.latent_tokens import Grid
+from comfy_xdit.parallel.segments import LARGE, cut_rows, num_tokens, pixel_rows, segments_of
 from comfy_xdit.parallel.sequence import shard_sizes
 
-grids = st.builds(Grid, rows=st.integers(1, 40), columns=st.integers(1, 12), side=st.just(2))
+sizes = {"rows": st.integers(1, 40), "columns": st.integers(1, 12), "side": st.just(2)}
+grids = st.builds(Grid, **sizes)
+videos = st.builds(Grid, frames=st.integers(1, 3), **sizes)
 
 
-@given(grid=grids, num_patches=st.integers(0, 60), num_stages=st.integers(1, 8), data=st.data())
+@given(grid=videos, num_patches=st.integers(0, 60), num_stages=st.integers(1, 8), data=st.data())
 def test_patches_are_all_rows_in_order(grid, num_patches, num_stages, data) -> None:
-    num_shards = data.draw(st.integers(1, min(8, grid.rows * grid.columns)))
+    num_shards = data.draw(st.integers(1, min(8, grid.num_tokens)))
     rows = cut_rows(grid, num_patches=num_patches, num_stages=num_stages, num_shards=num_shards)
     assert [row for patch in rows for row in patch] == list(range(grid.rows))
     sizes = [len(patch) for patch in rows]
     assert max(sizes) - min(sizes) <= 1
-    assert min(sizes) * grid.columns >= num_shards
+    assert min(sizes) * grid.frames * grid.columns >= num_shards
     wanted = num_patches or num_stages + 1  # an image of fewer tokens than two large patches have
     assert len(rows) <= wanted
-    if wanted <= grid.rows and grid.columns >= num_shards:
+    if wanted <= grid.rows and grid.frames * grid.columns >= num_shards:
         assert len(rows) == wanted
 
 
 @given(grid=grids, odd=st.booleans(), num_patches=st.integers(1, 9))
 def test_pixels_are_all_rows_in_order(grid, odd, num_patches) -> None:
     height = 2 * grid.rows - odd
-    assert Grid.of(height, 2 * grid.columns, 2) == grid
+    assert Grid.of((height, 2 * grid.columns), 2) == grid
+    assert Grid.of((3, height, 2 * grid.columns), 2).num_tokens == 3 * grid.num_tokens
     rows = cut_rows(grid, num_patches=num_patches, num_stages=1, num_shards=1)
     pixels = [pixel for patch in rows for pixel in range(height)[pixel_rows(grid, patch, height)]]
     assert pixels == list(range(height))

@@ -3,15 +3,18 @@
 import dataclasses
 import math
 
+import latent_toys
 import pytest
 import test_sharded
 import torch
+from latent_toys import Double, Joined, Video
 from token_toys import JOINT, PAIR, call, lines, toy_model
 
 from comfy_xdit.native import selftest as under_test
 from comfy_xdit.native.family import ComfyFamily
 from comfy_xdit.native.selftest import LIMIT, SPECS, selftest, verdict
 from comfy_xdit.native.subject import Subject, cases
+from comfy_xdit.parallel.latent_tokens import LatentTokens
 from comfy_xdit.parallel.spec import ParallelSpec
 
 
@@ -50,10 +53,23 @@ def subject(toy, refused=None, **sizes):
     )
 
 
+def with_latents(block, **more):
+    """A family whose latents can be cut, and what it is tried on."""
+    call = {"x": torch.randn(2, latent_toys.CHANNELS, 2, 9, 6).double(), "timestep": torch.tensor([0.7, 0.3])}
+    call["context"] = torch.randn(2, 5, latent_toys.TEXT).double()
+    calls = {"a video": call}
+    of_toy = Subject(kind="Toy", config={"toy": block}, small=("toy",), calls=lambda config: calls)
+    return latent_toys.family(block, **more), [of_toy]
+
+
 @pytest.fixture(autouse=True)
 def toys(monkeypatch):
+    def build(kind, config):
+        toy = config["toy"]
+        return Options(toy) if isinstance(toy, str) else latent_toys.toy_of(toy)
+
     monkeypatch.setattr(under_test, "exists", lambda kind: kind == "Toy")
-    monkeypatch.setattr(under_test, "build", lambda kind, config: Options(config["toy"]))
+    monkeypatch.setattr(under_test, "build", build)
 
 
 @pytest.mark.parametrize(("toy", "plan"), [("joint", JOINT), ("pair", PAIR)])
@@ -73,6 +89,29 @@ def test_a_damaged_line_is_refused(what):
     damaged = dict(lines("joint"))[what]()
     outcomes = selftest(family(damaged), [subject("joint")])
     assert "Toy is not run on several GPUs with ComfyUI 1.2.3" in verdict(family(damaged), outcomes, "1.2.3")
+
+
+@pytest.mark.parametrize("block", [Video, Double, Joined])
+def test_a_latent_that_is_cut_into_patches(block):
+    *whole, in_patches = selftest(*with_latents(block))
+    assert whole and in_patches.call == "Toy a video in patches"
+    assert all(outcome.error <= 1e-12 for outcome in [*whole, in_patches])
+
+
+MISPLACED = {
+    "before the text": (Joined, lambda toy, call: LatentTokens.of(call["x"], "all", side=2)),
+    "a row too late": (Video, lambda toy, call: LatentTokens.of(call["x"][..., :-2, :], "video", side=2, first=3)),
+    "without frames": (Video, lambda toy, call: LatentTokens.of(call["x"][:, :, 0], "video", side=2)),
+    "larger": (Video, lambda toy, call: LatentTokens.of(call["x"], "video", side=1)),
+    "another stream's": (Double, lambda toy, call: LatentTokens.of(call["x"][..., :2, :], "text", side=2)),
+}
+
+
+@pytest.mark.parametrize("what", MISPLACED)
+def test_a_latent_that_stands_elsewhere_is_refused(what):
+    block, latent = MISPLACED[what]
+    *whole, in_patches = selftest(*with_latents(block, latent=latent))
+    assert all(outcome.holds for outcome in whole) and not in_patches.holds
 
 
 def test_another_result_is_told_by_its_difference():

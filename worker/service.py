@@ -21,7 +21,8 @@ from comfy_xdit.parallel import kernels
 from comfy_xdit.parallel.context import ParallelContext
 from comfy_xdit.parallel.denoise import denoise
 from comfy_xdit.parallel.groups import GroupCache
-from comfy_xdit.parallel.sample import loop_dtype, sample
+from comfy_xdit.parallel.model import loop_dtype
+from comfy_xdit.parallel.sample import sample
 
 from .residents import AGAIN, Residents
 

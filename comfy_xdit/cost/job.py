@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from comfy_xdit.parallel.segments import Grid, cut_rows, pixel_rows
+from comfy_xdit.parallel.latent_tokens import Grid
+from comfy_xdit.parallel.segments import cut_rows, pixel_rows
 from comfy_xdit.parallel.spec import ParallelSpec
 
 from .arithmetic import Network
@@ -31,8 +32,8 @@ def sent_in_job(network: Network, work: Work, spec: ParallelSpec, rank: int) -> 
 
 
 def _pipeline(network: Network, work: Work, spec: ParallelSpec, rank: int) -> Counter[str]:
-    height, width = work.latent
-    grid = Grid.of(height, width, network.latent_patch)
+    height, _ = work.latent
+    grid = Grid.of(work.latent, network.latent_patch)
     rows = cut_rows(
         grid,
         num_patches=work.num_patches,

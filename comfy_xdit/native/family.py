@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from comfy_xdit.errors import InputError
+from comfy_xdit.parallel.latent_tokens import LatentTokens
 from comfy_xdit.parallel.model import Call, first_latent, num_rows
 from comfy_xdit.parallel.spec import ModelShape
 from comfy_xdit.parallel.tensor import common_divisor, layers_cut
@@ -35,6 +36,22 @@ METHODS = ("dp", "cfg", "distri", "ring", "ulysses")
 """The parallel methods that there are for all of these models."""
 
 
+Latent = Callable[[Any, Call], "LatentTokens | None"]
+"""Where the tokens of a call's lone latent stand; of a transformer, which may be one without weights, and a call."""
+
+
+def first_of(stream: str, side: Callable[[Any], int], *, unless: str = "") -> Latent:
+    """Latents whose tokens are the first of `stream`; where the argument `unless` is given nobody knows.
+
+    side(transformer): latent pixels on a side of a token.
+    """
+
+    def latent(transformer: Any, call: Call) -> LatentTokens | None:
+        return None if call.get(unless) is not None else LatentTokens.of(call["x"], stream, side=side(transformer))
+
+    return latent
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ComfyFamily:
     """How ComfyUI's own models of a family run on several ranks.
@@ -54,6 +71,8 @@ class ComfyFamily:
     scales: entries, named so too, by which the transformer's `forward` scales latents around its `_forward`, each step
     otherwise. In ComfyUI's own loop that is done there, and they don't travel.
     max_rows: how many a forward takes; 0 for any number.
+    latent: where PipeFusion finds the latent's tokens; None where nobody knows, or it can't cut them. Only for
+    transformers that make each token's part of the output of that token, and of no part of x itself.
     """
 
     name: str
@@ -68,6 +87,7 @@ class ComfyFamily:
     rebuilt: tuple[str, ...] = ()
     scales: tuple[str, ...] = ()
     max_rows: int = 0
+    latent: Latent | None = None
 
     def shape(self, transformer: nn.Module) -> ModelShape:
         """What limits the degrees of this model; it may be one without weights."""
@@ -105,6 +125,13 @@ class ComfyFamily:
         self.of_rows(call, range(1))
         if 0 < self.max_rows < num_rows(call):
             raise InputError(f"{self.title} takes a batch of {self.max_rows}, not of {num_rows(call)}")
+
+    def latent_tokens(self, transformer: nn.Module, call: Call) -> LatentTokens | None:
+        """Where the tokens of the call's latent stand; None where PipeFusion can't cut them.
+
+        The transformer may be one without weights.
+        """
+        return self.latent(transformer, call) if self.latent is not None and isinstance(call["x"], Tensor) else None
 
     # As `parallel.model.Family` says; `model` is a `ComfyModel`.
 

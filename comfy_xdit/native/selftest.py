@@ -20,11 +20,16 @@ from comfy_xdit.errors import InputError
 from comfy_xdit.parallel.attention import Layer, SequenceAttention
 from comfy_xdit.parallel.context import ParallelContext
 from comfy_xdit.parallel.cut import cut
+from comfy_xdit.parallel.latent_tokens import LatentTokens
 from comfy_xdit.parallel.model import num_rows
+from comfy_xdit.parallel.patch_tokens import PatchTokens
+from comfy_xdit.parallel.segments import cut_rows, pixel_rows
 from comfy_xdit.parallel.spec import ModelShape, ParallelSpec
+from comfy_xdit.parallel.stale import StaleAttention
 from comfy_xdit.parallel.tensor import keep_own_shards
 from comfy_xdit.parallel.thread_ranks import on_threads
 from comfy_xdit.parallel.tokens import TokenPlan
+from comfy_xdit.parallel.whole_shaped import whole_shaped
 
 from .calls import as_given, as_sent
 from .family import ComfyFamily
@@ -34,6 +39,8 @@ LIMIT = 1e-4
 """The largest relative difference of N ranks from one, in fp32: roundings stay a hundred times below it."""
 
 SPECS = (ParallelSpec(ulysses=2), ParallelSpec(ring=3))
+
+NUM_PATCHES = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,6 +125,9 @@ def _outcomes(
         if specs is None and name not in refused and num_rows(call) > 1:
             difference, why = trial.by_rows(family, call, expected)
             yield Outcome(call=f"{title} row by row, as on cfg and dp", error=difference, why=why)
+        found = None if name in refused else trial.in_patches(family, call, expected)
+        if found is not None:
+            yield Outcome(call=f"{title} in patches", error=found[0], why=found[1])
     if trial.heads and shape.num_heads != min(trial.heads):
         why = f"{shape.num_heads} heads, of which attention has {sorted(trial.heads)}"
         yield Outcome(call=f"{subject.kind}'s number of heads", error=math.inf, why=why)
@@ -148,11 +158,27 @@ class Trial:
 
     def compared(self, call: Call, spec: ParallelSpec, expected: list[Tensor]) -> tuple[float, str]:
         """The relative difference of the worst rank, and why it is infinite where it is."""
+
         try:
             answers = on_threads(spec, lambda context: self._on_rank(call, context))
         except Exception as error:
             return math.inf, _text(error)
         return _difference([pair for out in answers for pair in zip(out, expected, strict=True)])
+
+    def in_patches(self, family: ComfyFamily, call: Call, expected: list[Tensor]) -> tuple[float, str] | None:
+        """As `compared`, on one rank: patch after patch, beside keys that are kept of the same call.
+
+        So none of them is old, and a difference says that a patch is not where the family says. None where it says
+        that the latent can't be cut.
+        """
+        try:
+            latent = family.latent_tokens(self.model, call)
+            if latent is None:
+                return None
+            made = on_threads(ParallelSpec(), lambda context: self._patched(call, latent, context))
+        except Exception as error:
+            return math.inf, _text(error)
+        return _difference(list(zip(made, expected, strict=True)))
 
     def by_rows(self, family: ComfyFamily, call: Call, expected: list[Tensor]) -> tuple[float, str]:
         """As `compared`, of the calls that the family makes of each row of the batch."""
@@ -194,6 +220,18 @@ class Trial:
             raise ValueError("nothing was cut")
         return out
 
+    def _patched(self, call: Call, latent: LatentTokens, context: ParallelContext) -> Tensor:
+        keys, twin, (batch, *_, height, _) = StaleAttention(context), _twin(self.model), call["x"].shape
+        parts = cut_rows(latent.grid, num_patches=NUM_PATCHES, num_stages=1, num_shards=1)
+        made = []
+        with torch.inference_mode(), keys, whole_shaped(twin, self.plan, context, keys) as engine:
+            keys.begin("call", keep=True, first=0, num_rows=batch)
+            run(twin, call)
+            for number, rows in enumerate(parts):
+                engine.patch = PatchTokens(number=number, num=len(parts), rows=rows, latent=latent)
+                made.append(run(twin, call)[..., pixel_rows(latent.grid, rows, height), :])
+        return torch.cat(made, -2)
+
 
 def run(model: nn.Module, call: Call) -> Any:
     """One evaluation, with a copy of the call: models write into what they are given."""
@@ -208,6 +246,8 @@ def _twin(model: nn.Module) -> nn.Module:
 
 def _difference(pairs: list[tuple[Tensor, Tensor]]) -> tuple[float, str]:
     """The largest relative one of (got, wanted), and why it is infinite where it is."""
+    if any(got.shape != wanted.shape for got, wanted in pairs):
+        return math.inf, "an output of another size"
     worst = max(((got - wanted).norm() / wanted.norm()).item() for got, wanted in pairs)
     return (worst, "") if math.isfinite(worst) else (math.inf, "numbers that are none")
 

@@ -69,3 +69,14 @@ def first_latent(call: Call) -> Tensor:
 def num_rows(call: Call) -> int:
     """How many rows the batch of a call has."""
     return first_latent(call).shape[0]
+
+
+def loop_dtype(model: Model) -> torch.dtype:
+    """What the sampler's state is kept in: fp32 as on the host; fp64 for a model that computes in it."""
+    return torch.promote_types(model.compute_dtype, torch.float32)
+
+
+def calls_argument(x: Tensor, timestep: float, cond: Call, model: Model) -> Call:
+    """One call as ComfyUI would make it: the latent in the model's dtype, the timestep in fp32."""
+    steps = torch.full((x.shape[0],), timestep, dtype=torch.float32, device=x.device)
+    return model.family.call_of(x.to(model.compute_dtype), steps, cond)

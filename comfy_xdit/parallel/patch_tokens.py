@@ -10,18 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from .latent_tokens import LatentTokens
 from .sequence import Runs, shard_sizes, shard_starts
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LatentTokens:
-    """Where a latent's tokens stand: in `stream`, from its token `first` on, frame after frame, row by row."""
-
-    stream: str
-    first: int = 0
-    frames: int = 1
-    rows: int
-    columns: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,12 +30,12 @@ class PatchTokens:
         """
         if stream != self.latent.stream:
             return (self._share(length, least),)
-        latent, frame = self.latent, self.latent.rows * self.latent.columns
-        end = latent.first + latent.frames * frame
+        latent, grid = self.latent, self.latent.grid
+        frame, end = grid.rows * grid.columns, latent.first + grid.num_tokens
         if end > length:
             raise ValueError(f"{length} tokens of {stream} do not hold the latent's, which end at {end}")
-        size = len(self.rows) * latent.columns
-        places = range(latent.first + self.rows.start * latent.columns, end, frame)
+        size = len(self.rows) * grid.columns
+        places = range(latent.first + self.rows.start * grid.columns, end, frame)
         first_after, num_after = self._share(length - end, 0)
         runs = [self._share(latent.first, 0), *((place, size) for place in places), (end + first_after, num_after)]
         return tuple(run for run in runs if run[1])

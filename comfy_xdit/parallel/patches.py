@@ -14,11 +14,11 @@ from comfy_xdit.messages import Sample
 from comfy_xdit.trajectory import Replay, SamplerCall, SamplerProgram
 
 from .context import ParallelContext
-from .denoise import Model, deal, share
+from .denoise import deal, share
+from .latent_tokens import Grid
 from .links import Inbox, Outbox, Shelf
-from .plan import ModelPlan
-from .sample import loop_dtype
-from .segments import Grid, cut_rows, pixel_rows
+from .model import Model, loop_dtype
+from .segments import cut_rows, pixel_rows
 
 Post = Callable[[dict[str, Any]], None]
 
@@ -39,17 +39,16 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Patches:
-    """How a job's latent is cut. rows: of tokens; pixels: of the latent."""
+    """How a job's latent is cut, alike in all of its frames. rows: of tokens; pixels: of the latent."""
 
     grid: Grid
     rows: list[range]
     pixels: list[slice]
 
     @classmethod
-    def of(cls, message: Sample, side: int, context: ParallelContext) -> Patches:
+    def of(cls, message: Sample, grid: Grid, context: ParallelContext) -> Patches:
         """Raises InputError when the latent cannot be cut for the axes of `context`."""
-        height, width = message.noise.shape[-2:]
-        grid = Grid.of(height, width, side)
+        height = message.noise.shape[-2]
         rows = cut_rows(
             grid,
             num_patches=message.num_patches,
@@ -61,14 +60,6 @@ class Patches:
     def cut(self, x: Tensor, patch: int) -> Tensor:
         """The patch's part of something of the latent's height."""
         return x[..., self.pixels[patch], :]
-
-    def lengths(self, arguments: dict[str, Any], plan: ModelPlan) -> dict[str, int]:
-        """Tokens of each stream; the image's own where the model makes them inside."""
-        lengths = {"image": self.grid.rows * self.grid.columns}
-        for name, rule in plan.cut_arguments.items():
-            if isinstance(arguments.get(name), Tensor):
-                lengths[rule.stream] = arguments[name].shape[rule.dim]
-        return lengths
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,7 +98,7 @@ class Replies:
 
 
 class FirstStage:
-    """The latent as the model is given it, patch by patch as new. x: [batch, channels, height, width].
+    """The latent as the model is given it, patch by patch as new. x: [batch, channels, …, height, width].
 
     On rank 0 also the end of the job: previews are posted when all their patches are there, and `result`.
     """

@@ -1,9 +1,9 @@
 """Sampling through a pipeline of stages that never runs empty: PipeFusion.
 
-Each stage computes the text, then patch after patch of the image, and passes every segment on; when a patch
-leaves the last stage, its part of the sampler's step is made there, and it enters the first stage again while
-the other patches are still under way. Attention sees old keys and values of what has not come by yet
-(`stale.py`), so the result is an approximation, but one that does not depend on the number of stages.
+Each stage computes patch after patch of the latent and passes it on, with a part of the text, or after it
+(`patch_engines.py`); when a patch leaves the last stage, its part of the sampler's step is made there, and it enters
+the first stage again while the other patches are still under way. Attention sees old keys and values of what has not
+come by yet (`stale.py`), so the result is an approximation, but one that does not depend on the number of stages.
 Source: PipeFusion, arXiv 2405.14430.
 """
 
@@ -18,22 +18,17 @@ from torch import Tensor
 
 from comfy_xdit.errors import InputError
 from comfy_xdit.messages import Sample
-from comfy_xdit.parallel.rows import batched, rows_of
 from comfy_xdit.trajectory import SamplerProgram
 
 from .agreement import Agreement
-from .apply import Application, applied
 from .context import ParallelContext
 from .denoise import Piece, deal
 from .links import Inbox, Outbox, Shelf
-from .model import Call
-from .once import OncePerEvaluation
+from .model import Call, Family, Model, calls_argument
+from .patch_engines import Cut, PatchEngine, patch_engine
 from .patches import Evaluation, FirstStage, LastStage, Patches, Replies
-from .sample import calls_argument
-from .segments import WHOLE, Segment, segments_of
-from .sequence import shard_sizes
+from .segments import WHOLE, Segment
 from .spec import check
-from .stage import PipelineModel, Stage
 from .stale import StaleAttention
 
 LAG = 2
@@ -45,7 +40,7 @@ Kind = tuple[int, ...]
 
 
 def pipefusion(
-    model: PipelineModel,
+    model: Model,
     message: Sample,
     conds: list[Call],
     context: ParallelContext,
@@ -61,18 +56,14 @@ def pipefusion(
     faults = check(context.spec, num_ranks=context.world_size, shape=model.shape)
     if faults:
         raise InputError("; ".join(faults))
-    patches = Patches.of(message, model.family.plan.token_side, context)
-    report: dict[str, Any] = {"num_patches": len(patches.rows), "buffer_bytes": 0}
-    result = None
-    keys, plan = StaleAttention(context), model.family.plan
-    once = OncePerEvaluation(model.module, plan)
-    stage = Stage(context)
-    blocks = [model.module.get_submodule(path) for path in model.block_paths]
-    with keys, once, applied(model.module, plan, context, keys) as run, stage.between(blocks, model.stage):
-        pipeline = _Pipeline(model, message, conds, context, patches, keys, once, run, stage, post)
+    result, call = None, calls_argument(message.noise, 0.0, conds[0], model)
+    with StaleAttention(context) as keys, patch_engine(model, call, context, keys) as engine:
+        patches = Patches.of(message, engine.grid, context)
+        report: dict[str, Any] = {"num_patches": len(patches.rows)}
+        pipeline = _Pipeline(model, message, conds, context, patches, keys, engine, post)
         if Agreement(wish_to_stop, context.world).go_on():
             result = pipeline.run(wish_to_stop)
-            once.settle()
+            engine.settle()
         report["buffer_bytes"] = keys.most_bytes_held
     return result, {**context.report(), **report}
 
@@ -81,25 +72,24 @@ def pipefusion(
 class _Batch:
     """Rows that go through the model together.
 
-    key: names their buffers, which are for `num_rows`, these from `first` on; segments: of a step that isn't exact.
+    key: names their buffers, which are for `num_rows`, these from `first` on; cut: of a step that isn't exact.
     """
 
     key: tuple[Kind, int]
     pieces: list[Piece]
     call: Call
-    segments: list[Segment]
-    num_tokens: dict[str, int]
+    cut: Cut
     first: int
     num_rows: int
 
-    def apart(self) -> list[_Batch]:
+    def apart(self, family: Family) -> list[_Batch]:
         """Each row by itself."""
         places = [(piece.call, row) for piece in self.pieces for row in range(piece.start, piece.stop)]
         return [
             dataclasses.replace(
                 self,
                 pieces=[Piece(call=call, start=row, stop=row + 1)],
-                call=rows_of(self.call, range(number, number + 1)),
+                call=family.of_rows(self.call, range(number, number + 1)),
                 first=number,
             )
             for number, (call, row) in enumerate(places)
@@ -124,21 +114,19 @@ class _Pipeline:
 
     def __init__(
         self,
-        model: PipelineModel,
+        model: Model,
         message: Sample,
         conds: list[Call],
         context: ParallelContext,
         patches: Patches,
         keys: StaleAttention,
-        once: OncePerEvaluation,
-        run: Application,
-        stage: Stage,
+        engine: PatchEngine,
         post: Post,
     ) -> None:
         self._model, self._message, self._conds, self._context = model, message, conds, context
-        self._patches, self._keys, self._once, self._run, self._stage = patches, keys, once, run, stage
+        self._patches, self._keys, self._engine = patches, keys, engine
+        self._stage = stage = engine.stage
         self._program: SamplerProgram = message.program
-        self._shards = context.axis("sequence")
         replies, back = Replies.of(model, message, context), context.axis("pipe back")
         alone = Shelf() if back.degree == 1 else None
         self._sent = (alone or Outbox(back, 0)) if stage.is_last else None
@@ -226,12 +214,13 @@ class _Pipeline:
             batches = self._batches[self._kinds[number]]
             if evaluation.is_exact:
                 # Rows don't see each other, so one follows the other through the stages.
-                whole = [(row, WHOLE) for batch in batches for row in batch.apart()]
+                whole = [(row, WHOLE) for batch in batches for row in batch.apart(self._model.family)]
                 yield _Step(evaluation=evaluation, patches=everything, computed=whole, begins=True)
-            for patch in (None, *everything) if not evaluation.is_exact else ():
-                computed = [(batch, part) for batch in batches for part in batch.segments if part.patch == patch]
+            parts = (None, *everything) if self._engine.texts_first else everything
+            for patch in parts if not evaluation.is_exact else ():
+                computed = [(batch, part) for batch in batches for part in batch.cut.segments if part.patch == patch]
                 done = () if patch is None else (patch,)
-                yield _Step(evaluation=evaluation, patches=done, computed=computed, begins=patch is None)
+                yield _Step(evaluation=evaluation, patches=done, computed=computed, begins=patch == parts[0])
             if is_end:
                 break
         agreement.close()
@@ -247,12 +236,10 @@ class _Pipeline:
 
     def _expect(self, step: _Step | None) -> None:
         for batch, segment in step.computed if step is not None else ():
-            spans = segment.spans or {stream: (0, size) for stream, size in batch.num_tokens.items()}
-            tokens = sum(shard_sizes(size, self._shards.degree)[self._shards.index] for _, size in spans.values())
-            config: Any = self._model.module.config
-            hidden = config["num_attention_heads"] * config["attention_head_dim"]
             x = batch.call["x"]
-            self._stage.expect(x.shape[0] * tokens * hidden, x.dtype, x.device)
+            numel = batch.cut.numel(segment, x.shape[0])
+            if numel is not None:
+                self._stage.expect(numel, x.dtype, x.device)
 
     def _compute(self, step: _Step, previous: Evaluation | None) -> None:
         if self._first is not None and previous is not None:
@@ -273,45 +260,36 @@ class _Pipeline:
     def _forward(self, step: _Step, batch: _Batch, segment: Segment) -> Tensor | None:
         call = {**batch.call, "timestep": torch.full_like(batch.call["timestep"], step.evaluation.call.timestep)}
         if self._first is not None:
-            call["x"] = torch.cat([self._first.x[piece.start : piece.stop] for piece in batch.pieces])
+            x = torch.cat([self._first.x[piece.start : piece.stop] for piece in batch.pieces])
+            # What the model sees beside the latent comes after its channels.
+            call["x"] = torch.cat([x, call["x"][:, x.shape[1] :]], 1)
         self._keys.begin(batch.key, keep=step.evaluation.keeps, first=batch.first, num_rows=batch.num_rows)
-        self._once.begin(step.evaluation.number, (batch.key, batch.first))
-        self._run.segment = segment.spans
-        arguments = self._model.family.arguments(self._model, call)
-        out = self._stage.forward(
-            lambda: self._model.module(**arguments, return_dict=False)[0], wants_output=bool(step.patches)
-        )
-        return self._model.family.output(out, call) if out is not None else None
+        self._engine.begin(step.evaluation, (batch.key, batch.first))
+        batch.cut.choose(segment)
+        return self._stage.forward(lambda: self._model.family.run(self._model, call), wants_output=bool(step.patches))
 
     def _dealt(self, kind: Kind) -> list[_Batch]:
         """What this rank's lane computes in an evaluation of the kind."""
         spec, num_rows = self._context.spec, self._message.noise.shape[0]
         pieces = deal([num_rows] * len(kind), cfg=spec.cfg, dp=spec.dp)[self._context.lane]
-        together = batched([self._rows(kind, piece) for piece in pieces]) if pieces else None
+        together = self._model.family.batched([self._rows(kind, piece) for piece in pieces]) if pieces else None
         groups = [pieces] if together is not None else [[piece] for piece in pieces]
         return [self._batch(kind, number, group) for number, group in enumerate(groups)]
 
     def _batch(self, kind: Kind, number: int, pieces: list[Piece]) -> _Batch:
         """Raises InputError for conditionings that the model does not take or the axes cannot cut."""
         rows = [self._rows(kind, piece) for piece in pieces]
-        call = batched(rows) or rows[0]
-        lengths = self._patches.lengths(self._model.family.arguments(self._model, call), self._model.family.plan)
-        segments = segments_of(
-            self._patches.grid, self._patches.rows, lengths, num_shards=self._shards.degree
-        )
-        return _Batch(
-            key=(kind, number),
-            pieces=pieces,
-            call=call,
-            segments=segments,
-            num_tokens=lengths,
-            first=0,
-            num_rows=call["x"].shape[0],
-        )
+        call = self._model.family.batched(rows) or rows[0]
+        cut = self._engine.cut(call, self._patches)
+        return _Batch(key=(kind, number), pieces=pieces, call=call, cut=cut, first=0, num_rows=call["x"].shape[0])
 
     def _rows(self, kind: Kind, piece: Piece) -> Call:
-        """The rows' call, but for what changes: its latent is 0, its timestep too."""
-        x = torch.zeros_like(self._message.noise)
+        """The rows' call, but for what changes: its timestep is 0, its latent NaN.
+
+        The latent is on the first stage only. What looked at it on another would show that, instead of a picture that
+        is nearly right.
+        """
+        x = torch.full_like(self._message.noise, torch.nan)
         call = calls_argument(x, 0.0, self._conds[kind[piece.call]], self._model)
         return self._model.family.of_rows(call, piece.rows)
 

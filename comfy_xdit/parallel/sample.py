@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from comfy_xdit.messages import Sample
@@ -18,11 +17,9 @@ from .context import ParallelContext
 from .cut import cut
 from .denoise import check_calls, evaluate
 from .distri import DistriKeys
-from .model import Call, Model
-from .plan import ModelPlan
-
-if TYPE_CHECKING:
-    from .stage import PipelineModel
+from .model import Call, Model, calls_argument, loop_dtype
+from .patch_engines import has_patches
+from .pipefusion import pipefusion
 
 Post = Callable[[dict[str, Any]], None]
 
@@ -42,18 +39,16 @@ def sample(
     post: takes each progress entry {"step", "total", "denoised"}; called on rank 0.
     wish_to_stop: asked before each evaluation; one rank's yes stops all.
     Every rank replays the sampler on the whole latent, which costs next to nothing; only the model's
-    evaluations are shared out; on a pipe axis see `pipefusion`, or, for a model with a `TokenPlan`, `drained`: exact.
+    evaluations are shared out; on a pipe axis see `pipefusion`, or, where the latent can't be cut, `drained`: exact.
     Collective over all ranks. Raises InputError alike on every rank.
     """
     program: SamplerProgram = message.program
     check_program(message, conds)
-    check_calls(model, [calls_argument(message.noise, 0.0, cond, model) for cond in conds], context)
+    calls = [calls_argument(message.noise, 0.0, cond, model) for cond in conds]
+    check_calls(model, calls, context)
     check_replay(message, loop_dtype(model))
-    if context.spec.pipe > 1 and isinstance(model.family.plan, ModelPlan):
-        from .pipefusion import pipefusion
-
-        staged = cast("PipelineModel", model)
-        return pipefusion(staged, message, conds, context, post=post, wish_to_stop=wish_to_stop)
+    if context.spec.pipe > 1 and has_patches(model, calls):
+        return pipefusion(model, message, conds, context, post=post, wish_to_stop=wish_to_stop)
     replay = Replay(
         program,
         noise=message.noise,
@@ -96,14 +91,3 @@ def _outputs(model: Model, call: SamplerCall, x: Tensor, conds: list[Call], cont
     else:
         outputs = list(evaluate(model, [together], context)[0].chunk(len(calls)))
     return [output.to(loop_dtype(model)) for output in outputs]
-
-
-def loop_dtype(model: Model) -> torch.dtype:
-    """What the sampler's state is kept in: fp32 as on the host; fp64 for a model that computes in it."""
-    return torch.promote_types(model.compute_dtype, torch.float32)
-
-
-def calls_argument(x: Tensor, timestep: float, cond: Call, model: Model) -> Call:
-    """One call as ComfyUI would make it: the latent in the model's dtype, the timestep in fp32."""
-    steps = torch.full((x.shape[0],), timestep, dtype=torch.float32, device=x.device)
-    return model.family.call_of(x.to(model.compute_dtype), steps, cond)

@@ -11,6 +11,7 @@ import dataclasses
 
 from comfy_xdit.errors import InputError
 
+from .latent_tokens import Grid
 from .sequence import shard_sizes, shard_starts
 
 Spans = dict[str, tuple[int, int]]
@@ -31,35 +32,21 @@ class Segment:
 WHOLE = Segment(spans=None)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Grid:
-    """The image's tokens, row by row. side: latent pixels on a side of one."""
-
-    rows: int
-    columns: int
-    side: int
-
-    @classmethod
-    def of(cls, height: int, width: int, side: int) -> Grid:
-        """The grid of a latent; tokens at its end may be in part beyond it."""
-        return cls(rows=-(-height // side), columns=-(-width // side), side=side)
-
-
 def cut_rows(grid: Grid, *, num_patches: int, num_stages: int, num_shards: int) -> list[range]:
-    """Rows of tokens of each patch: of equal height, the first ones one row higher where they can't be.
+    """Rows of tokens of each patch, in all frames: of equal height, the first ones one row higher where they can't be.
 
     num_patches: 0 makes `usual_patches`. Fewer are made when there are too few rows, or rows of too few tokens to
     give one to each of `num_shards` ranks. Raises InputError when there are too few for a single patch.
     """
     if num_patches < 0:
         raise InputError(f"{num_patches} patches are none; use 1 or more, or 0 to have the number chosen")
-    if grid.rows * grid.columns < num_shards:
+    if grid.num_tokens < num_shards:
         raise InputError(
-            f"an image of {grid.rows * grid.columns} tokens cannot be cut over {num_shards} ranks beside a pipeline; "
-            f"use ring and ulysses of {grid.rows * grid.columns} or less together"
+            f"an image of {grid.num_tokens} tokens cannot be cut over {num_shards} ranks beside a pipeline; "
+            f"use ring and ulysses of {grid.num_tokens} or less together"
         )
-    limit = grid.rows // -(-num_shards // grid.columns)
-    wanted = num_patches or usual_patches(grid.rows * grid.columns // num_shards, num_stages)
+    limit = grid.rows // -(-num_shards // (grid.frames * grid.columns))
+    wanted = num_patches or usual_patches(grid.num_tokens // num_shards, num_stages)
     sizes = shard_sizes(grid.rows, min(wanted, limit))
     return [range(start, start + size) for start, size in zip(shard_starts(sizes), sizes, strict=True)]
 
@@ -81,7 +68,7 @@ def segments_of(grid: Grid, patches: list[range], lengths: dict[str, int], *, nu
     references.
     Raises InputError when the text cannot be cut over `num_shards` ranks.
     """
-    num_patch_tokens, text = grid.rows * grid.columns, lengths.get("text", 0)
+    num_patch_tokens, text = grid.num_tokens, lengths.get("text", 0)
     references = lengths["image"] - num_patch_tokens
     pieces = references // max(len(patches[0]) * grid.columns, num_shards)
     conditions: list[Spans] = [{"text": (0, text), "image": (num_patch_tokens, 0)}]

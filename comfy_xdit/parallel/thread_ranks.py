@@ -1,4 +1,4 @@
-"""Ranks as threads of one process: the collectives of sequence parallelism without other processes, ports or devices.
+"""Ranks as threads of one process: the collectives of all methods without other processes, ports or devices.
 
 For a check of a small model on a CPU. A rank that fails ends the others' waiting at once, so nothing hangs.
 """
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]
-from torch.futures import Future
+from torch.futures import Future, collect_all
 
 from .context import ParallelContext
 from .groups import GroupCache, Key, Line
@@ -146,7 +146,7 @@ class _Groups(GroupCache):
 
 
 class _Group(dist.ProcessGroup):
-    """A rank's end of a group, with the calls that `sequence.py` and `attention.py` make of it."""
+    """A rank's end of a group, with the calls that the methods make of it."""
 
     def __init__(self, meeting: _Meeting, ranks: tuple[int, ...], place: int) -> None:
         super().__init__(place, len(ranks))  # type: ignore[call-arg]
@@ -184,14 +184,30 @@ class _Group(dist.ProcessGroup):
             own.copy_(came)
         return _done()
 
-    def allreduce(self, tensors: list[Tensor], *options: Any) -> dist.Work:  # type: ignore[override]
-        # The sum, whatever the options say: nothing else is asked for. In the same order on all ranks.
-        parts = self._swap("reduce", [tensors[0]] * len(self._ranks))
-        tensors[0].copy_(torch.stack(parts).sum(0))
-        return _done()
-
     def alltoall_base(self, output: Tensor, input: Tensor, received: Any, sent: list[int], *options: Any) -> dist.Work:
         output.copy_(torch.cat(self._swap("all to all", list(input.split(sent)))))
+        return _done()
+
+    def allreduce(self, tensors: list[Tensor], options: Any) -> dist.Work:  # type: ignore[override]
+        """Nobody waits before the work is waited for: a pipeline's stages agree beside other messages."""
+        (x,), is_sum = tensors, options.reduceOp == dist.ReduceOp.SUM
+        assert is_sum or options.reduceOp == dist.ReduceOp.MAX, "nothing else is asked for"
+        for place in range(len(self._ranks)):
+            self._put("reduce", place, x)
+        coming = [self._meeting.coming(self._coming("reduce", place)) for place in range(len(self._ranks))]
+
+        def reduced(done: Future[list[Future[Tensor]]]) -> Tensor:
+            # In the same order on all ranks.
+            parts = torch.stack([each.value() for each in done.value()])
+            return x.copy_(parts.sum(0) if is_sum else parts.amax(0))
+
+        return _create_work_from_future(collect_all(coming).then(reduced))
+
+    def broadcast(self, tensors: list[Tensor], options: Any) -> dist.Work:  # type: ignore[override]
+        (x,) = tensors
+        for place in range(len(self._ranks)) if options.rootRank == self._place else ():
+            self._put("broadcast", place, x)
+        x.copy_(self._meeting.take(self._coming("broadcast", options.rootRank)))
         return _done()
 
     def send(self, tensors: list[Tensor], place: int, tag: int = 0) -> dist.Work:

@@ -143,7 +143,7 @@ def account(
                 "peak_bytes": None if held < 0 else int(held),
             }
         )
-    own = 0 if world is None else dist.get_rank(world)
+    own = 0 if world is None else world.rank()
     report = {**ranks[own], "bytes_sent": dict(traffic.bytes), "ranks": ranks}
     if trace:
         report["began"] = begin_s + ahead

@@ -56,6 +56,12 @@ class ComfyRemoteModel(RemoteModel):
             raise ValueError(str(error)) from None
         return call, options
 
+    def has_patches(self, transformer: Any, noise: Tensor, conds: list[dict[str, Any]]) -> bool:
+        # Channels that are added to it may be on another device.
+        conds = [{name: value for name, value in cond.items() if name != "concat"} for cond in conds]
+        calls = [self._family.call_of(noise, noise.new_zeros(noise.shape[0]), cond) for cond in conds]
+        return all(self._family.latent_tokens(transformer, call) is not None for call in calls)
+
     def _given_back(self, output: Tensor, call: dict[str, Any]) -> Any:
         x = call["x"]
         if isinstance(x, Tensor):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from comfy_xdit.native.family import ComfyFamily
+from comfy_xdit.native.family import ComfyFamily, first_of
 from comfy_xdit.parallel.tokens import Attention, Blocks, TokenPlan, Tokens
 
 IMAGE = ("image",)
@@ -24,4 +24,5 @@ ANIMA = ComfyFamily(
     num_heads=lambda transformer: transformer.num_heads,
     rows=("context",),
     prepares=("preprocess_text_embeds",),
+    latent=first_of("image", lambda transformer: transformer.patch_spatial),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from comfy_xdit.native.family import ComfyFamily
+from comfy_xdit.native.family import ComfyFamily, first_of
 
 from .flux import DOUBLE, SINGLE, plan_of
 
@@ -13,4 +13,5 @@ CHROMA = ComfyFamily(
     plan=plan_of(DOUBLE, SINGLE),
     num_heads=lambda transformer: transformer.num_heads,
     rows=("context", "y", "guidance", "attention_mask"),
+    latent=first_of("image", lambda transformer: transformer.patch_size),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from comfy_xdit.native.family import ComfyFamily
+from comfy_xdit.native.family import ComfyFamily, first_of
 from comfy_xdit.parallel.tensor_plan import TensorPlan, Widths
 from comfy_xdit.parallel.tokens import Attention, Blocks, Ranges, Rule, TokenPlan, Tokens
 
@@ -63,6 +63,7 @@ FLUX = ComfyFamily(
     rows=("context", "y", "guidance", "attention_mask", "ref_latents"),
     constants=("ref_latents_method",),
     options=("rope_options",),
+    latent=first_of("image", lambda transformer: transformer.patch_size),
 )
 
 # The halves of its MLPs' first matrices are multiplied with each other.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from comfy_xdit.native.family import ComfyFamily
+from comfy_xdit.native.family import ComfyFamily, first_of
 
 from .flux import DOUBLE, TIMED, plan_of
 
@@ -15,6 +15,7 @@ HUNYUAN = ComfyFamily(
     rows=("context", "y", "guidance", "attention_mask", "guiding_frame_index", "ref_latent", "txt_byt5"),
     constants=("disable_time_r",),
     options=("sigmas", "sample_sigmas"),
+    latent=first_of("image", lambda transformer: transformer.patch_size[-1], unless="ref_latent"),
 )
 
 HUNYUAN15 = ComfyFamily(
@@ -26,4 +27,5 @@ HUNYUAN15 = ComfyFamily(
     rows=("context", "y", "guidance", "attention_mask", "txt_byt5", "clip_fea"),
     constants=("disable_time_r",),
     options=("sigmas", "sample_sigmas"),
+    latent=first_of("image", lambda transformer: transformer.patch_size[-1], unless="ref_latent"),
 )

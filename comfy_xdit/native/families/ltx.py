@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from comfy_xdit.native.family import ComfyFamily
+from comfy_xdit.native.family import ComfyFamily, first_of
 from comfy_xdit.parallel.tensor_plan import TensorPlan, tensor_within
 from comfy_xdit.parallel.tokens import Attention, Blocks, Refused, TokenPlan, Tokens
 
 VIDEO = ("video",)
 GUIDES = Refused("guides of LTX with a strength other than 1, or a mask, are not for several GPUs; use a strength of 1")
-
 
 
 def tensor_of(attentions: tuple[str, ...], mlps: tuple[str, ...]) -> TensorPlan:
@@ -47,4 +46,5 @@ LTXV = ComfyFamily(
     num_heads=lambda transformer: transformer.num_attention_heads,
     rows=("context", "attention_mask", "denoise_mask", "keyframe_idxs"),
     constants=("frame_rate", "guide_attention_entries", "generated_keyframes"),
+    latent=first_of("video", lambda transformer: 1, unless="keyframe_idxs"),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from comfy_xdit.native.family import ComfyFamily
+from comfy_xdit.native.family import ComfyFamily, first_of
 from comfy_xdit.parallel.tensor_plan import tensor_within
 from comfy_xdit.parallel.tokens import Attention, Blocks, Ranges, TokenPlan, Tokens
 
@@ -42,4 +42,5 @@ LUMINA = ComfyFamily(
     rows=("context", "attention_mask", "clip_text_pooled", "ref_latents", "ref_contexts", "siglip_feats"),
     constants=("num_tokens",),
     options=("rope_options",),
+    latent=first_of("image", lambda transformer: transformer.patch_size, unless="ref_latents"),
 )

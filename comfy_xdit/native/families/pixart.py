@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from comfy_xdit.native.family import ComfyFamily
+from comfy_xdit.native.family import ComfyFamily, first_of
 from comfy_xdit.parallel.tokens import Attention, Blocks, TokenPlan, Tokens
 
 IMAGE = ("image",)
@@ -18,4 +18,5 @@ PIXART = ComfyFamily(
     ),
     num_heads=lambda transformer: transformer.num_heads,
     rows=("context", "c_size", "c_ar"),
+    latent=first_of("image", lambda transformer: transformer.patch_size),
 )

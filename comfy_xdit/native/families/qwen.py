@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from comfy_xdit.native.family import ComfyFamily
+from comfy_xdit.native.family import ComfyFamily, first_of
 from comfy_xdit.parallel.tensor_plan import tensor_within
 from comfy_xdit.parallel.tokens import Attention, Blocks, Index, TokenPlan, Tokens
 
@@ -41,4 +41,5 @@ QWEN = ComfyFamily(
     num_heads=lambda transformer: int(transformer.transformer_blocks[0].attn.heads),
     rows=("context", "attention_mask", "ref_latents"),
     constants=("ref_latents_method", "additional_t_cond"),
+    latent=first_of("image", lambda transformer: transformer.patch_size),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from comfy_xdit.native.family import ComfyFamily
+from comfy_xdit.native.family import ComfyFamily, first_of
 from comfy_xdit.parallel.tensor_plan import tensor_within
 from comfy_xdit.parallel.tokens import Attention, Blocks, TokenPlan, Tokens
 
@@ -32,4 +32,5 @@ SD3 = ComfyFamily(
     ),
     num_heads=lambda transformer: transformer.joint_blocks[0].x_block.attn.num_heads,
     rows=("context", "y"),
+    latent=first_of("image", lambda transformer: transformer.patch_size),
 )

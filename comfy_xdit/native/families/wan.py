@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from comfy_xdit.native.family import ComfyFamily
+from comfy_xdit.native.family import ComfyFamily, first_of
 from comfy_xdit.parallel.tensor_plan import TensorPlan, tensor_within
 from comfy_xdit.parallel.tokens import Attention, Blocks, TokenPlan, Tokens
 
@@ -48,6 +48,7 @@ WAN = ComfyFamily(
         "camera_conditions",
     ),
     options=("rope_options",),
+    latent=first_of("video", lambda transformer: transformer.patch_size[-1], unless="reference_latent"),
 )
 
 VACE = ComfyFamily(

@@ -20,7 +20,7 @@ MODES = {
     "ring=3": (3, {"ring": 3}),
     "cfg=2": (2, {"cfg": 2}),
     "dp=2": (2, {"dp": 2}),
-    "pipe=2": (2, {"pipe": 2}),
+    "pipe=2, all exact": (2, {"pipe": 2, "warmup_steps": 10_000}),
     "pipe=2, step by step": (2, {"pipe": 2, "sampling": "step"}),
     "distri=2, all exact": (2, {"distri": 2, "warmup_steps": 10_000}),
 }

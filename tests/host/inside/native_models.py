@@ -110,6 +110,19 @@ def wan(kind="WAN21_T2V", **more):
     return getattr(comfy.supported_models, kind)({"image_model": "wan2.1", **sizes, **more})
 
 
+def krea2():
+    sizes = {"features": 256, "channels": 16, "patch": 2, "layers": 3, "heads": 2, "kvheads": 1}
+    return comfy.supported_models.Krea2({"image_model": "krea2", **sizes, "txtlayers": 2, "txtdim": 80})
+
+
+def flux2():
+    sizes = {"in_channels": 128, "out_channels": 128, "patch_size": 1, "hidden_size": 256, "num_heads": 2, "depth": 2}
+    sizes |= {"depth_single_blocks": 2, "context_in_dim": 96, "vec_in_dim": None, "mlp_ratio": 3.0}
+    sizes |= {"axes_dim": [32, 32, 32, 32], "txt_ids_dims": [3], "theta": 2000, "guidance_embed": True}
+    sizes |= {"qkv_bias": False, "ops_bias": False, "global_modulation": True, "mlp_silu_act": True}
+    return comfy.supported_models.Flux2({"image_model": "flux2", **sizes, "default_ref_method": "index"})
+
+
 def save(path, state):
     safetensors.torch.save_file({key: value.contiguous() for key, value in state.items()}, path)
     return path
