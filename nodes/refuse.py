@@ -84,10 +84,16 @@ def _in_options(options: dict[str, Any], own: Collection[str] = ()) -> list[str]
         found.append(f"the replaced attention ({name_of(override)})")
     known = HARMLESS | {"patches", "patches_replace", "optimized_attention_override"}
     for name, value in options.items():
-        if name in known or name in own or value is None or type(value).__module__ == STATE.get(name):
+        if name in known or name in own or value is None or _is_state(name, value):
             continue
         found.append(f"the transformer option {name!r}{name_of_option(name, value)}")
     return found
+
+
+def _is_state(name: str, value: Any) -> bool:
+    """Whether only wrappers read it. ComfyUI imports its own nodes by their path, and calls the module so."""
+    module = type(value).__module__.replace("/", ".")
+    return name in STATE and f".{module}".endswith(f".{STATE[name]}")
 
 
 def _block(block: Any) -> str:
