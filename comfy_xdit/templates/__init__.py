@@ -1,0 +1,1 @@
+"""ComfyUI's own workflow templates, and which of them a pool runs."""
