@@ -7,6 +7,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from staged import inpainting
 from token_toys import WIDTH, Attend
 from torch import nn
 
@@ -72,7 +73,8 @@ class Toy(nn.Module):
         self.blocks = nn.ModuleList([block() for _ in range(num_blocks)])
         self.head = nn.Linear(WIDTH, 4 * CHANNELS)
 
-    def forward(self, x, timestep, context, transformer_options):
+    def forward(self, x, timestep, context, transformer_options, again=None):
+        timestep = timestep if again is None else again
         options = {"override": transformer_options.get("optimized_attention_override")}
         rows, columns = x.shape[-2:]
         frames = x if x.ndim == 5 else x[:, :, None]
@@ -119,8 +121,8 @@ def latent(toy, call):
 
 
 def family(block, **more):
-    fields = {"name": "toy", "title": "Toy", "kinds": ("Toy",), "num_heads": lambda toy: 6, "rows": ("context",)}
-    return ComfyFamily(**{**fields, "plan": PLANS[block], "latent": latent, **more})
+    fields = {"name": "toy", "title": "Toy", "kinds": ("Toy",), "num_heads": lambda toy: 6, "plan": PLANS[block]}
+    return ComfyFamily(**{**fields, "rows": ("context", "again"), "latent": latent, **more})
 
 
 def toy_of(block, **options):
@@ -140,15 +142,16 @@ def model_of(block, stage=None, *, more=None, **options):
 
 
 def job_of(program, shape, *, texts=(5, 5), masked=False):
-    """The fields of a `Sample`."""
+    """The fields of a `Sample`. The toy is given its timestep twice, under both names."""
     generator = torch.Generator().manual_seed(3)
 
     def random(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     whole = (shape[0], CHANNELS, *shape[1:])
-    conds = [{"context": random(shape[0], num, TEXT)} for num in texts[: len(program.conds)]]
+    conds = [{"context": random(shape[0], num, TEXT), "timesteps": ["again"]} for num in texts[: len(program.conds)]]
     mask = (random(*whole) > 0).double() if masked else None
+    program = inpainting(program) if masked else program
     noises = [random(*whole) for _ in program.calls]
     return {
         "program": program, "conds": conds, "noise": random(*whole), "latent": random(*whole), "mask": mask,

@@ -13,7 +13,7 @@ from comfy_xdit.parallel.sample import sample
 
 CASES = {
     # Rows that no number of patches divides; the last ones are half beyond the latent.
-    "a video with cfg": (Video, lambda: job_of(flow_program(steps=4, cfg=2.5), (2, 3, 9, 5)), 3, 1),
+    "a video, masked": (Video, lambda: job_of(flow_program(steps=4, cfg=2.5), (2, 3, 9, 5), masked=True), 3, 1),
     "texts of two lengths": (
         Double,
         lambda: job_of(flow_program(steps=5, cfg=2.5, kind="multistep"), (1, 10, 6), texts=(7, 4)),
@@ -63,7 +63,7 @@ def test_stages_equal_the_emulation(name):
     assert 1e-4 < drift < 0.3
 
 
-@pytest.mark.parametrize("name", ["a video with cfg", "texts of two lengths", "text in the same stream"])
+@pytest.mark.parametrize("name", ["a video, masked", "texts of two lengths", "text in the same stream"])
 @pytest.mark.parametrize("beside", ["cfg", "dp", "ulysses", "ring"])
 def test_beside_other_methods(name, beside):
     checked(name, {"pipe": 2, beside: 2})

@@ -73,6 +73,7 @@ class _Batch:
     """Rows that go through the model together.
 
     key: names their buffers, which are for `num_rows`, these from `first` on; cut: of a step that isn't exact.
+    timesteps: the arguments that are the timestep.
     """
 
     key: tuple[Kind, int]
@@ -81,6 +82,7 @@ class _Batch:
     cut: Cut
     first: int
     num_rows: int
+    timesteps: list[str]
 
     def apart(self, family: Family) -> list[_Batch]:
         """Each row by itself."""
@@ -258,7 +260,8 @@ class _Pipeline:
                 self._last.finish(step.evaluation, patch, outputs)
 
     def _forward(self, step: _Step, batch: _Batch, segment: Segment) -> Tensor | None:
-        call = {**batch.call, "timestep": torch.full_like(batch.call["timestep"], step.evaluation.call.timestep)}
+        timestep = torch.full_like(batch.call["timestep"], step.evaluation.call.timestep)
+        call = {**batch.call, **dict.fromkeys(batch.timesteps, timestep)}
         if self._first is not None:
             x = torch.cat([self._first.x[piece.start : piece.stop] for piece in batch.pieces])
             # What the model sees beside the latent comes after its channels.
@@ -281,17 +284,22 @@ class _Pipeline:
         rows = [self._rows(kind, piece) for piece in pieces]
         call = self._model.family.batched(rows) or rows[0]
         cut = self._engine.cut(call, self._patches)
-        return _Batch(key=(kind, number), pieces=pieces, call=call, cut=cut, first=0, num_rows=call["x"].shape[0])
+        known = self._call(kind[pieces[0].call])
+        timesteps = [name for name, value in known.items() if value is known["timestep"]]
+        whole = {"first": 0, "num_rows": call["x"].shape[0]}
+        return _Batch(key=(kind, number), pieces=pieces, call=call, cut=cut, timesteps=timesteps, **whole)
 
     def _rows(self, kind: Kind, piece: Piece) -> Call:
-        """The rows' call, but for what changes: its timestep is 0, its latent NaN.
+        return self._model.family.of_rows(self._call(kind[piece.call]), piece.rows)
+
+    def _call(self, cond: int) -> Call:
+        """The call for a conditioning, but for what changes: its timestep is 0, its latent NaN.
 
         The latent is on the first stage only. What looked at it on another would show that, instead of a picture that
         is nearly right.
         """
         x = torch.full_like(self._message.noise, torch.nan)
-        call = calls_argument(x, 0.0, self._conds[kind[piece.call]], self._model)
-        return self._model.family.of_rows(call, piece.rows)
+        return calls_argument(x, 0.0, self._conds[cond], self._model)
 
 
 def _whole_rows(message: Sample, kind: Kind) -> list[Piece]:
