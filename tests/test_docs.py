@@ -46,7 +46,7 @@ def test_every_node_has_its_help_page():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_and_options_exist(page):
-    for line in re.findall(r"comfy[-_]xdit ((?:pool|bench|selftest)[^`\n]*)", page.read_text("utf-8")):
+    for line in re.findall(r"comfy[-_]xdit ((?:pool|bench|selftest|draft-plan)[^`\n]*)", page.read_text("utf-8")):
         name = next((name for name in COMMANDS if line.startswith(name)), None)
         assert name is not None, f"{page.name}: {line}"
         parser = argparse.ArgumentParser()

@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "pool stop": ("comfy_xdit.cli.pool_stop", "end a pool and all of its workers"),
     "selftest": ("comfy_xdit.cli.selftest", "whether the plans of ComfyUI's own models hold for a ComfyUI"),
     "check": ("comfy_xdit.cli.check", "which of ComfyUI's own workflow templates a pool runs"),
+    "draft-plan": ("comfy_xdit.cli.draft_plan", "a first draft of the plan of a model class of ComfyUI's"),
     "plan": ("comfy_xdit.cli.plan", "which parallel spec suits a model, a size and a link, and why"),
     "parity": ("comfy_xdit_bench.parity", "N ranks against one and against stock ComfyUI, by mode and by sampler"),
     "bench overhead": ("comfy_xdit_bench.overhead", "one rank through the pool against the same model in-process"),

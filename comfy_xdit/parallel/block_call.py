@@ -17,6 +17,10 @@ class Call:
     def _holder(self, name: str) -> dict[str, Any]:
         return self._further if name in self._further else self.bound.arguments
 
+    def named(self) -> dict[str, Any]:
+        """Every argument that was given, by its name."""
+        return {**{k: v for k, v in self.bound.arguments.items() if v is not self._further}, **self._further}
+
     def has(self, path: str) -> bool:
         """Whether the argument was given, and has so many items."""
         name, _, item = path.partition(".")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from comfy_xdit.native.load import detected, read
+from comfy_xdit.parallel.spec import ModelShape
 from comfy_xdit.weights.stamp import stamp
 
 META = torch.device("meta")
@@ -47,7 +49,7 @@ def open_header(path: str, *, dtype: torch.dtype | None, fp8: bool) -> tuple[Any
     return config, ComfyCheckpoint(
         message=load_message(path, source_of(config), found),
         family=family,
-        shape=family.shape(net),
+        shape=_without_tensor(family.shape(net)) if is_quantised else family.shape(net),
         config=config.unet_config,
         num_dims=config.latent_format.latent_dimensions + 2,
         is_quantised=is_quantised,
@@ -70,6 +72,12 @@ def _choose(config: Any, weights: dict[str, Tensor], dtype: torch.dtype | None, 
     config.set_inference_dtype(dtype, cast)
     if fp8:
         config.optimizations["fp8"] = True
+
+
+def _without_tensor(shape: ModelShape) -> ModelShape:
+    """Which layers are quantised is not known here, and their matrices are not cut."""
+    methods = tuple(method for method in shape.methods if method != "tensor")
+    return dataclasses.replace(shape, methods=methods, tensor_divides=0)
 
 
 def _weights(net: nn.Module) -> dict[str, Tensor]:

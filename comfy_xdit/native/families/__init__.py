@@ -6,6 +6,7 @@ from comfy_xdit.native.family import ComfyFamily
 
 from .anima import ANIMA
 from .chroma import CHROMA
+from .cosmos import COSMOS
 from .flux import FLUX, FLUX2
 from .hunyuan import HUNYUAN, HUNYUAN15
 from .krea import KREA2
@@ -20,7 +21,7 @@ from .wan import VACE, WAN
 
 ALL = (
     *(MINIMAX, LTXAV, LTXV, QWEN, LUMINA, WAN, VACE, KREA2, FLUX, FLUX2, CHROMA, HUNYUAN, HUNYUAN15, ANIMA, SD3),
-    PIXART,
+    *(PIXART, COSMOS),
 )
 
 FAMILIES: dict[str, ComfyFamily] = {family.name: family for family in ALL}

@@ -5,6 +5,8 @@ from __future__ import annotations
 from comfy_xdit.native.family import ComfyFamily, first_of
 from comfy_xdit.parallel.tokens import Attention, Blocks, TokenPlan, Tokens
 
+from .cosmos import TENSOR
+
 IMAGE = ("image",)
 
 ANIMA = ComfyFamily(
@@ -20,6 +22,7 @@ ANIMA = ComfyFamily(
             ),
         ),
         attention={"blocks.*.self_attn": Attention(IMAGE)},
+        tensor=TENSOR,
     ),
     num_heads=lambda transformer: transformer.num_heads,
     rows=("context",),

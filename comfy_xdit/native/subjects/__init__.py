@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_xdit.native.subject import Subject
 
-from . import anima, chroma, flux, hunyuan, krea, ltx, lumina, minimax, pixart, qwen, sd3, wan
+from . import anima, chroma, cosmos, flux, hunyuan, krea, ltx, lumina, minimax, pixart, qwen, sd3, wan
 
 SUBJECTS: dict[str, tuple[Subject, ...]] = {
     "minimax-h3": minimax.SUBJECTS,
@@ -23,5 +23,6 @@ SUBJECTS: dict[str, tuple[Subject, ...]] = {
     "anima": anima.SUBJECTS,
     "sd3": sd3.SUBJECTS,
     "pixart": pixart.SUBJECTS,
+    "cosmos": cosmos.SUBJECTS,
 }
 """Family → its subjects."""

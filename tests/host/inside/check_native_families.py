@@ -36,7 +36,8 @@ if use_comfy() is None:
     CASES = {}
 else:
     CASES = cases.made(
-        cases.minimax_cases, cases.ltx_cases, cases.wan_cases, cases.image_cases, cases.hunyuan_cases
+        *(cases.minimax_cases, cases.ltx_cases, cases.wan_cases, cases.image_cases, cases.hunyuan_cases),
+        cases.cosmos_cases,
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from comfy_xdit_nodes.native.export import QUANTISED
 from comfy_xdit_nodes.parity import models as tiny
 
-from comfy_xdit.native.subjects import anima, flux, hunyuan, krea, ltx, minimax
+from comfy_xdit.native.subjects import anima, cosmos, flux, hunyuan, krea, ltx, minimax
 
 NUM_TEXT = 9
 
@@ -261,6 +261,24 @@ def image_cases() -> Table:
         "flux2 klein references": Case(kind="Flux2", config=klein, **grid, both=seen, counts=tuple(seen)),
         "flux kontext": Case(kind="Flux", config=dev, **flux1, both={**pooled, **references}, counts=tuple(references)),
         "flux fill": Case(kind="FluxInpaint", config=inpaint, **flux1, both={**pooled, **fill}, counts=tuple(fill)),
+    }
+
+
+def cosmos_cases() -> Table:
+    wide = {"model_channels": 256, "num_heads": 16, "crossattn_emb_channels": 1024, "adaln_lora_dim": 256}
+    images, videos = ({**subject.config, **wide} for subject in cosmos.SUBJECTS)
+    size, odd = (16, 3, 6, 8), (16, 3, 7, 9)
+    return {
+        "cosmos": Case(kind="CosmosT2IPredict2", config=images, shapes=(size,), odd=(odd,), text=1024),
+        "cosmos from a frame": Case(
+            kind="CosmosI2VPredict2",
+            config=videos,
+            shapes=(size,),
+            odd=(size,),
+            text=1024,
+            mask=first_frame_given(3, 6, 8),
+            both={"frame_rate": 24},
+        ),
     }
 
 
