@@ -29,7 +29,7 @@ MODES = {
     "ulysses=2": (2, {"ulysses": 2}),
     "cfg=2": (2, {"cfg": 2}),
     "dp=2": (2, {"dp": 2}),
-    "pipe=2": (2, {"pipe": 2}),
+    "pipe=2": (2, {"pipe": 2, "warmup_steps": 10_000}),
 }
 LIMIT = 1e-5
 MIXED = ("Q8_0", "Q4_0", "Q5_1", "BF16", "F16")

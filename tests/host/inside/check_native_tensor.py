@@ -30,7 +30,7 @@ LIMIT = 1e-5
 MODES = {
     "tensor=2": (2, {"tensor": 2}),
     "tensor=2, ulysses=2": (4, {"tensor": 2, "ulysses": 2}),
-    "tensor=2, pipe=2": (4, {"tensor": 2, "pipe": 2}),
+    "tensor=2, pipe=2": (4, {"tensor": 2, "pipe": 2, "warmup_steps": 10_000}),
     "tensor=2, cfg=2": (4, {"tensor": 2, "cfg": 2}),
     "tensor=2, distri=2, all exact": (4, {"tensor": 2, "distri": 2, "warmup_steps": 10_000}),
 }

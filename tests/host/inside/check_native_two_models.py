@@ -44,7 +44,7 @@ def sample(high, low):
     return comfy.sample.sample(low, rest, *given, half, **last, **common)
 
 
-@pytest.mark.parametrize("degrees", [{"ulysses": 2}, {"pipe": 2}], ids=str)
+@pytest.mark.parametrize("degrees", [{"ulysses": 2}, {"pipe": 2, "warmup_steps": 10_000}], ids=str)
 def test_both_stay_warm_and_give_stocks_latent(degrees, models, pools):
     expected = sample(*models)
     setting = pools(2, **degrees)
