@@ -17,7 +17,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from oracle_rows import BETWEEN, FORWARDS, Spans, copied, latent_of, token_counts
+from oracle_rows import FORWARDS, Spans, copied, latent_of, token_counts
 from torch import Tensor, nn
 
 from comfy_xdit.parallel.paths import find
@@ -100,7 +100,7 @@ class Lane:
         self.kept: dict[tuple[int, int], Any] = {}
 
     def evaluate(self, call: dict[str, Any], *, is_exact: bool) -> Tensor:
-        """The model's output: of all tokens at once, or of text and then patch after patch."""
+        """The model's output: of all tokens at once, or patch after patch, each with its share of the text."""
         if self.num_patches and is_exact and len(call["x"]) > 1:
             return self._row_after_row(call)
         arguments = self.model.family.inputs(dict(self.module.config), call)
@@ -109,11 +109,19 @@ class Lane:
         assert counts["image"] == height * width, "the oracle knows no reference images"
         segments: list[Spans] = [{stream: (0, count) for stream, count in counts.items()}]
         if self.num_patches and not is_exact:
-            segments = [{"text": (0, counts["text"]), "image": (0, 0)}] if "text" in counts else []
-            for lines in torch.arange(height).tensor_split(self.num_patches):
-                segments.append({"text": (0, 0), "image": (int(lines[0]) * width, len(lines) * width)})
+            lines = [(int(part[0]), len(part)) for part in torch.arange(height).tensor_split(self.num_patches)]
+            segments = [{"image": (first * width, number * width)} for first, number in lines]
+            for number, spans in enumerate(segments if "text" in counts else ()):
+                spans["text"] = self._share(counts["text"], number)
         tokens = torch.cat([self._compute(arguments, counts, rows, is_exact) for rows in segments], 1)
         return latent_of(self.model, tokens, height, width)[..., : call["x"].shape[-2], : call["x"].shape[-1]]
+
+    def _share(self, length: int, number: int) -> tuple[int, int]:
+        """A patch's part of `length` tokens: even parts, or, where some ranks would have none, parts that overlap."""
+        if length >= self.num_patches * self.num_ranks:
+            own = torch.arange(length).tensor_split(self.num_patches)[number]
+            return int(own[0]), len(own)
+        return number * (length - self.num_ranks) // max(self.num_patches - 1, 1), self.num_ranks
 
     def _row_after_row(self, call: dict[str, Any]) -> Tensor:
         """As stages do it, so that all have something to do."""
@@ -142,10 +150,8 @@ class Lane:
                 return self._attend(layer, rank, meeting.all(rank, qkv), places, is_exact)
 
             HERE.attend, HERE.layer = attend, 0
-            take = Tensor.narrow if len(ranks) == 1 else copied
-            if self.num_patches:
-                return FORWARDS[family](self.module, arguments, own[rank], take)
-            return take(BETWEEN[family](self.module, arguments, own[rank], take), 1, *own[rank]["image"])
+            take = Tensor.narrow if all(own[rank][s] == (0, counts[s]) for s in counts) else copied
+            return take(FORWARDS[family](self.module, arguments, own[rank], take), 1, *own[rank]["image"])
 
         with mock.patch.object(F, "scaled_dot_product_attention", attention):
             return torch.cat(meeting.run(rank_of), 1)
@@ -239,8 +245,6 @@ def attention(
 ) -> Tensor:
     assert attn_mask is None, "the oracle knows no masks"
     layer, HERE.layer = HERE.layer, HERE.layer + 1
-    if not query.shape[2]:
-        return query  # nothing of this layer's streams is in the segment, on any rank
     queries, keys, values, first = HERE.attend(layer, query, key, value)
     return PLAIN(queries, keys, values, scale=scale)[:, :, first : first + query.shape[2]]
 

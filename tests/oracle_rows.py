@@ -32,40 +32,7 @@ def token_counts(model: Any, arguments: dict[str, Any]) -> dict[str, int]:
 
 
 def flux_rows(module: Any, arguments: dict[str, Any], rows: Spans, take: Take) -> Tensor:
-    """All but attention works token by token: Flux takes the rows as they are."""
-    some = {
-        "hidden_states": take(arguments["hidden_states"], 1, *rows["image"]),
-        "encoder_hidden_states": take(arguments["encoder_hidden_states"], 1, *rows["text"]),
-        "img_ids": take(arguments["img_ids"], 0, *rows["image"]),
-        "txt_ids": take(arguments["txt_ids"], 0, *rows["text"]),
-    }
-    return module(**{**arguments, **some}, return_dict=False)[0]
-
-
-def sd3_rows(module: Any, arguments: dict[str, Any], rows: Spans, take: Take) -> Tensor:
-    """SD3 makes tokens inside: its parts are called here one by one."""
-    hidden = take(module.pos_embed(arguments["hidden_states"]), 1, *rows["image"])
-    context = module.context_embedder(take(arguments["encoder_hidden_states"], 1, *rows["text"]))
-    time = module.time_text_embed(arguments["timestep"], arguments["pooled_projections"])
-    for block in module.transformer_blocks:
-        context, hidden = block(hidden_states=hidden, encoder_hidden_states=context, temb=time)
-    return module.proj_out(module.norm_out(hidden, time))
-
-
-def pixart_rows(module: Any, arguments: dict[str, Any], rows: Spans, take: Take) -> Tensor:
-    """PixArt makes tokens inside too; the text is whole for any rows."""
-    hidden = take(module.pos_embed(arguments["hidden_states"]), 1, *rows["image"])
-    context = module.caption_projection(arguments["encoder_hidden_states"])
-    modulation, time = module.adaln_single(
-        arguments["timestep"], arguments.get("added_cond_kwargs"), batch_size=len(hidden), hidden_dtype=hidden.dtype
-    )
-    for block in module.transformer_blocks:
-        hidden = block(hidden, encoder_hidden_states=context, timestep=modulation)
-    shift, scale = (module.scale_shift_table[None] + time[:, None]).chunk(2, dim=1)
-    return module.proj_out(module.norm_out(hidden) * (1 + scale) + shift)
-
-
-def flux_between(module: Any, arguments: dict[str, Any], rows: Spans, take: Take) -> Tensor:
+    """The parts of a model are called one by one, as its forward does."""
     hidden = module.x_embedder(arguments["hidden_states"])
     context = module.context_embedder(arguments["encoder_hidden_states"])
     numbers = [arguments[name] for name in ("timestep", "guidance") if arguments.get(name) is not None]
@@ -80,7 +47,7 @@ def flux_between(module: Any, arguments: dict[str, Any], rows: Spans, take: Take
     return module.proj_out(module.norm_out(placed(image, hidden, rows), time))
 
 
-def sd3_between(module: Any, arguments: dict[str, Any], rows: Spans, take: Take) -> Tensor:
+def sd3_rows(module: Any, arguments: dict[str, Any], rows: Spans, take: Take) -> Tensor:
     whole, context = module.pos_embed(arguments["hidden_states"]), arguments["encoder_hidden_states"]
     hidden, context = take(whole, 1, *rows["image"]), take(module.context_embedder(context), 1, *rows["text"])
     time = module.time_text_embed(arguments["timestep"], arguments["pooled_projections"])
@@ -89,7 +56,8 @@ def sd3_between(module: Any, arguments: dict[str, Any], rows: Spans, take: Take)
     return module.proj_out(module.norm_out(placed(hidden, whole, rows), time))
 
 
-def pixart_between(module: Any, arguments: dict[str, Any], rows: Spans, take: Take) -> Tensor:
+def pixart_rows(module: Any, arguments: dict[str, Any], rows: Spans, take: Take) -> Tensor:
+    """The text is whole for any rows."""
     whole = module.pos_embed(arguments["hidden_states"])
     hidden, context = take(whole, 1, *rows["image"]), module.caption_projection(arguments["encoder_hidden_states"])
     modulation, time = module.adaln_single(
@@ -108,12 +76,9 @@ def placed(x: Tensor, like: Tensor, rows: Spans) -> Tensor:
     return whole
 
 
-BETWEEN = {"flux": flux_between, "sd3": sd3_between, "pixart": pixart_between}
-"""As `FORWARDS`, with rows taken for the blocks alone: what is before and after them sees all tokens. Kernels round by
-their number. What comes out has all tokens, of which `rows` mean anything."""
-
 FORWARDS = {"flux": flux_rows, "sd3": sd3_rows, "pixart": pixart_rows}
-"""Family → the image tokens among `rows` that come out of the model."""
+"""Family → all image tokens that come out of the model, of which those among `rows` mean anything. They are taken for
+the blocks alone; what is before and after these sees all, and kernels round by their number."""
 
 
 def latent_of(model: Any, tokens: Tensor, height: int, width: int) -> Tensor:

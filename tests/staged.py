@@ -17,7 +17,7 @@ from comfy_xdit.parallel.context import ParallelContext
 from comfy_xdit.parallel.denoise import denoise
 from comfy_xdit.parallel.pipefusion import pipefusion
 from comfy_xdit.parallel.spec import ParallelSpec
-from comfy_xdit.parallel.stages import block_costs, block_paths, leave_out, stages
+from comfy_xdit.parallel.stages import block_costs, block_paths, keep_stage, stages
 from comfy_xdit.parallel.tensor import keep_own_heads, regions
 from comfy_xdit.trajectory import Operation, SamplerProgram
 
@@ -28,12 +28,10 @@ def staged_model(*, stage: int = 0, num_stages: int = 1, **options: Any) -> Any:
     plan, module = model.family.plan, model.module
     model.block_paths = block_paths(module, plan)
     model.shape = dataclasses.replace(model.shape, num_blocks=len(model.block_paths))
-    model.stage = stages(block_costs(module, plan.tokens), num_stages)[stage]
-    for number, path in enumerate(model.block_paths):
-        if number not in model.stage:
-            leave_out(module, path, plan.streams)
+    model.stage = stages(block_costs(module, plan), num_stages)[stage]
+    keep_stage(module, plan, model.stage)
     if stage + 1 < num_stages:
-        for name in plan.after_blocks:
+        for name in model.family.after_blocks:
             module.get_submodule(name).to("meta")
     return model
 

@@ -23,7 +23,7 @@ from comfy_xdit.cost.memory import memory
 from comfy_xdit.cost.work import Work
 from comfy_xdit.messages import Probe, Result
 from comfy_xdit.parallel.latent_tokens import Grid
-from comfy_xdit.parallel.segments import cut_rows, segments_of
+from comfy_xdit.parallel.patch_rows import cut_rows
 from comfy_xdit.parallel.spec import ParallelSpec, auto
 from comfy_xdit.pool.errors import PoolError
 from comfy_xdit.pool.folder import pool_folder
@@ -122,8 +122,8 @@ def test_a_small_image_has_a_plan_without_pipelines_that_cannot_cut_it(tmp_path,
         grid = Grid(rows=height, columns=width, side=2)
         if degrees["pipe"] > 1:
             shards = degrees["ring"] * degrees["ulysses"]
-            rows = cut_rows(grid, num_patches=0, num_stages=degrees["pipe"], num_shards=shards)
-            segments_of(grid, rows, {"text": 5, "image": width * height}, num_shards=shards)
+            assert shards <= 5
+            cut_rows(grid, num_patches=0, num_stages=degrees["pipe"], num_shards=shards)
     assert any(degrees["pipe"] > 1 for degrees in found) and any(degrees["ulysses"] == 8 for degrees in found)
 
 

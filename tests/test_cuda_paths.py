@@ -80,9 +80,9 @@ LIMITS = {
     "flux 1 rank": {"FluxTransformerBlock": 99, "FluxSingleTransformerBlock": 49},
     "flux ulysses=2": {"FluxTransformerBlock": 107, "FluxSingleTransformerBlock": 53},
     "flux ring=2": {"FluxTransformerBlock": 111, "FluxSingleTransformerBlock": 57},
-    "flux tensor=2": {"FluxTransformerBlock": 105, "FluxSingleTransformerBlock": 52},
+    "flux tensor=2": {"FluxTransformerBlock": 107, "FluxSingleTransformerBlock": 53},
     "flux distri=2": {"FluxTransformerBlock": 108, "FluxSingleTransformerBlock": 54},
-    "flux pipe=2": {"FluxTransformerBlock": 101, "FluxSingleTransformerBlock": 53},
+    "flux pipe=2": {"FluxTransformerBlock": 111, "FluxSingleTransformerBlock": 55},
     "sd3 1 rank": {"JointTransformerBlock": 111},
     "sd3 ulysses=2": {"JointTransformerBlock": 120},
     "sd3 distri=2": {"JointTransformerBlock": 123},
@@ -91,7 +91,8 @@ LIMITS = {
     "pixart distri=2": {"BasicTransformerBlock": 38},
 }
 """The most kernels that a block may launch: what it launched when this was written. Where tokens are cut, a model's
-first block has those that cut them: its streams, and in Flux sines and cosines of the positions."""
+first block has those that cut them: its streams, and in Flux sines and cosines of the positions. With pipe a patch's
+blocks compare once what they compute once an evaluation."""
 
 ULYSSES_8 = {"FluxTransformerBlock": 107, "FluxSingleTransformerBlock": 53}
 

@@ -213,5 +213,5 @@ def test_timesteps_keep_their_precision_in_bfloat16() -> None:
 def test_plans_name_what_exists(family) -> None:
     model = tiny_model(family.name, heads=4, dual=True)
     plan = family.plan
-    for pattern in [*plan.cut_outputs, *plan.join_outputs, *plan.attention, *plan.blocks, *plan.tokens.attention]:
+    for pattern in [*plan.attention, *plan.join, *(f"{blocks.path}.*" for blocks in plan.blocks)]:
         assert find(model.module, pattern), pattern

@@ -107,12 +107,12 @@ def test_what_sees_no_streams_tokens_is_computed_once_an_evaluation(kind) -> Non
     with mock.patch.object(type(modulation), "forward", counted):
         sampled(model, job, ParallelSpec(), num_patches=3)
     assert calls.count(modulation) == 2 * 4
-    # What works on tokens works for each segment.
+    # What works on tokens works for each patch.
     assert calls.count(model.module.proj_out) > 2 * 4
     assert "forward" not in vars(modulation)
 
 
-def test_a_modulation_that_differs_by_segment_is_a_fault_that_names_it() -> None:
+def test_a_modulation_that_differs_by_patch_is_a_fault_that_names_it() -> None:
     """As of a model that modulates each token by itself."""
     model = staged_model(**MODELS["sd3"])
     block, forward = model.module.transformer_blocks[1], type(model.module.transformer_blocks[1]).forward
@@ -124,7 +124,7 @@ def test_a_modulation_that_differs_by_segment_is_a_fault_that_names_it() -> None
     job = sampling_job(MODELS["sd3"], flow_program(steps=4), size=(12, 8))
     with (
         mock.patch.object(type(block), "forward", modulated),
-        pytest.raises(RuntimeError, match=r"transformer_blocks\.1\.norm1\S* was given other numbers by segments"),
+        pytest.raises(RuntimeError, match=r"transformer_blocks\.1\.norm1\S* was given other numbers by patches"),
     ):
         sampled(model, job, ParallelSpec(), num_patches=3)
 
@@ -143,7 +143,7 @@ def test_an_input_of_another_shape_is_computed() -> None:
 
 
 def test_texts_of_different_length(ranks) -> None:
-    """They make no batch: two segments of text, each with buffers of its own."""
+    """They make no batch: two batches, each with buffers of its own."""
     for kind in ("flux", "pixart"):
         model = MODELS[kind]
         job = sampling_job(model, PROGRAMS["multistep"](), texts=(7, 3))

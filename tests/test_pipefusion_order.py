@@ -23,7 +23,7 @@ from comfy_xdit.parallel.pipefusion import _Pipeline
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Part:
-    """What one forward computes. patch: None for what conditions, and for all at once."""
+    """What one forward computes. patch: None for all at once."""
 
     evaluation: int
     is_exact: bool
@@ -48,9 +48,9 @@ def order_of(**arguments: Any) -> Order:
     receives: dict[int, list[int]] = {}
     forward, expect, init, irecv = _Pipeline._forward, FirstStage.expect, links.Inbox.__init__, dist.irecv
 
-    def launched(self, step, batch, segment):
-        out = forward(self, step, batch, segment)
-        part = Part(evaluation=step.evaluation.number, is_exact=step.evaluation.is_exact, patch=segment.patch)
+    def launched(self, step, batch, patch):
+        out = forward(self, step, batch, patch)
+        part = Part(evaluation=step.evaluation.number, is_exact=step.evaluation.is_exact, patch=patch)
         order.forwards.append(part)
         return out
 

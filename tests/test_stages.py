@@ -187,9 +187,9 @@ def test_stages_of_equal_weights_in_real_sizes(family, config, billions) -> None
     everything = sum(weight.numel() for weight in module.parameters())
     assert everything / 1e9 == pytest.approx(billions, abs=0.006)
     blocks = [sum(w.numel() for w in module.get_submodule(path).parameters()) for path in block_paths(module, plan)]
-    last = sum(w.numel() for name in plan.after_blocks for w in module.get_submodule(name).parameters())
+    last = sum(w.numel() for name in family.after_blocks for w in module.get_submodule(name).parameters())
     first = everything - sum(blocks) - last
-    costs = block_costs(module, plan.tokens, "memory")
+    costs = block_costs(module, plan, "memory")
     for num_stages in range(2, 9):
         runs = stages(costs, num_stages)
         held = [first + sum(blocks[block] for block in run) for run in runs]
@@ -223,7 +223,7 @@ def test_flux_in_its_real_size() -> None:
     """A double block has more than twice the weights of a single one, and takes hardly more time."""
     with torch.device("meta"):
         module = FLUX.model_class()(guidance_embeds=True)
-    paths, costs = block_paths(module, FLUX.plan), block_costs(module, FLUX.plan.tokens)
+    paths, costs = block_paths(module, FLUX.plan), block_costs(module, FLUX.plan)
     assert paths[18:20] == ["transformer_blocks.18", "single_transformer_blocks.0"] and len(costs) == 57
     assert costs[19] < costs[18] < 1.1 * costs[19]
     for num_stages in (2, 3, 4, 8):

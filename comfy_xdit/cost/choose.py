@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 
-from comfy_xdit.parallel.segments import usual_patches
+from comfy_xdit.parallel.patch_rows import usual_patches
 from comfy_xdit.parallel.spec import APPROXIMATE, BALANCES, MAX_CFG, ParallelSpec, check, products
 
 from .arithmetic import Network, attention_flops
@@ -67,7 +67,7 @@ def specs(network: Network, work: Work, num_ranks: int) -> Iterator[ParallelSpec
     tokens = work.tokens(network)
     least = min(tokens[stream] for stream in network.cut)
     for spec in products(num_ranks, {"cfg": min(MAX_CFG, work.chunks)}):
-        # A pipeline gives each rank something of every segment (`segments.segments_of`).
+        # A shorter stream is cut by nobody, and every rank computes all (`TokenShards.short`).
         too_small = spec.pipe > 1 and spec.ring * spec.ulysses > least
         if not too_small and not check(spec, num_ranks=num_ranks, shape=network.shape):
             yield spec
@@ -210,7 +210,7 @@ def _pipelined(
 ) -> float:
     """An evaluation through the stages: a full pipeline, but for warming up and for filling it once.
 
-    stage_s: the slowest stage's time for all segments; serial_s: of all stages, one after the other.
+    stage_s: the slowest stage's time for all patches; serial_s: of all stages, one after the other.
     """
     stages, part = spec.pipe, part_of(network, work, spec, 0)
     patches = work.num_patches or usual_patches(part.shard_tokens(("image",)), stages)
@@ -219,7 +219,7 @@ def _pipelined(
     # Rows follow each other through the stages in an exact evaluation.
     rows = max(part.rows, 1)
     serial = serial_s * (rows + stages - 1) / (rows * stages) + (stages - 1) * hops.seconds({"p2p": hop_bytes / rows})
-    full = max(stage_s, hops.seconds({"p2p": hop_bytes}, patches + 1))
+    full = max(stage_s, hops.seconds({"p2p": hop_bytes}, patches))
     fill = (stages - 1) * (full / patches + hops.seconds({"p2p": hop_bytes / patches}))
     warm = _warm(work)
     return serial if warm == 1 else warm * serial + (1 - warm) * full + fill / work.num_evaluations

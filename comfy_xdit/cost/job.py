@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 
 from comfy_xdit.parallel.latent_tokens import Grid
-from comfy_xdit.parallel.segments import cut_rows, pixel_rows
+from comfy_xdit.parallel.patch_rows import cut_rows, pixel_rows
+from comfy_xdit.parallel.patch_tokens import shared_run
 from comfy_xdit.parallel.spec import ParallelSpec
 
 from .arithmetic import Network
@@ -45,21 +46,23 @@ def _pipeline(network: Network, work: Work, spec: ParallelSpec, rank: int) -> Co
     # At least one evaluation is exact: it fills the buffers.
     num_exact = min(max(work.warmup, 1), work.num_evaluations)
     whole = work.tokens(network)
-    segments = [{"text": 0, "image": count} for count in patches]
+    texts = [whole["text"]] * len(patches)
     if "text" in network.cut:
-        segments.append({"text": whole["text"], "image": 0})
+        least = spec.ring * spec.ulysses
+        texts = [shared_run(whole["text"], number, len(patches), least)[1] for number in range(len(patches))]
+    parts = [{"text": text, "image": count} for text, count in zip(texts, patches, strict=True)]
     total: Counter[str] = Counter()
-    for tokens, times in [(whole, num_exact)] + [(segment, work.num_evaluations - num_exact) for segment in segments]:
+    for tokens, times in [(whole, num_exact), *((tokens, work.num_evaluations - num_exact) for tokens in parts)]:
         part = part_of(network, work, spec, rank, tokens)
-        for name, count in _segment(network, work, part, is_output=tokens["image"] > 0).items():
+        for name, count in _forward(network, work, part).items():
             total[name] += count * times
     if total or part.rows:
         total += _replies(network, work, part, heights)
     return +total
 
 
-def _segment(network: Network, work: Work, part: RankShare, *, is_output: bool) -> Counter[str]:
-    """What one stage sends for one segment."""
+def _forward(network: Network, work: Work, part: RankShare) -> Counter[str]:
+    """What one stage sends for one patch, or for all tokens."""
     total: Counter[str] = Counter()
     if not part.rows:
         return total
@@ -71,7 +74,7 @@ def _segment(network: Network, work: Work, part: RankShare, *, is_output: bool) 
     if part.index["pipe"] + 1 < part.spec.pipe:
         tokens = part.shard_tokens(network.cut)
         total += Counter(p2p=part.rows * tokens * network.hidden * work.element_bytes)
-    elif is_output:
+    else:
         total += joined(network, work, part)
     return total
 

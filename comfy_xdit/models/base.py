@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from comfy_xdit.models.given import check_call
+from comfy_xdit.parallel.latent_tokens import LatentTokens, StreamSizes
 from comfy_xdit.parallel.model import Call
 from comfy_xdit.parallel.rows import batched, rows_of
 from comfy_xdit.parallel.spec import ModelShape
+from comfy_xdit.parallel.tokens import TokenPlan
 from comfy_xdit.weights.slices import Infos, Table
-
-if TYPE_CHECKING:
-    from comfy_xdit.parallel.plan import ModelPlan
 
 Config = dict[str, Any]
 """Keyword arguments of the diffusers model class."""
@@ -33,7 +32,10 @@ class Family:
     inputs(config, call): keyword arguments of the diffusers forward.
     output(out, call): what ComfyUI's own model would have returned; out is the diffusers model's tensor.
     output_channels(config, call): how many channels that has.
-    plan: what is cut, where, and where it is joined again.
+    plan: what is cut, where, and where it is joined again. Its streams are "image", which begins with the latent's
+    tokens, and "text", if blocks change it.
+    token_side: latent pixels on a side of an image token.
+    after_blocks: modules with weights that run after the last block, so on the last stage only.
     """
 
     name: str
@@ -46,7 +48,9 @@ class Family:
     inputs: Callable[[Config, Call], dict[str, Any]]
     output: Callable[[Tensor, Call], Tensor]
     output_channels: Callable[[Config, Call], int]
-    plan: ModelPlan
+    plan: TokenPlan
+    token_side: int = 2
+    after_blocks: tuple[str, ...] = ("norm_out", "proj_out")
 
     def shape(self, config: Config) -> ModelShape:
         """What limits the degrees of a model with this config."""
@@ -56,6 +60,20 @@ class Family:
     def arguments(self, model: Any, call: Call) -> dict[str, Any]:
         """What the diffusers model is given for a call. Raises InputError for what it does not take."""
         return self.inputs(dict(model.module.config), call)
+
+    # As `parallel.patch_engine.PatchFamily` says.
+
+    def latent_tokens(self, module: nn.Module, call: Call) -> LatentTokens:
+        return LatentTokens.of(call["x"], "image", side=self.token_side)
+
+    def stream_sizes(self, module: Any, call: Call) -> StreamSizes:
+        streams = {stream for blocks in self.plan.blocks for _, rule in blocks.given for stream in rule.streams}
+        images = [call["x"], *(call.get("ref_latents") or [])]
+        lengths = {"image": sum(self.latent_tokens(module, {"x": x}).grid.num_tokens for x in images)}
+        if "text" in streams:
+            lengths["text"] = call["context"].shape[1]
+        config = module.config
+        return StreamSizes(lengths=lengths, width=config["num_attention_heads"] * config["attention_head_dim"])
 
     # As `parallel.model.Family` says.
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from comfy_xdit.errors import InputError
-from comfy_xdit.parallel.plan import AttentionLayer, Cut, ModelPlan
 from comfy_xdit.parallel.tensor_plan import TensorPlan
 from comfy_xdit.parallel.tokens import Attention, Blocks, Rule, TokenPlan, Tokens
 
@@ -29,7 +28,7 @@ STREAMS: dict[str, Rule] = {
 }
 GIVES = ("encoder_hidden_states", "hidden_states")
 
-TOKENS = TokenPlan(
+PLAN = TokenPlan(
     blocks=(
         Blocks(
             path="transformer_blocks",
@@ -46,26 +45,6 @@ TOKENS = TokenPlan(
     },
     join={"proj_out": Tokens(("image",))},
     untouched=True,
-)
-
-PLAN = ModelPlan(
-    tokens=TOKENS,
-    cut_arguments={
-        "hidden_states": Cut(stream="image", dim=1),
-        "encoder_hidden_states": Cut(stream="text", dim=1),
-        "img_ids": Cut(stream="image", dim=0),
-        "txt_ids": Cut(stream="text", dim=0),
-        "controlnet_block_samples": Cut(stream="image", dim=1),
-        "controlnet_single_block_samples": Cut(stream="image", dim=1),
-    },
-    join_outputs={"proj_out": Cut(stream="image", dim=1)},
-    attention={
-        "transformer_blocks.*.attn": AttentionLayer(streams=("text", "image")),
-        "single_transformer_blocks.*.attn": AttentionLayer(streams=("text", "image")),
-    },
-    blocks=("transformer_blocks", "single_transformer_blocks"),
-    text_only=("ff_context.", "attn.add_", "attn.to_add_out."),
-    once=("norm.", "norm1.", "norm1_context."),
     tensor=TensorPlan(
         columns=(
             *(f"{DOUBLE}attn.to_{x}" for x in "qkv"),

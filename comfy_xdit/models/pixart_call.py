@@ -11,7 +11,6 @@ from typing import Any
 from torch import Tensor
 
 from comfy_xdit.errors import InputError
-from comfy_xdit.parallel.plan import AttentionLayer, Cut, ModelPlan
 from comfy_xdit.parallel.tensor_plan import TensorPlan
 from comfy_xdit.parallel.tokens import Attention, Blocks, TokenPlan, Tokens
 
@@ -28,30 +27,18 @@ STEP = 512 // LATENT_PIXEL
 
 IMAGE = ("image",)
 
-TOKENS = TokenPlan(
+PLAN = TokenPlan(
     blocks=(
         Blocks(
             path="transformer_blocks",
             takes={"hidden_states": Tokens(IMAGE)},
             gives=("hidden_states",),
-            light=("attn2.to_k.", "attn2.to_v."),
-            once=("scale_shift_table",),
+            once=("scale_shift_table", "attn2.to_k.", "attn2.to_v."),
         ),
     ),
     attention={BLOCK + "attn1": Attention(IMAGE, seam="diffusers")},
     join={"proj_out": Tokens(IMAGE)},
     untouched=True,
-)
-
-PLAN = ModelPlan(
-    tokens=TOKENS,
-    cut_outputs={"pos_embed": Cut(stream="image", dim=1)},
-    join_outputs={"proj_out": Cut(stream="image", dim=1)},
-    attention={BLOCK + "attn1": AttentionLayer(streams=("image",))},
-    blocks=("transformer_blocks",),
-    text_only=("attn2.to_k.", "attn2.to_v."),
-    once=("scale_shift_table",),
-    streams=("hidden_states",),
     # The one modulation of all blocks is a hundredth of the weights: whole on every rank.
     tensor=TensorPlan(
         columns=(

@@ -14,7 +14,7 @@ from comfy_xdit.messages import LoadModel, Patch, SetPatches
 from comfy_xdit.models import FAMILIES, comfy_layout
 from comfy_xdit.models.base import Family
 from comfy_xdit.parallel.spec import ModelShape, WeightShare
-from comfy_xdit.parallel.stages import block_costs, block_paths, leave_out, stages
+from comfy_xdit.parallel.stages import block_costs, block_paths, keep_stage, stages
 from comfy_xdit.parallel.tensor import Region, keep_own_heads, regions
 from comfy_xdit.weights.fit import check_patch, fitting
 from comfy_xdit.weights.header import FLOATS
@@ -97,7 +97,7 @@ class ResidentModel:
         self._buffers = {name for name, _ in self.module.named_buffers()}
         self._unpatched = self._buffers | _loose_parameters(self.module)
         self.block_paths = block_paths(self.module, family.plan)
-        costs = block_costs(self.module, family.plan.tokens, share.balance)
+        costs = block_costs(self.module, family.plan, share.balance)
         self.stages = stages(costs, share.num_stages)
         self._regions = self._own_regions(self._leave_out_other_stages())
         for target in self._regions:
@@ -163,10 +163,9 @@ class ResidentModel:
     def _leave_out_other_stages(self) -> tuple[str, ...]:
         """Empty the module of what is on other stages; returns how the names of its weights begin."""
         others = [path for number, path in enumerate(self.block_paths) if number not in self.stage]
-        for path in others:
-            leave_out(self.module, path, self.family.plan.streams)
+        keep_stage(self.module, self.family.plan, self.stage)
         if self.share.stage != self.share.num_stages - 1:
-            others += self.family.plan.after_blocks
+            others += self.family.after_blocks
         return tuple(f"{path}." for path in others)
 
     def _own_regions(self, elsewhere: tuple[str, ...]) -> dict[str, Region]:
@@ -178,8 +177,10 @@ class ResidentModel:
         }
         if self.share.num_shards == 1:
             return whole
-        cut = regions(self.module, self.family.plan.tensor, self.share)
-        keep_own_heads(self.module, self.family.plan.tensor, self.share)
+        plan = self.family.plan.tensor
+        assert plan is not None, "tensor parallel is known for all of these families"
+        cut = regions(self.module, plan, self.share)
+        keep_own_heads(self.module, plan, self.share)
         own = {target: cut.get(target, region) for target, region in whole.items()}
         return {target: region for target, region in own.items() if region is not None}
 

@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor
 
 from comfy_xdit.errors import InputError
-from comfy_xdit.parallel.plan import AttentionLayer, Cut, ModelPlan
 from comfy_xdit.parallel.tensor_plan import TensorPlan
 from comfy_xdit.parallel.tokens import Attention, Blocks, TokenPlan, Tokens
 
@@ -16,7 +15,7 @@ from .latent import check_channels, check_pooled, cropped, padded, rows
 
 BLOCK = "transformer_blocks.*."
 
-TOKENS = TokenPlan(
+PLAN = TokenPlan(
     blocks=(
         Blocks(
             path="transformer_blocks",
@@ -32,23 +31,6 @@ TOKENS = TokenPlan(
     },
     join={"proj_out": Tokens(("image",))},
     untouched=True,
-)
-
-PLAN = ModelPlan(
-    tokens=TOKENS,
-    cut_arguments={
-        "encoder_hidden_states": Cut(stream="text", dim=1),
-        "block_controlnet_hidden_states": Cut(stream="image", dim=1),
-    },
-    cut_outputs={"pos_embed": Cut(stream="image", dim=1)},
-    join_outputs={"proj_out": Cut(stream="image", dim=1)},
-    attention={
-        "transformer_blocks.*.attn": AttentionLayer(streams=("image", "text")),
-        "transformer_blocks.*.attn2": AttentionLayer(streams=("image",)),
-    },
-    blocks=("transformer_blocks",),
-    text_only=("ff_context.", "attn.add_", "attn.to_add_out."),
-    once=("norm.", "norm1.", "norm1_context."),
     tensor=TensorPlan(
         columns=(
             *(f"{BLOCK}attn.to_{x}" for x in "qkv"),

@@ -133,6 +133,9 @@ class ComfyFamily:
         """
         return self.latent(transformer, call) if self.latent is not None and isinstance(call["x"], Tensor) else None
 
+    def stream_sizes(self, transformer: nn.Module, call: Call) -> None:
+        """Only a forward knows."""
+
     # As `parallel.model.Family` says; `model` is a `ComfyModel`.
 
     def call_of(self, x: Tensor, timestep: Tensor, cond: Call) -> Call:

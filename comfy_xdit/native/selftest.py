@@ -22,8 +22,8 @@ from comfy_xdit.parallel.context import ParallelContext
 from comfy_xdit.parallel.cut import cut
 from comfy_xdit.parallel.latent_tokens import LatentTokens
 from comfy_xdit.parallel.model import num_rows
+from comfy_xdit.parallel.patch_rows import cut_rows, pixel_rows
 from comfy_xdit.parallel.patch_tokens import PatchTokens
-from comfy_xdit.parallel.segments import cut_rows, pixel_rows
 from comfy_xdit.parallel.spec import ModelShape, ParallelSpec
 from comfy_xdit.parallel.stale import StaleAttention
 from comfy_xdit.parallel.tensor import keep_own_shards

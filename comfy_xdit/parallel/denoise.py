@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,9 +17,6 @@ from .cut import cut
 from .model import Call, Model, first_latent, num_rows
 from .sequence import shard_sizes, shard_starts
 from .spec import check
-
-if TYPE_CHECKING:
-    from .stage import PipelineModel
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,7 +73,7 @@ def evaluate(model: Model, calls: list[Call], context: ParallelContext) -> list[
     if context.spec.pipe > 1:
         from .drained import drained
 
-        outputs = drained(cast("PipelineModel", model), mine, context)
+        outputs = drained(model, mine, context)
     else:
         outputs = [model.family.run(model, call) for call in mine]
     shapes = [model.family.output_shape(model, call) for call in calls]

@@ -34,6 +34,14 @@ class Grid:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class StreamSizes:
+    """Stream → its tokens, of all that a model's blocks give; of how many numbers one token is."""
+
+    lengths: dict[str, int]
+    width: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LatentTokens:
     """Where a latent's tokens stand: in `stream`, from its token `first` on, in the grid's order."""
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from .spec import ModelShape
 
 if TYPE_CHECKING:
-    from .plan import ModelPlan
     from .tokens import TokenPlan
 
 Call = dict[str, Any]
@@ -26,7 +25,7 @@ class Family(Protocol):
     @property
     def title(self) -> str: ...
     @property
-    def plan(self) -> ModelPlan | TokenPlan: ...
+    def plan(self) -> TokenPlan: ...
 
     def call_of(self, x: Tensor, timestep: Tensor, cond: Call) -> Call:
         """The call for a sampler's latent, in the model's dtype, and a conditioning of `messages.Sample`."""

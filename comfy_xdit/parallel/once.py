@@ -1,4 +1,4 @@
-"""What a model computes from no token of a stream is computed once an evaluation, for all of its segments."""
+"""What a model computes from no token of a stream is computed once an evaluation, for all of its patches."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ import torch
 from torch import Tensor, nn
 
 from .paths import find
-from .plan import ModelPlan
+from .tokens import TokenPlan
 
 Key = tuple[Hashable, int]
 """Rows, and the number of a matrix."""
 
 
 class OncePerEvaluation:
-    """Inside a `with` the matrices that the plan calls `streamless` remember what they put out.
+    """Inside a `with` the matrices that the plan calls `once` remember what they put out.
 
-    These are modulations, and keys and values of a text that is no stream: every segment of an evaluation gives them
+    These are modulations, and keys and values of a text that is no stream: every patch of an evaluation gives them
     the same numbers. Modulations are a quarter of a Flux's weights, and reading them for each of many small patches
     would take longer than the patch.
     Nothing is taken on trust: an input of another shape is computed, and in the first evaluation that remembers an
     input, each that it stands for is compared with it on the device; `settle` asks how that went.
     """
 
-    def __init__(self, module: nn.Module, plan: ModelPlan) -> None:
+    def __init__(self, module: nn.Module, plan: TokenPlan) -> None:
         self._linears = [
             (f"{path}.{name}", child)
             for blocks in plan.blocks
-            for path, block in find(module, f"{blocks}.*")
+            for path, block in find(module, f"{blocks.path}.*")
             for name, child in block.named_modules()
-            if isinstance(child, nn.Linear) and f"{name}.".startswith(plan.streamless)
+            if isinstance(child, nn.Linear) and f"{name}.".startswith(blocks.once)
         ]
         self._evaluation: Hashable = None
         self._rows: Hashable = None
@@ -52,12 +52,12 @@ class OncePerEvaluation:
     def settle(self) -> None:
         """All evaluations are done; waits for the device.
 
-        Raises RuntimeError, which names the matrix, where segments of one evaluation gave it other numbers.
+        Raises RuntimeError, which names the matrix, where patches of one evaluation gave it other numbers.
         """
         flags = torch.stack(list(self._differs.values())).tolist() if self._differs else []
         for number, differs in zip(self._differs, flags, strict=True):
             if differs:
-                raise RuntimeError(f"{self._linears[number][0]} was given other numbers by segments of one evaluation")
+                raise RuntimeError(f"{self._linears[number][0]} was given other numbers by patches of one evaluation")
 
     def __enter__(self) -> OncePerEvaluation:
         for number, (_, linear) in enumerate(self._linears):

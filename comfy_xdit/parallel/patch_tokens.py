@@ -41,9 +41,15 @@ class PatchTokens:
         return tuple(run for run in runs if run[1])
 
     def _share(self, length: int, least: int) -> tuple[int, int]:
-        """This patch's run of `length` tokens: as even shares, or, where these were too few, runs that overlap."""
-        if length >= self.num * least:
-            sizes = shard_sizes(length, self.num)
-            return shard_starts(sizes)[self.number], sizes[self.number]
-        size = min(least, length)
-        return self.number * (length - size) // max(self.num - 1, 1), size
+        return shared_run(length, self.number, self.num, least)
+
+
+def shared_run(length: int, number: int, num: int, least: int) -> tuple[int, int]:
+    """Of `length` tokens the run (first, number) of patch `number` of `num`: even shares, or, where these had less than
+    `least` tokens, runs that overlap.
+    """
+    if length >= num * least:
+        sizes = shard_sizes(length, num)
+        return shard_starts(sizes)[number], sizes[number]
+    size = min(least, length)
+    return number * (length - size) // max(num - 1, 1), size

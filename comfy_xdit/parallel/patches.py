@@ -18,7 +18,7 @@ from .denoise import deal, share
 from .latent_tokens import Grid
 from .links import Inbox, Outbox, Shelf
 from .model import Model, loop_dtype
-from .segments import cut_rows, pixel_rows
+from .patch_rows import cut_rows, pixel_rows
 
 Post = Callable[[dict[str, Any]], None]
 

@@ -1,16 +1,16 @@
 """Sampling through a pipeline of stages that never runs empty: PipeFusion.
 
-Each stage computes patch after patch of the latent and passes it on, with a part of the text, or after it
-(`patch_engines.py`); when a patch leaves the last stage, its part of the sampler's step is made there, and it enters
-the first stage again while the other patches are still under way. Attention sees old keys and values of what has not
-come by yet (`stale.py`), so the result is an approximation, but one that does not depend on the number of stages.
+Each stage computes patch after patch of the latent, with a part of the text, and passes it on (`patch_engine.py`);
+when a patch leaves the last stage, its part of the sampler's step is made there, and it enters the first stage again
+while the other patches are still under way. Attention sees old keys and values of what has not come by yet
+(`stale.py`), so the result is an approximation, but one that does not depend on the number of stages.
 Source: PipeFusion, arXiv 2405.14430.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,9 +25,8 @@ from .context import ParallelContext
 from .denoise import Piece, deal
 from .links import Inbox, Outbox, Shelf
 from .model import Call, Family, Model, calls_argument
-from .patch_engines import Cut, PatchEngine, patch_engine
+from .patch_engine import Cut, PatchEngine, patch_engine
 from .patches import Evaluation, FirstStage, LastStage, Patches, Replies
-from .segments import WHOLE, Segment
 from .spec import check
 from .stale import StaleAttention
 
@@ -102,12 +101,12 @@ class _Batch:
 class _Step:
     """What a stage computes without a look at the sampler: before it `patches` are fetched, then they are done.
 
-    begins: it is its evaluation's first.
+    computed: batches, and which patch of them, None for all. begins: it is its evaluation's first.
     """
 
     evaluation: Evaluation
     patches: tuple[int, ...]
-    computed: list[tuple[_Batch, Segment]]
+    computed: Sequence[tuple[_Batch, int | None]]
     begins: bool
 
 
@@ -158,7 +157,7 @@ class _Pipeline:
             # Asked for before the computing, so that the next step's messages come beside it.
             following = next(steps, None)
             self._expect(following)
-            if following is not None and self._comes_beside(following):
+            if following is not None and self._comes_beside(step, following):
                 self._stage.post()
             if step.begins:
                 self._context.begin_evaluation(self._message.noise.device)
@@ -180,15 +179,17 @@ class _Pipeline:
         is_done = previous.number + 1 == len(self._program.calls)
         return self._first.result if is_done and self._context.rank == 0 else None
 
-    def _comes_beside(self, following: _Step) -> bool:
-        """Whether the next step's messages may come while this rank computes the step before.
+    def _comes_beside(self, step: _Step, following: _Step) -> bool:
+        """Whether the next step's messages may come while this rank computes a step.
 
-        A segment's sender needs what this stage made of the patch an evaluation ago. A whole evaluation's needs all of
-        the one before, of which that step is the end. And not with NCCL: were two stages to wait for their devices at
+        A patch's sender needs what this stage made of it an evaluation ago: in that step, where there is one patch, or
+        where it is a whole evaluation. A whole one's needs all of the one before, of which that step is the end. And
+        not with NCCL: were two stages to wait for their devices at
         once, each with a receive posted whose sender is the other, neither would come to its send. Posted after the
         launch, a receive waits for steps before its own only, so some stage can always go on.
         """
-        return self._message.noise.device.type == "cpu" and not following.evaluation.is_exact
+        is_needed = step.evaluation.is_exact or following.evaluation.is_exact or len(self._patches.rows) == 1
+        return self._message.noise.device.type == "cpu" and not is_needed
 
     def _settle(self) -> None:
         """An evaluation is over: what was sent in the one before has arrived, or none of this could have."""
@@ -216,13 +217,11 @@ class _Pipeline:
             batches = self._batches[self._kinds[number]]
             if evaluation.is_exact:
                 # Rows don't see each other, so one follows the other through the stages.
-                whole = [(row, WHOLE) for batch in batches for row in batch.apart(self._model.family)]
+                whole = [(row, None) for batch in batches for row in batch.apart(self._model.family)]
                 yield _Step(evaluation=evaluation, patches=everything, computed=whole, begins=True)
-            parts = (None, *everything) if self._engine.texts_first else everything
-            for patch in parts if not evaluation.is_exact else ():
-                computed = [(batch, part) for batch in batches for part in batch.cut.segments if part.patch == patch]
-                done = () if patch is None else (patch,)
-                yield _Step(evaluation=evaluation, patches=done, computed=computed, begins=patch == parts[0])
+            for patch in everything if not evaluation.is_exact else ():
+                computed = [(batch, patch) for batch in batches]
+                yield _Step(evaluation=evaluation, patches=(patch,), computed=computed, begins=patch == 0)
             if is_end:
                 break
         agreement.close()
@@ -237,9 +236,9 @@ class _Pipeline:
         return next((other for other in later if self._kinds[other] == self._kinds[number]), None)
 
     def _expect(self, step: _Step | None) -> None:
-        for batch, segment in step.computed if step is not None else ():
+        for batch, patch in step.computed if step is not None else ():
             x = batch.call["x"]
-            numel = batch.cut.numel(segment, x.shape[0])
+            numel = self._engine.numel(batch.cut, patch, x.shape[0])
             if numel is not None:
                 self._stage.expect(numel, x.dtype, x.device)
 
@@ -248,8 +247,8 @@ class _Pipeline:
             for patch in step.patches:
                 self._first.take(previous, patch)
         rows: dict[tuple[Kind, int], list[Tensor]] = {}
-        for batch, segment in step.computed:
-            out = self._forward(step, batch, segment)
+        for batch, part in step.computed:
+            out = self._forward(step, batch, part)
             if out is not None:
                 rows.setdefault(batch.key, []).append(out)
         outputs: list[Tensor] = []
@@ -259,7 +258,7 @@ class _Pipeline:
             for patch in step.patches:
                 self._last.finish(step.evaluation, patch, outputs)
 
-    def _forward(self, step: _Step, batch: _Batch, segment: Segment) -> Tensor | None:
+    def _forward(self, step: _Step, batch: _Batch, patch: int | None) -> Tensor | None:
         timestep = torch.full_like(batch.call["timestep"], step.evaluation.call.timestep)
         call = {**batch.call, **dict.fromkeys(batch.timesteps, timestep)}
         if self._first is not None:
@@ -267,9 +266,8 @@ class _Pipeline:
             # What the model sees beside the latent comes after its channels.
             call["x"] = torch.cat([x, call["x"][:, x.shape[1] :]], 1)
         self._keys.begin(batch.key, keep=step.evaluation.keeps, first=batch.first, num_rows=batch.num_rows)
-        self._engine.begin(step.evaluation, (batch.key, batch.first))
-        batch.cut.choose(segment)
-        return self._stage.forward(lambda: self._model.family.run(self._model, call), wants_output=bool(step.patches))
+        self._engine.begin(step.evaluation, (batch.key, batch.first), batch.cut, patch)
+        return self._stage.forward(lambda: self._model.family.run(self._model, call))
 
     def _dealt(self, kind: Kind) -> list[_Batch]:
         """What this rank's lane computes in an evaluation of the kind."""
@@ -283,6 +281,7 @@ class _Pipeline:
         """Raises InputError for conditionings that the model does not take or the axes cannot cut."""
         rows = [self._rows(kind, piece) for piece in pieces]
         call = self._model.family.batched(rows) or rows[0]
+        self._model.family.check(self._model, call)
         cut = self._engine.cut(call, self._patches)
         known = self._call(kind[pieces[0].call])
         timesteps = [name for name, value in known.items() if value is known["timestep"]]

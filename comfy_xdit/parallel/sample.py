@@ -18,7 +18,7 @@ from .cut import cut
 from .denoise import check_calls, evaluate
 from .distri import DistriKeys
 from .model import Call, Model, calls_argument, loop_dtype
-from .patch_engines import has_patches
+from .patch_engine import has_patches
 from .pipefusion import pipefusion
 
 Post = Callable[[dict[str, Any]], None]

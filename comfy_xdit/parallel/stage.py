@@ -6,39 +6,23 @@ between blocks runs where it is needed; and after the stage's last block the for
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .context import ParallelContext
 from .links import Inbox, Outbox
-from .model import Model
-
-if TYPE_CHECKING:
-    from comfy_xdit.models.base import Family
 
 Made = TypeVar("Made")
-
-
-class PipelineModel(Model, Protocol):
-    """A model of which this rank holds the blocks `stage`, numbered as in `block_paths`; others are `Absent`."""
-
-    @property
-    def family(self) -> Family: ...
-    @property
-    def stage(self) -> range: ...
-    @property
-    def block_paths(self) -> list[str]: ...
 
 
 class Stage:
     """This rank's stage on the pipe axis of `context`.
 
-    Its messages are in order: each `forward` but the first stage's takes one, each but the last's sends one.
-    Who hooks a model otherwise than `between` calls `receive` and `leave`.
+    Its messages are in order: each `forward` but the first stage's takes one, each but the last's sends one. The
+    model's hooks (`stage_blocks.py`) call `receive` and `leave`.
     """
 
     def __init__(self, context: ParallelContext) -> None:
@@ -50,7 +34,6 @@ class Stage:
         self._inbox = None if self.is_first else Inbox(links[(axis.index - 1) % 2], axis.index - 1)
         self._outbox = None if self.is_last else Outbox(links[axis.index % 2], axis.index + 1)
         self._num_expected = 0
-        self._wants_output = True
 
     def expect(self, numel: int, dtype: torch.dtype, device: torch.device) -> None:
         """A message of `numel` numbers comes next."""
@@ -63,9 +46,8 @@ class Stage:
         if self._inbox is not None:
             self._inbox.post()
 
-    def forward(self, run: Callable[[], Made], *, wants_output: bool = True) -> Made | None:
-        """What `run`, which calls the model once, gives on the last stage, where wanted; None otherwise."""
-        self._wants_output = wants_output
+    def forward(self, run: Callable[[], Made]) -> Made | None:
+        """What `run`, which calls the model once, gives on the last stage; None on others."""
         try:
             return run()
         except _Ended:
@@ -74,19 +56,7 @@ class Stage:
     @property
     def ends(self) -> bool:
         """Whether a forward ends after the stage's last block."""
-        return not (self.is_last and self._wants_output)
-
-    @contextlib.contextmanager
-    def between(self, blocks: list[nn.Module], own: range) -> Iterator[None]:
-        """Hooks for a model of which this stage has the blocks `own`, and the others are `Absent`."""
-        handles = [blocks[own[-1]].register_forward_hook(lambda block, args, made: self.leave(made))]
-        if not self.is_first:
-            handles.append(blocks[own[0] - 1].register_forward_hook(lambda block, args, made: self.receive(made)))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        return not self.is_last
 
     def settle(self) -> None:
         """Let go of messages sent before the last call of this, which have arrived."""
@@ -107,7 +77,7 @@ class Stage:
         return type(like)(x if x is None else next(parts).view(x.shape) for x in like)
 
     def leave(self, made: Any) -> None:
-        """The stage's last block gave `made`. It goes to the next stage; the forward ends, unless it is wanted."""
+        """The stage's last block gave `made`. It goes to the next stage, and the forward ends there."""
         if self._outbox is not None:
             self._outbox.send(torch.cat([x.reshape(-1) for x in _streams(made)]))
         if self.ends:
@@ -123,4 +93,4 @@ def _streams(made: Any) -> list[Tensor]:
 
 
 class _Ended(Exception):
-    """What follows in the forward is another stage's, or nobody's."""
+    """What follows in the forward is another stage's."""

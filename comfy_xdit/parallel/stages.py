@@ -9,12 +9,11 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from comfy_xdit.errors import InputError
 
 from .block_call import Call
-from .plan import ModelPlan
 from .spec import BALANCES
 from .tokens import TokenPlan
 
@@ -55,16 +54,10 @@ def stages(costs: Sequence[int], num_stages: int) -> list[range]:
     return [range(begin, end) for begin, end in zip((0, *ends[:-1]), ends, strict=True)]
 
 
-def block_paths(module: nn.Module, plan: ModelPlan | TokenPlan) -> list[str]:
+def block_paths(module: nn.Module, plan: TokenPlan) -> list[str]:
     """Paths of the module's blocks in the order in which they run."""
-    names = [blocks if isinstance(blocks, str) else blocks.path for blocks in plan.blocks]
-    return [f"{name}.{i}" for name in names for i, _ in enumerate(module.get_submodule(name).children())]
-
-
-def leave_out(module: nn.Module, path: str, gives: tuple[str, ...]) -> None:
-    """Put an `Absent` in the place of a block, which gives these of its arguments."""
-    blocks, _, name = path.rpartition(".")
-    module.get_submodule(blocks)._modules[name] = Absent(module.get_submodule(path), gives)
+    lists = [(blocks.path, module.get_submodule(blocks.path)) for blocks in plan.blocks]
+    return [f"{path}.{number}" for path, found in lists for number, _ in enumerate(found.children())]
 
 
 def keep_stage(module: nn.Module, plan: TokenPlan, stage: range) -> None:
@@ -72,7 +65,9 @@ def keep_stage(module: nn.Module, plan: TokenPlan, stage: range) -> None:
     gives = {blocks.path: blocks.gives for blocks in plan.blocks}
     for number, path in enumerate(block_paths(module, plan)):
         if number not in stage:
-            leave_out(module, path, gives[path.rpartition(".")[0]])
+            blocks, _, name = path.rpartition(".")
+            block = Absent(module.get_submodule(path), gives[blocks], is_written=not plan.untouched)
+            module.get_submodule(blocks)._modules[name] = block
 
 
 def block_costs(module: nn.Module, plan: TokenPlan, balance: str = BALANCES[0]) -> list[int]:
@@ -132,21 +127,25 @@ class Absent(nn.Module):
     It keeps the other blocks' places in their list, so that paths and numbers mean the same on every stage. It has the
     block's attributes, which a model's code between blocks may read; weights among them are on the meta device.
     gives: the arguments that a block returns, in its order, named as `Call` says.
+    is_written: a model's code may write into its outputs, which have memory then.
     signature: of the block's forward.
     """
 
-    def __init__(self, block: nn.Module, gives: tuple[str, ...]) -> None:
+    def __init__(self, block: nn.Module, gives: tuple[str, ...], *, is_written: bool = True) -> None:
         super().__init__()
         # Not a submodule: nothing of it is to be loaded, moved, or counted.
         self.__dict__["block"] = block.to("meta")
         self.signature = inspect.signature(block.forward)
-        self._gives = gives
+        self._gives, self._is_written = gives, is_written
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = Call(self.signature, args, kwargs)
         # Not what came in: code that used it for a block's output would give a wrong picture, and nobody would know.
-        made = tuple(x if x is None else torch.full_like(x, torch.nan) for x in map(call.get, self._gives))
+        made = tuple(x if x is None else self._no_numbers(x) for x in map(call.get, self._gives))
         return made if len(made) > 1 else made[0]
+
+    def _no_numbers(self, like: Tensor) -> Tensor:
+        return torch.full_like(like, torch.nan) if self._is_written else like.new_full((), torch.nan).expand_as(like)
 
     def __getattr__(self, name: str) -> Any:
         try:

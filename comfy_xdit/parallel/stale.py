@@ -1,7 +1,7 @@
-"""Attention of a segment to keys and values of the whole sequence, of which the other segments' are older.
+"""Attention of a patch to keys and values of the whole sequence, of which the other patches' are older.
 
-A pipeline computes one segment of the tokens after the other (`segments.py`). Each layer keeps the keys and
-values of all tokens; a segment puts its fresh ones in their places, then attends to everything. So a segment
+A pipeline computes one patch of the tokens after the other (`patch_tokens.py`). Each layer keeps the keys and
+values of all tokens; a patch puts its fresh ones in their places, then attends to everything. So a patch
 sees those before it in the order of the step as they are now, those after it as they were a step ago.
 Source: PipeFusion, arXiv 2405.14430.
 """
@@ -26,7 +26,7 @@ class StaleAttention:
 
     The buffers hold each layer's keys and values in the order of its streams, whatever the degrees are: of
     the ulysses axis' ranks each has its own heads of all tokens; ranks of the ring axis send each other the
-    fresh ones of the segment, as much as a ring sends, and hold all of them.
+    fresh ones of the patch, as much as a ring sends, and hold all of them.
     Buffers live until `close`, which the end of a `with` calls. most_bytes_held: what they took at most.
     Collective over both axes.
     """
@@ -43,13 +43,13 @@ class StaleAttention:
     def begin(self, run: Hashable, *, keep: bool, first: int, num_rows: int) -> None:
         """What follows computes rows that belong to `run`, from its `first` on; buffers are for all `num_rows`.
 
-        A forward of all their tokens fills them if `keep`; those of segments need them filled.
+        A forward of all their tokens fills them if `keep`; those of patches need them filled.
         """
         self._run, self._keep = run, keep
         self._first, self._num_rows = first, num_rows
 
     def forget(self, run: Hashable) -> None:
-        """No segment of `run` will be computed any more."""
+        """No patch of `run` will be computed any more."""
         self._kept.pop(run, None)
 
     def close(self) -> None:
@@ -63,7 +63,7 @@ class StaleAttention:
     ) -> Tensor:
         places, keys = places_of(layer)
         if not sum(places.sizes):
-            return q  # the segment has no token of this layer's streams, on any rank
+            return q  # the patch has no token of this layer's streams, on any rank
         ring, ulysses = (axis if layer.num_shards > 1 else axis.alone for axis in (self._ring, self._ulysses))
         rings = [range(each * ulysses.degree, (each + 1) * ulysses.degree) for each in range(ring.degree)]
         beside = rings[ring.index]

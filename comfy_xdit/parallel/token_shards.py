@@ -52,6 +52,11 @@ class TokenShards:
             if rule.grid > 1:
                 self.grids[rule.streams] = grid
 
+    @property
+    def short(self) -> str | None:
+        """A stream of fewer tokens than ranks, if there is one."""
+        return next((name for name, num in self.lengths.items() if 0 < num < self.axis.degree), None)
+
     def of(self, streams: Streams) -> tuple[int, ...]:
         """The whole streams' lengths."""
         return tuple(self.lengths[stream] for stream in streams)

@@ -70,7 +70,7 @@ class Blocks:
     gives: the arguments that come back, in the order of the block's outputs; further outputs stay as they are. They
     tell how many tokens each stream has.
     light: starts of the names of a block's weights that multiply few tokens, as a text's do: they weigh, but take
-    little time. once: of those that multiply no token, as a modulation's, which work once for each row.
+    little time. once: of those that multiply no stream's tokens, as a modulation's, which work once for each row.
     """
 
     path: str

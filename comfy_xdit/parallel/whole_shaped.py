@@ -239,15 +239,16 @@ class WholeShaped:
 
         Raises InputError where other streams are cut already.
         """
-        short = {name: num for name, num in self.shards.lengths.items() if 0 < num < self.shards.axis.degree}
-        if short and self.has_cut:
-            name, num = next(iter(short.items()))
+        name = self.shards.short
+        if name is None:
+            return
+        if self.has_cut:
+            num = self.shards.lengths[name]
             raise InputError(
                 f"{num} tokens of {name} cannot be cut for the {self.axis.degree} ranks of ulysses, ring and distri; "
                 f"use {num} at most"
             )
-        if short:
-            self.shards.axis = self.axis.alone
+        self.shards.axis = self.axis.alone
 
     def _leaving(self, number: int, rule: Blocks, *, is_last: bool) -> Callable[..., Any]:
         passes, joins = self._passes(number), is_last and not self.plan.join

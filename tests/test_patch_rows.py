@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comfy_xdit.parallel.latent_tokens import Grid
-from comfy_xdit.parallel.segments import LARGE, cut_rows, num_tokens, pixel_rows, segments_of
-from comfy_xdit.parallel.sequence import shard_sizes
+from comfy_xdit.parallel.latent_tokens import Grid, LatentTokens
+from comfy_xdit.parallel.patch_rows import LARGE, cut_rows, pixel_rows
+from comfy_xdit.parallel.patch_tokens import PatchTokens
 
 sizes = {"rows": st.integers(1, 40), "columns": st.integers(1, 12), "side": st.just(2)}
 grids = st.builds(Grid, **sizes)
@@ -40,30 +40,25 @@ def test_pixels_are_all_rows_in_order(grid, odd, num_patches) -> None:
 @given(
     grid=grids,
     num_patches=st.integers(1, 9),
-    text=st.integers(8, 50),
+    text=st.integers(1, 50),
     references=st.integers(0, 700),
     num_shards=st.integers(1, 8),
 )
-def test_segments_are_all_tokens_once(grid, num_patches, text, references, num_shards) -> None:
-    if grid.rows * grid.columns < num_shards:
+def test_patches_are_all_tokens(grid, num_patches, text, references, num_shards) -> None:
+    """Of each stream; once, where there are enough of them."""
+    if grid.num_tokens < num_shards:
         with pytest.raises(ValueError, match="beside a pipeline; use ring and ulysses of"):
             cut_rows(grid, num_patches=num_patches, num_stages=2, num_shards=num_shards)
         return
     rows = cut_rows(grid, num_patches=num_patches, num_stages=2, num_shards=num_shards)
-    lengths = {"text": text, "image": grid.rows * grid.columns + references}
-    found = segments_of(grid, rows, lengths, num_shards=num_shards)
-    for stream, length in lengths.items():
-        tokens = [token for s in found for token in range(s.spans[stream][0], sum(s.spans[stream]))]
-        assert sorted(tokens) == list(range(length))
-    assert [s.patch for s in found if s.patch is not None] == list(range(len(rows)))
-    conditions = [s for s in found if s.patch is None]
-    assert found[: len(conditions)] == conditions, "what needs nothing of the sampler comes first"
-    for segment in found:
-        assert num_tokens(segment.spans) >= num_shards
-        own = [sum(shard_sizes(size, num_shards)[rank] for _, size in segment.spans.values()) for rank in (0, -1)]
-        assert min(own) > 0, "no rank is left without a token"
-    largest = max(num_tokens(s.spans) for s in found if s.patch is not None)
-    assert all(s.spans["image"][1] < 2 * max(largest, num_shards) for s in conditions)
+    latent = LatentTokens(stream="image", grid=grid)
+    patches = [PatchTokens(number=each, num=len(rows), rows=part, latent=latent) for each, part in enumerate(rows)]
+    for stream, length in {"text": text, "image": grid.num_tokens + references}.items():
+        runs = [patch.runs(stream, length, num_shards) for patch in patches]
+        tokens = [token for own in runs for first, size in own for token in range(first, first + size)]
+        assert set(tokens) == set(range(length))
+        assert min(sum(size for _, size in own) for own in runs) >= min(num_shards, length)
+        assert len(tokens) == length or length < num_shards * len(rows)
 
 
 def test_the_number_of_patches_by_itself() -> None:
@@ -78,13 +73,6 @@ def test_the_number_of_patches_by_itself() -> None:
     assert [number(64, 2, shards) for shards in (2, 4)] == [3, 3]
     assert [number(128, stages) for stages in (2, 8, 16)] == [4, 16, 17]
     assert len(cut_rows(Grid(rows=3, columns=9, side=2), num_patches=0, num_stages=4, num_shards=1)) == 3
-
-
-def test_texts_that_are_too_short() -> None:
-    grid = Grid(rows=8, columns=8, side=2)
-    rows = cut_rows(grid, num_patches=4, num_stages=2, num_shards=4)
-    with pytest.raises(ValueError, match="a text of 3 tokens cannot be cut over 4 ranks beside a pipeline"):
-        segments_of(grid, rows, {"text": 3, "image": 64}, num_shards=4)
 
 
 def test_no_patches_at_all() -> None:
