@@ -1,23 +1,28 @@
 """Where the engine gets hold of a model's attention, and how it knows that none went past it.
 
-Every diffusers model ends up at `F.scaled_dot_product_attention`, if its attention back end is torch's own. There a
-torch function mode takes its place: it is on only in this thread and only while one of the plan's attention modules
-runs, so nothing is patched and nothing is left behind. A module that attended in another way would see the tokens of
-its own rank only: numbers that look right and are not. So each is held to ask as often as its plan says.
+A plan names the way (`tokens.Attention`). ComfyUI's models call an override that they are given, or a function by a
+name of their own (`function_seam.py`). Others end up at `F.scaled_dot_product_attention`, as every diffusers model does
+if its attention back end is torch's own: there a torch function mode takes its place, which is on only in this thread
+and only while one of the plan's attention modules runs, so nothing is patched and nothing is left behind. A module that
+attended in another way would see the tokens of its own rank only: numbers that look right and are not. So each is held
+to ask as often as its plan says.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-Ask = Callable[..., Tensor]
-"""Attention of a module: (path, streams, query, key, value, mask=, scale=)."""
+from .function_seam import Receive, receive
+from .tokens import Attention
+
+if TYPE_CHECKING:
+    from .whole_shaped import WholeShaped
 
 
 @contextlib.contextmanager
@@ -40,26 +45,38 @@ def torchs_own(module: nn.Module) -> Iterator[None]:
                 processor._attention_backend = backend
 
 
-class Seam(TorchFunctionMode):
-    """Gives one attention module's calls of scaled_dot_product_attention to `ask`.
+class AttentionSeam(TorchFunctionMode):
+    """One attention module's way to the engine.
 
-    num_calls: so many it makes each time when it runs. num_runs: how often it ran since the last `settle`.
+    num_runs: how often the module ran since the last `settle`.
     """
 
-    def __init__(self, path: str, streams: tuple[str, ...], num_calls: int, ask: Ask) -> None:
+    def __init__(self, path: str, rule: Attention, engine: WholeShaped) -> None:
         super().__init__()
         self.path = path
+        self.rule = rule
+        self.engine = engine
         self.num_runs = 0
-        self._streams = streams
-        self._num_calls = num_calls
-        self._ask = ask
+        self._num_calls = 1 + len(rule.then)
         self._asked = 0
         self._open = False
+        self._before: Receive | None = None
+
+    @property
+    def is_called(self) -> bool:
+        """Whether the class calls its attention by a name of its own."""
+        return self.rule.seam != "override" and not self.rule.is_torchs
 
     def enter(self, module: nn.Module, args: Any) -> None:
         """The module begins."""
+        if not self.engine.in_block:
+            raise RuntimeError(f"attention of {self.path} runs outside of the plan's blocks")
         self._asked = 0
-        self.__enter__()
+        self.engine.running.append(self)
+        if self.rule.is_torchs:
+            self.__enter__()
+        elif self.is_called:
+            self._before = receive(self.engine.attend)
         self._open = True
 
     def leave(self, module: nn.Module, args: Any, out: Any) -> None:
@@ -67,6 +84,10 @@ class Seam(TorchFunctionMode):
 
         Raises RuntimeError when its attention went past the engine.
         """
+        if self.engine.running and self.engine.running[-1] is self:
+            self.engine.running.pop()
+        if self.rule.or_fewer and 0 < self._asked < self._num_calls:
+            self._asked = self._num_calls
         self.close()
         if out is None:
             return
@@ -74,21 +95,49 @@ class Seam(TorchFunctionMode):
         if self._asked != self._num_calls:
             raise self._miscounted()
 
+    def close(self) -> None:
+        if not self._open:
+            return
+        self._open = False
+        if self.rule.is_torchs:
+            self.__exit__(None, None, None)
+        elif self.is_called:
+            receive(self._before)
+
+    def settle(self) -> None:
+        """A forward of the model is over.
+
+        Raises RuntimeError unless the module ran in it. A list of blocks may run several times, once for each of
+        several hints; and where there are no queries or no keys (a video without sound), nothing has to run.
+        """
+        sides = self.rule.streams, self.rule.keys or self.rule.streams
+        known = self.engine.shards.lengths
+        is_needed = all(any(known.get(stream) != 0 for stream in side) for side in sides)
+        num_runs, self.num_runs = self.num_runs, 0
+        if is_needed and not num_runs:
+            raise RuntimeError(f"attention of {self.path} went past the engine: it ran {num_runs} times in a forward")
+
+    def count(self) -> None:
+        """A call has come by the override."""
+        self._asked += 1
+
+    @property
+    def call(self) -> str:
+        """A name for the call that has just come: the path, and which of several it is."""
+        return self.path if self._asked == 1 else f"{self.path}, call {self._asked}"
+
+    def streams(self) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
+        """Of the queries of the call that has just come; and of its keys, where they are others."""
+        if self._asked == 1:
+            return self.rule.streams, self.rule.keys
+        if self._asked > self._num_calls:
+            raise self._miscounted()
+        return self.rule.then[self._asked - 2], None
+
     def _miscounted(self) -> RuntimeError:
         return RuntimeError(
             f"attention of {self.path} went past the engine: {self._asked} calls reached it, not {self._num_calls}"
         )
-
-    def settle(self) -> None:
-        """A forward of the model is over. Raises RuntimeError unless the module ran once in it."""
-        num_runs, self.num_runs = self.num_runs, 0
-        if num_runs != 1:
-            raise RuntimeError(f"attention of {self.path} went past the engine: it ran {num_runs} times in a forward")
-
-    def close(self) -> None:
-        if self._open:
-            self._open = False
-            self.__exit__(None, None, None)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not F.scaled_dot_product_attention:
@@ -112,4 +161,4 @@ class Seam(TorchFunctionMode):
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
         if attn_mask is not None:
             attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
-        return self._ask(self.path, self._streams, query, key, value, mask=attn_mask, scale=scale)
+        return self.engine.ask(self, query, key, value, mask=attn_mask, scale=scale)

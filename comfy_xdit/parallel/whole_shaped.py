@@ -25,13 +25,12 @@ from torch.utils.hooks import RemovableHandle
 from comfy_xdit.errors import InputError
 
 from .attention import Attend, Layer, SequenceAttention
-from .attention_seam import AttentionSeam
 from .block_call import Call
 from .context import ParallelContext
 from .function_seam import lead_here
 from .patch_tokens import PatchTokens
 from .paths import find
-from .seam import torchs_own
+from .seam import AttentionSeam, torchs_own
 from .sequence import join
 from .stage import Stage
 from .stage_blocks import StageBlocks
