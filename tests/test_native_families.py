@@ -56,3 +56,14 @@ def test_a_real_configuration_keeps_its_choices_and_gets_small_sizes():
         made = subject.configured(real)
         assert made == {**subject.config, "of_the_file": True}
         assert set(subject.small) <= subject.config.keys(), subjects
+
+
+def test_what_works_on_conditioning_is_whole_on_every_rank():
+    """Its modules run by themselves, without the other ranks: none of their weights may be cut."""
+    asked = [family for family in FAMILIES.values() if family.prepares]
+    assert {family.name for family in asked} == {"minimax-h3", "ltx-2", "anima"}
+    for family in asked:
+        blocks = tuple(f"{rule.path}." for rule in family.plan.blocks)
+        tensor = family.plan.tensor
+        cut = () if tensor is None else (*tensor.columns, *tensor.joined, *tensor.rows, *tensor.fused, *tensor.norms)
+        assert all(name.startswith(blocks) for name in cut), family.name

@@ -14,6 +14,7 @@ import torch
 from check_lora import lora_file
 from comfy_xdit_nodes.native.options import use_comfy
 from comfy_xdit_nodes.patcher import parallelize
+from native_cases import error_of
 
 log = logging.getLogger("comfy_xdit")
 
@@ -79,14 +80,6 @@ def alone(tried):
 
 def limit_of(mode, case):
     return 0 if mode == EXACT else case.limit
-
-
-def error_of(ours, expected):
-    """The largest, as a part of the largest number; infinite where that shows nothing."""
-    if not all(wanted.isfinite().all() and wanted.std() > 0 for wanted in expected):
-        return float("inf")
-    pairs = list(zip(ours, expected, strict=True))
-    return max(((got - wanted).abs().max() / wanted.abs().max()).item() for got, wanted in pairs)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -165,7 +158,23 @@ def test_bfloat16(alone, pools):
     half = alone.model.clone()
     half.set_model_compute_dtype(torch.bfloat16)
     expected = alone.case.run(half)
-    errors = {mode: error_of(alone.on(pools, mode, half), expected) for mode in (EXACT, "ulysses=2", "pipe=2")}
+    modes = (EXACT, "ulysses=2", "pipe=2")
+    errors = {mode: error_of(alone.on(pools, mode, half), expected) for mode in modes}
     rounding = error_of(expected, alone.expected)
     log.info("%s in bfloat16, itself %.1e from fp32: %s", alone.name, rounding, errors)
     assert errors[EXACT] == 0 and max(errors.values()) <= 2 * rounding, "as far apart as two roundings can be"
+
+
+def test_other_shifts_of_minimax_h3(alone, pools):
+    """ModelSamplingMiniMaxH3: the sampler's schedule, and by which the model scales its sound in every step."""
+    if alone.name != "minimax-h3":
+        pytest.skip("a node of MiniMax-H3's")
+    from comfy_extras.nodes_minimax_h3 import MiniMaxH3SigmaShift
+
+    (shifted,) = MiniMaxH3SigmaShift.execute(alone.model, 9.0, 2.0).args
+    expected = alone.case.run(shifted)
+    assert error_of(expected, alone.expected) > 1e-3, "the node counts"
+    for mode in ("1 rank", EXACT, "ulysses=2"):
+        error = error_of(alone.on(pools, mode, shifted), expected)
+        log.info("minimax-h3 with other shifts, %s: %.1e", mode, error)
+        assert error <= (0 if mode == "1 rank" else limit_of(mode, alone.case))

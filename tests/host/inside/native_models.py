@@ -22,8 +22,12 @@ def weights(config, dtype=torch.bfloat16, seed=3):
     return found
 
 
+IN_BLOCKS = ("blocks", "layers.", "refiner.")
+"""One of these is in the names of the weights of blocks."""
+
+
 def is_matrix(key, weight):
-    return key.endswith(".weight") and weight.ndim == 2 and "blocks" in key
+    return key.endswith(".weight") and weight.ndim == 2 and any(part in key for part in IN_BLOCKS)
 
 
 def scaled_fp8(plain):
