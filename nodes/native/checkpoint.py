@@ -20,8 +20,8 @@ from comfy_xdit.native.family import ComfyFamily
 from comfy_xdit.parallel.spec import BALANCES, ModelShape
 from comfy_xdit.weights.stamp import stamp
 
-OF_DIFFUSERS = ("Flux", "FluxInpaint", "FluxSchnell", "SD3", "PixArtAlpha", "PixArtSigma")
-"""Kinds that diffusers' classes compute as long as their weights are plain: under all parallel methods."""
+OF_DIFFUSERS = ("PixArtAlpha", "PixArtSigma")
+"""Kinds that diffusers' classes compute as long as their weights are plain: there also under tensor."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

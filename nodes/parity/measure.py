@@ -10,9 +10,8 @@ from typing import Any
 import comfy.samplers
 import torch
 from comfy_xdit_bench.modes import is_exact, title
-from comfy_xdit_nodes.checkpoint import open_checkpoint
 from comfy_xdit_nodes.parity import models
-from comfy_xdit_nodes.patcher import from_checkpoint, parallelize
+from comfy_xdit_nodes.patcher import parallelize
 from comfy_xdit_nodes.pool import PoolSetting
 from torch import Tensor
 
@@ -63,9 +62,6 @@ class Parity:
 
     def __init__(self, folder: Path) -> None:
         self._stock = {kind: models.load(folder / f"{kind}.safetensors") for kind in KINDS}
-        self._ours = {
-            kind: from_checkpoint(open_checkpoint(str(folder / f"{kind}.safetensors"))) for kind in KINDS
-        }
         self._latents: dict[tuple[str, str], Tensor] = {}
 
     def measure(self, kind: str, case: str, samplers: Collection[str] | None = None) -> Iterator[Measured]:
@@ -75,7 +71,8 @@ class Parity:
 
     def measure_mode(self, kind: str, spec: ParallelSpec) -> Iterator[Measured]:
         """The same of a mode with `SAMPLERS`, all evaluations exact; nothing where the model is too small for it."""
-        if not check(spec, num_ranks=spec.num_ranks, shape=self._ours[kind].model.checkpoint.shape):
+        shape = parallelize(self._stock[kind], setting_of(1)).model.checkpoint.shape
+        if not check(spec, num_ranks=spec.num_ranks, shape=shape):
             warmup = {} if is_exact(spec) else {"warmup_steps": ALL}
             setting = setting_of(spec.num_ranks, **spec.degrees, **warmup)
             yield from self._measured(kind, title(spec), setting, SAMPLERS)
@@ -83,7 +80,7 @@ class Parity:
     def _measured(
         self, kind: str, case: str, setting: PoolSetting, samplers: Collection[str] | None
     ) -> Iterator[Measured]:
-        model = parallelize(self._ours[kind], setting)
+        model = parallelize(self._stock[kind], setting)
         for sampler, scheduler in pairs():
             if samplers is not None and sampler not in samplers:
                 continue

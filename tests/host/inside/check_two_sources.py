@@ -4,6 +4,7 @@ import logging
 import shutil
 
 import comfy.sd
+import native_models
 import pytest
 from comfy_xdit_nodes.native import checkpoint
 from comfy_xdit_nodes.native.options import use_comfy
@@ -66,7 +67,7 @@ def test_both_sources(name, mode, models, stock, pools, monkeypatch):
         monkeypatch.setattr(make, "CONTEXT", WIDE["caption_channels"])
     num_ranks, degrees = MODES[mode]
     latents = {"ComfyUI": stock(name)}
-    for source, kinds in (("diffusers", checkpoint.OF_DIFFUSERS), ("native", ())):
+    for source, kinds in (("diffusers", native_models.DIFFUSERS), ("native", ())):
         monkeypatch.setattr(checkpoint, "OF_DIFFUSERS", kinds)
         model = parallelize(load(models, name), pools(num_ranks, **degrees))
         assert bool(model.model.checkpoint.whose) == (source == "native")

@@ -51,7 +51,7 @@ def log(caplog):
     caplog.set_level("INFO", "comfy_xdit")
 
     def lines():
-        found = [r.getMessage() for r in caplog.records if r.name == "comfy_xdit" and " runs " in r.getMessage()]
+        found = [r.getMessage() for r in caplog.records if r.name == "comfy_xdit" and " on pool " in r.getMessage()]
         caplog.clear()
         return found
 

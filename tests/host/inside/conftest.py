@@ -39,12 +39,16 @@ def models():
 def fake(monkeypatch):
     """A pool inside the process, in place of the one that would be started; it knows single evaluations only."""
     import comfy.model_management
+    import comfy_xdit_nodes.native.checkpoint
     import comfy_xdit_nodes.run
     import comfy_xdit_nodes.whole_run
+    import native_models
     from fake_pool import FakePool
 
     pool = FakePool()
     monkeypatch.setattr(comfy_xdit_nodes.run, "connect", lambda setting: pool)
+    # It answers as workers with diffusers' classes do.
+    monkeypatch.setattr(comfy_xdit_nodes.native.checkpoint, "OF_DIFFUSERS", native_models.DIFFUSERS)
     monkeypatch.setattr(comfy_xdit_nodes.whole_run, "why_step_mode", lambda *run: "the pool is a fake")
     yield pool
     comfy.model_management.unload_all_models()

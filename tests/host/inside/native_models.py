@@ -8,6 +8,8 @@ import torch
 from comfy_xdit_nodes.parity import models as tiny
 
 FP8 = torch.float8_e4m3fn
+DIFFUSERS = ("Flux", "FluxInpaint", "FluxSchnell", "SD3", "PixArtAlpha", "PixArtSigma")
+"""Kinds that diffusers has classes for too."""
 
 
 def weights(config, dtype=torch.bfloat16, seed=3):
