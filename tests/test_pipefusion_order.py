@@ -17,8 +17,8 @@ from staged import PROGRAMS, run_pipefusion, sampling_job
 from test_pipefusion import MODELS
 
 from comfy_xdit.parallel import links
-from comfy_xdit.parallel.patches import FirstStage
 from comfy_xdit.parallel.pipefusion import _Pipeline
+from comfy_xdit.parallel.pipeline_ends import FirstStage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

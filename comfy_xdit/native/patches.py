@@ -29,7 +29,7 @@ PREFIX = "diffusion_model."
 """How the name of a transformer's weight begins in ComfyUI's model: ComfyUI's random rounding has it as its seed."""
 
 
-class Patches:
+class WeightPatches:
     """The patches that a loaded model wears.
 
     id: of those now worn; "" for none. misfits: [key, why] of each that was left out, alike on every rank.

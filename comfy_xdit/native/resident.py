@@ -31,7 +31,7 @@ class ComfyModel:
 
     def __init__(self, message: LoadModel, device: torch.device, share: WeightShare) -> None:
         from .load import load
-        from .patches import Patches
+        from .patches import WeightPatches
 
         assert message.source is not None
         family = family_of(message.source.kind)
@@ -50,7 +50,7 @@ class ComfyModel:
         except InputError as error:
             raise InputError(f"{os.path.basename(message.path)}: {error}") from None
         self._model, self._addresses = loaded.model, loaded.addresses
-        self._patches = Patches(loaded, device)
+        self._patches = WeightPatches(loaded, device)
         self.module: nn.Module = self._model.diffusion_model
         # What a class does around `_forward` the host does: wrappers; scales of its latents, if it is told no others.
         if not family.scales:
@@ -59,7 +59,7 @@ class ComfyModel:
         self.num_channels: int = self._model.latent_format.latent_channels
 
     def set_patches(self, message: SetPatches) -> int:
-        """As `Patches.set`."""
+        """As `WeightPatches.set`."""
         return self._patches.set(message)
 
     @property

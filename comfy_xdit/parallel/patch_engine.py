@@ -16,7 +16,7 @@ from .latent_tokens import Grid, LatentTokens, StreamSizes
 from .model import Call, Model
 from .once import OncePerEvaluation
 from .patch_tokens import PatchTokens
-from .patches import Evaluation, Patches
+from .pipeline_ends import Evaluation, LatentPatches
 from .sharded import sharded
 from .stage import Stage
 from .stale import StaleAttention
@@ -78,7 +78,7 @@ class PatchEngine:
         self.stage, self.grid = stage, grid
         self._model, self._work, self._once = model, work, once
 
-    def cut(self, call: Call, patches: Patches) -> Cut:
+    def cut(self, call: Call, patches: LatentPatches) -> Cut:
         """Raises InputError where the call's tokens can't be cut."""
         latent, rows = latent_of(self._model, call), patches.rows
         assert latent.grid == self.grid, f"{latent} for {self.grid}"

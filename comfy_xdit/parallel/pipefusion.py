@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 
 from comfy_xdit.errors import InputError
-from comfy_xdit.messages import Sample
 from comfy_xdit.trajectory import SamplerProgram
 
 from .agreement import Agreement
 from .context import ParallelContext
 from .denoise import Piece, deal
+from .job import SamplingJob
 from .links import Inbox, Outbox, Shelf
 from .model import Call, Family, Model, calls_argument
 from .patch_engine import Cut, PatchEngine, patch_engine
-from .patches import Evaluation, FirstStage, LastStage, Patches, Replies
+from .pipeline_ends import Evaluation, FirstStage, LastStage, LatentPatches, Replies
 from .spec import check
 from .stale import StaleAttention
 
@@ -40,7 +40,7 @@ Kind = tuple[int, ...]
 
 def pipefusion(
     model: Model,
-    message: Sample,
+    job: SamplingJob,
     conds: list[Call],
     context: ParallelContext,
     *,
@@ -55,11 +55,11 @@ def pipefusion(
     faults = check(context.spec, num_ranks=context.world_size, shape=model.shape)
     if faults:
         raise InputError("; ".join(faults))
-    result, call = None, calls_argument(message.noise, 0.0, conds[0], model)
+    result, call = None, calls_argument(job.noise, 0.0, conds[0], model)
     with StaleAttention(context) as keys, patch_engine(model, call, context, keys) as engine:
-        patches = Patches.of(message, engine.grid, context)
+        patches = LatentPatches.of(job, engine.grid, context)
         report: dict[str, Any] = {"num_patches": len(patches.rows)}
-        pipeline = _Pipeline(model, message, conds, context, patches, keys, engine, post)
+        pipeline = _Pipeline(model, job, conds, context, patches, keys, engine, post)
         if Agreement(wish_to_stop, context.world).go_on():
             result = pipeline.run(wish_to_stop)
             engine.settle()
@@ -116,32 +116,32 @@ class _Pipeline:
     def __init__(
         self,
         model: Model,
-        message: Sample,
+        job: SamplingJob,
         conds: list[Call],
         context: ParallelContext,
-        patches: Patches,
+        patches: LatentPatches,
         keys: StaleAttention,
         engine: PatchEngine,
         post: Post,
     ) -> None:
-        self._model, self._message, self._conds, self._context = model, message, conds, context
+        self._model, self._job, self._conds, self._context = model, job, conds, context
         self._patches, self._keys, self._engine = patches, keys, engine
         self._stage = stage = engine.stage
-        self._program: SamplerProgram = message.program
-        replies, back = Replies.of(model, message, context), context.axis("pipe back")
+        self._program: SamplerProgram = job.program
+        replies, back = Replies.of(model, job, context), context.axis("pipe back")
         alone = Shelf() if back.degree == 1 else None
         self._sent = (alone or Outbox(back, 0)) if stage.is_last else None
         self._last = None
         if self._sent is not None:
-            channels = model.family.output_shape(model, {"x": message.noise})[1]
-            self._last = LastStage(message, patches, replies, self._sent, context, channels)
+            channels = model.family.output_shape(model, {"x": job.noise})[1]
+            self._last = LastStage(job, patches, replies, self._sent, context, channels)
         self._first = None
         if stage.is_first:
             link = alone or Inbox(back, back.degree - 1)
-            self._first = FirstStage(message, patches, replies, link, post)
+            self._first = FirstStage(job, patches, replies, link, post)
         # Of all conditionings, also of other lanes: a fault that only some ranks see leaves the others waiting.
         self._kinds = [tuple(call.conds) for call in self._program.calls]
-        every = {index: _whole_rows(message, (index,)) for kind in self._kinds for index in kind}
+        every = {index: _whole_rows(job, (index,)) for kind in self._kinds for index in kind}
         for index, pieces in every.items():
             self._batch((index,), 0, pieces)
         self._batches = {kind: self._dealt(kind) for kind in set(self._kinds)}
@@ -160,7 +160,7 @@ class _Pipeline:
             if following is not None and self._comes_beside(step, following):
                 self._stage.post()
             if step.begins:
-                self._context.begin_evaluation(self._message.noise.device)
+                self._context.begin_evaluation(self._job.noise.device)
             self._compute(step, previous)
             self._stage.post()
             if self._first is not None:
@@ -189,7 +189,7 @@ class _Pipeline:
         launch, a receive waits for steps before its own only, so some stage can always go on.
         """
         is_needed = step.evaluation.is_exact or following.evaluation.is_exact or len(self._patches.rows) == 1
-        return self._message.noise.device.type == "cpu" and not is_needed
+        return self._job.noise.device.type == "cpu" and not is_needed
 
     def _settle(self) -> None:
         """An evaluation is over: what was sent in the one before has arrived, or none of this could have."""
@@ -228,7 +228,7 @@ class _Pipeline:
 
     def _is_exact(self, number: int) -> bool:
         """The first evaluations, and those without one before that had the same conditionings."""
-        is_early = not self._message.stale or number < self._message.warmup_steps
+        is_early = not self._job.stale or number < self._job.warmup_steps
         return is_early or self._kinds[number] not in self._kinds[:number]
 
     def _next_of_kind(self, number: int) -> int | None:
@@ -271,7 +271,7 @@ class _Pipeline:
 
     def _dealt(self, kind: Kind) -> list[_Batch]:
         """What this rank's lane computes in an evaluation of the kind."""
-        spec, num_rows = self._context.spec, self._message.noise.shape[0]
+        spec, num_rows = self._context.spec, self._job.noise.shape[0]
         pieces = deal([num_rows] * len(kind), cfg=spec.cfg, dp=spec.dp)[self._context.lane]
         together = self._model.family.batched([self._rows(kind, piece) for piece in pieces]) if pieces else None
         groups = [pieces] if together is not None else [[piece] for piece in pieces]
@@ -297,9 +297,9 @@ class _Pipeline:
         The latent is on the first stage only. What looked at it on another would show that, instead of a picture that
         is nearly right.
         """
-        x = torch.full_like(self._message.noise, torch.nan)
+        x = torch.full_like(self._job.noise, torch.nan)
         return calls_argument(x, 0.0, self._conds[cond], self._model)
 
 
-def _whole_rows(message: Sample, kind: Kind) -> list[Piece]:
-    return [Piece(call=number, start=0, stop=message.noise.shape[0]) for number, _ in enumerate(kind)]
+def _whole_rows(job: SamplingJob, kind: Kind) -> list[Piece]:
+    return [Piece(call=number, start=0, stop=job.noise.shape[0]) for number, _ in enumerate(kind)]

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from comfy_xdit.messages import Sample
 from comfy_xdit.trajectory import Replay, SamplerCall, SamplerProgram
 
 from .agreement import Agreement
@@ -17,6 +16,7 @@ from .context import ParallelContext
 from .cut import cut
 from .denoise import check_calls, evaluate
 from .distri import DistriKeys
+from .job import SamplingJob
 from .model import Call, Model, calls_argument, loop_dtype
 from .patch_engine import has_patches
 from .pipefusion import pipefusion
@@ -26,7 +26,7 @@ Post = Callable[[dict[str, Any]], None]
 
 def sample(
     model: Model,
-    message: Sample,
+    job: SamplingJob,
     conds: list[Call],
     context: ParallelContext,
     *,
@@ -35,33 +35,33 @@ def sample(
 ) -> tuple[Tensor | None, dict[str, Any]]:
     """What the host's sampler would return, on rank 0 (None elsewhere, and when stopped), and a report.
 
-    message: with its tensors on the model's device; conds: its conditioning with held values in place.
+    job: with its tensors on the model's device; conds: its conditioning with held values in place.
     post: takes each progress entry {"step", "total", "denoised"}; called on rank 0.
     wish_to_stop: asked before each evaluation; one rank's yes stops all.
     Every rank replays the sampler on the whole latent, which costs next to nothing; only the model's
     evaluations are shared out; on a pipe axis see `pipefusion`, or, where the latent can't be cut, `drained`: exact.
     Collective over all ranks. Raises InputError alike on every rank.
     """
-    program: SamplerProgram = message.program
-    check_program(message, conds)
-    calls = [calls_argument(message.noise, 0.0, cond, model) for cond in conds]
+    program: SamplerProgram = job.program
+    check_program(job, conds)
+    calls = [calls_argument(job.noise, 0.0, cond, model) for cond in conds]
     check_calls(model, calls, context)
-    check_replay(message, loop_dtype(model))
+    check_replay(job, loop_dtype(model))
     if context.spec.pipe > 1 and has_patches(model, calls):
-        return pipefusion(model, message, conds, context, post=post, wish_to_stop=wish_to_stop)
+        return pipefusion(model, job, conds, context, post=post, wish_to_stop=wish_to_stop)
     replay = Replay(
         program,
-        noise=message.noise,
-        latent=message.latent,
-        noises=message.noises,
-        mask=message.mask,
+        noise=job.noise,
+        latent=job.latent,
+        noises=job.noises,
+        mask=job.mask,
         dtype=loop_dtype(model),
     )
     keys = DistriKeys(
         context.axis("distri"),
         [tuple(call.conds) for call in program.calls],
-        warmup_steps=message.warmup_steps,
-        stale=message.stale,
+        warmup_steps=job.warmup_steps,
+        stale=job.stale,
     )
     agreement = Agreement(wish_to_stop, context.world)
     stopped = False
@@ -71,7 +71,7 @@ def sample(
             if stopped:
                 break
             keys.begin(number)
-            context.begin_evaluation(message.noise.device)
+            context.begin_evaluation(job.noise.device)
             x = replay.model_input(number)
             outputs = _outputs(model, call, x, conds, context)
             replay.answer(number, outputs)

@@ -11,15 +11,23 @@ import pytest
 import safetensors.torch
 import torch
 from comfy_xdit_nodes import export as exporting
+from comfy_xdit_nodes.native import checkpoint
 from comfy_xdit_nodes.native.options import use_comfy
 from comfy_xdit_nodes.parity import models as tiny
 from comfy_xdit_nodes.patcher import parallelize
 from comfy_xdit_nodes.source import checkpoint_of, pristine
+from native_models import DIFFUSERS
 
 from comfy_xdit.pool.network import Network
 from comfy_xdit.weights.fingerprint import fingerprint
 
 TWO_MACHINES = Network(num_machines=2, interface="eth0", address="10.0.0.1")
+
+
+@pytest.fixture(autouse=True)
+def for_diffusers(monkeypatch):
+    """The names in a file for ComfyUI's own class are others: check_native_export.py."""
+    monkeypatch.setattr(checkpoint, "OF_DIFFUSERS", DIFFUSERS)
 
 
 @pytest.fixture

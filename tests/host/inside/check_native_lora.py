@@ -38,11 +38,11 @@ class Worker:
 
     def __init__(self, patcher, part=None):
         from comfy_xdit.native.load import load, whole
-        from comfy_xdit.native.patches import Patches
+        from comfy_xdit.native.patches import WeightPatches
 
         message = describe(patcher)
         self.loaded = load(message.path, message.source, CPU, part or whole)
-        self.patches = Patches(self.loaded, CPU)
+        self.patches = WeightPatches(self.loaded, CPU)
 
     def wear(self, patches, name="a"):
         """The patches of a MODEL, through their wire form; how many weights changed."""

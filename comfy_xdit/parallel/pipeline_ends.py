@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from comfy_xdit.messages import Sample
 from comfy_xdit.trajectory import Replay, SamplerCall, SamplerProgram
 
 from .context import ParallelContext
 from .denoise import deal, share
+from .job import SamplingJob
 from .latent_tokens import Grid
 from .links import Inbox, Outbox, Shelf
 from .model import Model, loop_dtype
@@ -38,7 +38,7 @@ class Evaluation:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Patches:
+class LatentPatches:
     """How a job's latent is cut, alike in all of its frames. rows: of tokens; pixels: of the latent."""
 
     grid: Grid
@@ -46,12 +46,12 @@ class Patches:
     pixels: list[slice]
 
     @classmethod
-    def of(cls, message: Sample, grid: Grid, context: ParallelContext) -> Patches:
+    def of(cls, job: SamplingJob, grid: Grid, context: ParallelContext) -> LatentPatches:
         """Raises InputError when the latent cannot be cut for the axes of `context`."""
-        height = message.noise.shape[-2]
+        height = job.noise.shape[-2]
         rows = cut_rows(
             grid,
-            num_patches=message.num_patches,
+            num_patches=job.num_patches,
             num_stages=context.axis("pipe").degree,
             num_shards=context.axis("sequence").degree,
         )
@@ -76,9 +76,9 @@ class Replies:
     to_host: bool
 
     @classmethod
-    def of(cls, model: Model, message: Sample, context: ParallelContext) -> Replies:
+    def of(cls, model: Model, job: SamplingJob, context: ParallelContext) -> Replies:
         return cls(
-            program=message.program,
+            program=job.program,
             x_dtype=model.compute_dtype,
             loop_dtype=loop_dtype(model),
             to_host=context.axis("pipe").ranks[0] == 0,
@@ -104,20 +104,20 @@ class FirstStage:
     """
 
     def __init__(
-        self, message: Sample, patches: Patches, replies: Replies, link: Inbox | Shelf, post: Post
+        self, job: SamplingJob, patches: LatentPatches, replies: Replies, link: Inbox | Shelf, post: Post
     ) -> None:
         self._patches, self._replies, self._link, self._post = patches, replies, link, post
         whole = Replay(
-            message.program,
-            noise=message.noise,
-            latent=message.latent,
-            noises=message.noises,
-            mask=message.mask,
+            job.program,
+            noise=job.noise,
+            latent=job.latent,
+            noises=job.noises,
+            mask=job.mask,
             dtype=replies.loop_dtype,
         )
         # A copy: patches will be written into it, and it may be the job's own noise.
         self.x = whole.model_input(0).to(replies.x_dtype, copy=True)
-        self.result = torch.empty_like(message.noise, dtype=replies.loop_dtype)
+        self.result = torch.empty_like(job.noise, dtype=replies.loop_dtype)
         self._previews: list[list[Tensor]] = []
 
     def expect(self, evaluation: Evaluation) -> None:
@@ -154,15 +154,15 @@ class LastStage:
 
     def __init__(
         self,
-        message: Sample,
-        patches: Patches,
+        job: SamplingJob,
+        patches: LatentPatches,
         replies: Replies,
         link: Outbox | Shelf,
         context: ParallelContext,
         num_channels: int,
     ) -> None:
         """num_channels: of the model's output."""
-        self._message, self._patches, self._replies, self._link = message, patches, replies, link
+        self._job, self._patches, self._replies, self._link = job, patches, replies, link
         self._context, self._num_channels = context, num_channels
         self._replays = [self._replay(patch) for patch, _ in enumerate(patches.rows)]
 
@@ -189,18 +189,18 @@ class LastStage:
             self._link.send(made.to(self._replies.dtype(what)))
 
     def _replay(self, patch: int) -> Replay:
-        message, cut = self._message, self._patches.cut
+        job, cut = self._job, self._patches.cut
 
         def noise(index: int) -> Tensor:
-            whole = message.noises[index]
+            whole = job.noises[index]
             assert whole is not None, f"noise {index} did not come with the job"
             return cut(whole, patch)
 
         return Replay(
-            message.program,
-            noise=cut(message.noise, patch),
-            latent=cut(message.latent, patch),
+            job.program,
+            noise=cut(job.noise, patch),
+            latent=cut(job.latent, patch),
             noises=noise,
-            mask=cut(message.mask, patch) if message.mask is not None else None,
+            mask=cut(job.mask, patch) if job.mask is not None else None,
             dtype=self._replies.loop_dtype,
         )
