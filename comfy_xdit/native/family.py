@@ -63,7 +63,8 @@ class ComfyFamily:
     rows: the transformer's arguments, beside x and the timestep, with an entry for each row of the batch along dim 0
     (or one for all): tensors, or lists of them. constants: those that are the same for all rows.
     Any other argument is refused by name: nobody has shown that it comes out right.
-    options: entries of transformer_options that the transformer's own code reads.
+    options: entries of transformer_options that the transformer's own code reads. options_need: the part of it that
+    reads them, which may be None; "": it always does.
     prepares: methods of the transformer that ComfyUI's model has work on conditioning before sampling. They run on the
     workers, on each rank whole.
     rebuilt: entries of arguments, as "argument.entry", that the transformer makes of the others where they are missing.
@@ -83,6 +84,7 @@ class ComfyFamily:
     rows: tuple[str, ...]
     constants: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
+    options_need: str = ""
     prepares: tuple[str, ...] = ()
     rebuilt: tuple[str, ...] = ()
     scales: tuple[str, ...] = ()
@@ -125,6 +127,11 @@ class ComfyFamily:
         self.of_rows(call, range(1))
         if 0 < self.max_rows < num_rows(call):
             raise InputError(f"{self.title} takes a batch of {self.max_rows}, not of {num_rows(call)}")
+
+    def options_of(self, transformer: nn.Module) -> tuple[str, ...]:
+        """Those that this one reads; it may be one without weights."""
+        is_idle = self.options_need and getattr(transformer, self.options_need) is None
+        return () if is_idle else self.options
 
     def latent_tokens(self, transformer: nn.Module, call: Call) -> LatentTokens | None:
         """Where the tokens of the call's latent stand; None where PipeFusion can't cut them.

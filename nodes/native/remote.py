@@ -21,10 +21,12 @@ class ComfyRemoteModel(RemoteModel):
     def __init__(self, family: ComfyFamily) -> None:
         super().__init__()
         self._family = family
+        self._options = family.options
 
     def stand_in(self, transformer: Any) -> None:
         """As the base says; and what the family has its transformer do beside evaluations."""
         super().stand_in(transformer)
+        self._options = self._family.options_of(transformer)
         for method in self._family.prepares:
             setattr(transformer, method, partial(self._prepare, method))
         if self._family.scales:
@@ -47,7 +49,7 @@ class ComfyRemoteModel(RemoteModel):
             name, entry = path.split(".")
             if isinstance(bound.get(name), dict):
                 bound[name] = {key: value for key, value in bound[name].items() if key != entry}
-        call = as_call(x, timestep, own=self._family.options, **bound)
+        call = as_call(x, timestep, own=self._options, **bound)
         if "control" in call:
             raise ValueError("a ControlNet can't run on the pool yet; use the stock sampler for it")
         try:

@@ -15,6 +15,7 @@ HUNYUAN = ComfyFamily(
     rows=("context", "y", "guidance", "attention_mask", "guiding_frame_index", "ref_latent", "txt_byt5"),
     constants=("disable_time_r",),
     options=("sigmas", "sample_sigmas"),
+    options_need="time_r_in",
     latent=first_of("image", lambda transformer: transformer.patch_size[-1], unless="ref_latent"),
 )
 
@@ -27,5 +28,6 @@ HUNYUAN15 = ComfyFamily(
     rows=("context", "y", "guidance", "attention_mask", "txt_byt5", "clip_fea"),
     constants=("disable_time_r",),
     options=("sigmas", "sample_sigmas"),
+    options_need="time_r_in",
     latent=first_of("image", lambda transformer: transformer.patch_size[-1], unless="ref_latent"),
 )

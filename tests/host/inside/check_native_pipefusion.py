@@ -1,9 +1,12 @@
 """PipeFusion of ComfyUI's own classes: what an emulation in ComfyUI's own process gives, whatever the stages are."""
 
+import copy
 import dataclasses
 import logging
 
 import comfy.sd
+import comfy.supported_models
+import native_cases as cases
 import native_models as make
 import pytest
 import torch
@@ -44,6 +47,13 @@ class Layout:
 
 
 WAN = Layout(num_text=0, side=2)
+
+
+def hunyuan():
+    config = cases.hunyuan_cases()["hunyuan-video"].config
+    return plain(comfy.supported_models.HunyuanVideo(copy.deepcopy(config)))
+
+
 CASES = {
     # The last row of tokens is half beyond the latent.
     "wan": (lambda: plain(make.wan(num_layers=3)), (1, 16, 3, 9, 12), 4096, {}, WAN),
@@ -55,6 +65,13 @@ CASES = {
         Layout(num_text=9, side=2, num_after=12),
     ),
     "krea2": (lambda: plain(make.krea2()), (2, 16, 1, 10, 12), 160, {}, Layout(num_text=9, side=2)),
+    "hunyuan-video": (
+        hunyuan,
+        (1, 16, 3, 6, 8),
+        48,
+        {"pooled_output": random(1, 768)},
+        Layout(num_text=9, side=2),
+    ),
     # ComfyUI makes every text 512 tokens long.
     "flux2": (lambda: plain(make.flux2()), (1, 128, 5, 6), 96, {"guidance": 3.5}, Layout(num_text=512, side=1)),
 }
