@@ -98,7 +98,12 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
             patches_id=str(self.patches_uuid) if self.patches else "",
             # Of the patches, not of this MODEL: the run keeps it, and must not keep what it runs for.
             patches=partial(encode_patches, self.patches, spelled),
-            param_bytes=param_bytes(self.model, self.patches, storage, cast or storage),
+            param_bytes=(
+                # Patches on a quantised weight leave it quantised.
+                checkpoint.network.param_bytes
+                if isinstance(checkpoint, ComfyCheckpoint)
+                else param_bytes(self.model, self.patches, storage, cast or storage)
+            ),
         )
 
     def loaded_size(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from comfy.samplers import CFGGuider
 from comfy_xdit_nodes.export import require_reachable
+from comfy_xdit_nodes.native.checkpoint import ComfyCheckpoint
 from comfy_xdit_nodes.native.proven import require_proven
 from comfy_xdit_nodes.pool import connect
 from comfy_xdit_nodes.refuse import refuse_inside
@@ -21,10 +23,12 @@ from comfy_xdit.parallel.spec import ParallelSpec, auto
 
 if TYPE_CHECKING:
     from comfy_xdit_nodes.checkpoint import Checkpoint
-    from comfy_xdit_nodes.native.checkpoint import ComfyCheckpoint
     from comfy_xdit_nodes.remote import Load
 
     from comfy_xdit.pool.client import Pool
+
+
+log = logging.getLogger("comfy_xdit")
 
 
 def sample_on_pool(executor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -46,7 +50,12 @@ def sample_on_pool(executor: Any, *args: Any, **kwargs: Any) -> Any:
     with pool.lease(poll=poll):
         room_bytes = patcher.model.remote.make_room(pool, load)
         choose = chooser(
-            pool, patcher.setting.requested, patcher.model.checkpoint, noise=args[0], load=load, room_bytes=room_bytes
+            pool,
+            patcher.setting.requested,
+            patcher.model.checkpoint,
+            latent=first_shape(args[0], kwargs.get("latent_shapes")),
+            load=load,
+            room_bytes=room_bytes,
         )
         spec = choose(count_chunks(guider))
         if is_native and spec.num_ranks > 1:
@@ -62,13 +71,13 @@ def chooser(
     requested: dict[str, int],
     checkpoint: Checkpoint | ComfyCheckpoint,
     *,
-    noise: Tensor,
+    latent: tuple[int, ...],
     load: Load,
     room_bytes: int | None = None,
 ) -> Callable[[int], ParallelSpec]:
-    """Number of chunks → degrees: the cheapest for this noise. To be asked inside the pool's lease.
+    """Number of chunks → degrees: the cheapest for this latent. To be asked inside the pool's lease.
 
-    room_bytes: what every rank has for the model; None: not known.
+    latent: its shape; of several the first one's. room_bytes: what every rank has for the model; None: not known.
 
     Raises ValueError with every fault of the requested degrees.
     """
@@ -79,17 +88,18 @@ def chooser(
         by_rule = auto(num_ranks, requested=requested, shape=checkpoint.shape, num_chunks=num_chunks)
         if math.prod(degree for degree in requested.values() if degree) == num_ranks:
             return by_rule
-        if load.model.source is not None:
-            # Nobody has said yet what its blocks cost.
+        if len(latent) not in (4, 5):
+            log.info("degrees are chosen by rule, not by cost: a latent of shape %s is no picture or video", latent)
             return by_rule
         # Here, not at import: like the pool it takes modules that only Linux has.
         from comfy_xdit.cost.on_pool import cost_on
 
         cost = cost_on(
             pool,
-            load.model.path,
-            latent=(noise.shape[-2], noise.shape[-1]),
-            images=noise.shape[0],
+            checkpoint.network if isinstance(checkpoint, ComfyCheckpoint) else load.model.path,
+            latent=latent[-2:],
+            frames=latent[2] if len(latent) == 5 else 1,
+            images=latent[0],
             chunks=num_chunks,
             element_bytes=getattr(torch, load.model.compute_dtype).itemsize,
             param_bytes=load.param_bytes,
@@ -100,6 +110,11 @@ def chooser(
 
     # Asked each time: a pool that was stopped and started anew may have other ranks.
     return lambda num_chunks: chosen(pool.num_ranks, num_chunks)
+
+
+def first_shape(noise: Tensor, shapes: Any) -> tuple[int, ...]:
+    """Of the latent, or of the first of several, which ComfyUI packs into one row; shapes: of all of them."""
+    return tuple(shapes[0]) if shapes else tuple(noise.shape)
 
 
 def keeping_weights(choose: Callable[[int], ParallelSpec], spec: ParallelSpec) -> Callable[[int], ParallelSpec]:

@@ -124,6 +124,16 @@ def computed(plan, **degrees):
     return on_threads(ParallelSpec(**degrees), on_rank)
 
 
+def sent_by(context, plan, original):
+    """What a rank sends in one forward, by collective."""
+    made, share = copy.deepcopy(original), context.spec.weights_of(context.rank)
+    if share.num_shards > 1:
+        keep_own_shards(made, plan.tensor, share)
+    with torch.inference_mode(), cut(made, plan, context):
+        made(**call(), transformer_options={})
+    return +context.traffic.bytes
+
+
 SPECS = [{"tensor": 2}, {"tensor": 4}, {"tensor": 2, "ulysses": 2}, {"tensor": 2, "ring": 3}]
 
 

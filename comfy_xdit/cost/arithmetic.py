@@ -123,6 +123,7 @@ class Block:
     their tokens. attention, crossing: the streams of each of its attentions. sums: those that tensor parallel
     adds up.
     once_outputs: numbers that come out of the matrices that run once for each row.
+    norms: the streams of norms over all heads, for which ranks of tensor add up a number a token.
     """
 
     params: int
@@ -131,6 +132,7 @@ class Block:
     crossing: tuple[tuple[Streams, Streams], ...] = ()
     sums: tuple[Streams, ...] = ()
     once_outputs: int = 0
+    norms: tuple[Streams, ...] = ()
 
     def linear_flops(self, tokens: Mapping[str, int]) -> int:
         """Operations of its matrices for one row of the batch with so many tokens of each stream."""
@@ -146,8 +148,9 @@ class Network:
 
     blocks: in the order in which they run; outside: embedders and final layer; last_params: of these, what is on
     the last stage only. cut: as in `Anatomy`.
-    latent_patch: latent pixels on a side of one token; latent_pixel: image pixels on a side of one latent pixel.
-    token_outputs: numbers that come out for each image token; latent_outputs: of use, for each latent pixel.
+    latent_patch: latent pixels on a side of one token, and latent_frames of a video's in it; latent_pixel: image pixels
+    on a side of one latent pixel.
+    token_outputs: numbers that ranks join for each image token; latent_outputs: of use, for each latent pixel.
     param_bytes: of one parameter as the file keeps it, on average.
     guided: takes guidance as a number, so that one evaluation a step is usual.
     """
@@ -166,6 +169,7 @@ class Network:
     text_tokens: int
     guided: bool
     latent_pixel: int = 8
+    latent_frames: int = 1
 
     @property
     def head_dim(self) -> int:

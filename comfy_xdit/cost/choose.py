@@ -144,7 +144,7 @@ def _times(
             waiting += count * link.on(spec, "ulysses").seconds(ulysses(network, work, part, streams), 2)
             waiting += count * _ring_waits(network, work, part, streams, link, attention_s)
         waiting += count * link.on(spec, "tensor").seconds(
-            tensor(network, work, part, block), len(network.blocks[block].sums) + 2
+            tensor(network, work, part, block), len(network.blocks[block].sums) + len(network.blocks[block].norms) + 2
         )
     waiting += link.on(spec, "distri", "ring", "ulysses").seconds(joined(network, work, part))
     compute_s = flops / device.flops_per_s

@@ -13,6 +13,9 @@ from comfy_xdit.parallel.spec import ParallelSpec
 from .arithmetic import Network
 from .work import RankShare, Work, part_of
 
+SQUARES_BYTES = 4
+"""Of a sum of squares, for which ranks compute in fp32 at least."""
+
 
 def sent(network: Network, work: Work, spec: ParallelSpec, rank: int) -> Counter[str]:
     """Bytes that leave `rank` in one exact evaluation, by collective."""
@@ -77,7 +80,9 @@ def tensor(network: Network, work: Work, part: RankShare, block: int) -> Counter
     if degree == 1:
         return Counter()
     per_token = part.rows * network.hidden * work.element_bytes
-    sums = (per_token * part.shard_tokens(streams) for streams in network.blocks[block].sums)
+    sums = [per_token * part.shard_tokens(streams) for streams in network.blocks[block].sums]
+    squares = part.rows * max(work.element_bytes, SQUARES_BYTES)
+    sums += [squares * part.shard_tokens(streams) for streams in network.blocks[block].norms]
     gathered = part.rows * network.blocks[block].once_outputs // degree * work.element_bytes * (degree - 1)
     return Counter(
         all_reduce=sum(2 * (degree - 1) * num_bytes // degree for num_bytes in sums), all_gather=gathered
@@ -101,7 +106,8 @@ def shared(network: Network, work: Work, part: RankShare, *, height: int | None 
         return Counter()
     most = part_of(network, work, part.spec, 0).rows
     whole, width = work.latent
-    row = (whole if height is None else height) * width * network.latent_outputs * work.element_bytes
+    pixels = work.frames * (whole if height is None else height) * width
+    row = pixels * network.latent_outputs * work.element_bytes
     return Counter(all_gather=most * row * (lanes - 1))
 
 

@@ -41,7 +41,8 @@ def _pipeline(network: Network, work: Work, spec: ParallelSpec, rank: int) -> Co
         num_stages=spec.pipe,
         num_shards=spec.ring * spec.ulysses,
     )
-    patches = [len(part) * grid.columns for part in rows]
+    frames = -(-work.frames // network.latent_frames)
+    patches = [len(part) * grid.columns * frames for part in rows]
     heights = [pixels.stop - pixels.start for pixels in (pixel_rows(grid, part, height) for part in rows)]
     # At least one evaluation is exact: it fills the buffers.
     num_exact = min(max(work.warmup, 1), work.num_evaluations)
@@ -91,7 +92,7 @@ def _replies(network: Network, work: Work, part: RankShare, heights: list[int]) 
     gets previews and the result."""
     if part.index["pipe"] + 1 < part.spec.pipe:
         return Counter()
-    numbers = work.images * sum(heights) * work.latent[1] * network.latent_outputs
+    numbers = work.images * work.frames * sum(heights) * work.latent[1] * network.latent_outputs
     total = Counter(p2p=numbers * work.element_bytes * (work.num_evaluations - 1))
     if not any(index for axis, index in part.index.items() if axis != "pipe"):
         total += Counter(p2p=numbers * LOOP_BYTES * (work.num_evaluations + 1))

@@ -28,9 +28,10 @@ ROOM_STEP_BYTES = 2**28
 
 def cost_on(
     pool: Pool,
-    path: str,
+    model: str | Network,
     *,
     latent: tuple[int, int],
+    frames: int = 1,
     images: int,
     chunks: int,
     element_bytes: int,
@@ -38,23 +39,24 @@ def cost_on(
     room_bytes: int | None = None,
     balance: str = BALANCES[0],
 ) -> Cost | None:
-    """What a spec costs for the model in the file `path` on this pool's own links and devices.
+    """What a spec costs for a model, or the one in the file of that path, on this pool's own links and devices.
 
-    param_bytes: of one parameter as the workers keep it, on average. room_bytes: what every rank has for the model,
-    used by nobody else; None: its whole device, as it was measured.
+    latent, frames: as of `Work`. param_bytes: of one parameter as the workers keep it, on average; not looked at where
+    the model says it. room_bytes: what every rank has for the model, used by nobody else; None: its whole device, as it
+    was measured.
     None where there is nothing to choose, and for models without a cost model, which the log says. The pool
     measures itself when it hasn't yet. Raises PoolError when it cannot.
     """
     if pool.num_ranks == 1:
         return None
     try:
-        file = os.stat(path)
-        network = _network(path, (file.st_ino, file.st_size, file.st_mtime_ns), param_bytes)
+        network = model if isinstance(model, Network) else _of_file(model, param_bytes)
     except (ValueError, OSError) as error:
         log.info("degrees are chosen by rule, not by cost: %s", error)
         return None
     work = Work(
         latent=latent,
+        frames=frames,
         text_tokens=network.text_tokens,
         images=images,
         chunks=chunks,
@@ -67,6 +69,11 @@ def cost_on(
         room_bytes -= room_bytes % ROOM_STEP_BYTES
         device = dataclasses.replace(device, memory_bytes=min(device.memory_bytes, room_bytes))
     return _ranking(network, work, links, device)
+
+
+def _of_file(path: str, param_bytes: float) -> Network:
+    file = os.stat(path)
+    return _network(path, (file.st_ino, file.st_size, file.st_mtime_ns), param_bytes)
 
 
 @functools.lru_cache(maxsize=8)

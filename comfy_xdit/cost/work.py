@@ -18,7 +18,7 @@ from .arithmetic import TEXT, Block, Network
 class Work:
     """One evaluation of a network: `images` pictures at a time, `chunks` of each (cond, uncond).
 
-    latent: its height and width; element_bytes: of the dtype that is computed in.
+    latent: its height and width, and how many frames it has; element_bytes: of the dtype that is computed in.
     num_evaluations: in the whole job, of which `warmup` are exact with methods that reuse activations.
     num_patches: of PipeFusion; 0 lets the engine choose. balance: what its stages have alike, one of `BALANCES`.
     """
@@ -32,6 +32,7 @@ class Work:
     warmup: int = 1
     num_patches: int = 0
     balance: str = BALANCES[0]
+    frames: int = 1
 
     @property
     def rows(self) -> int:
@@ -40,7 +41,7 @@ class Work:
     def tokens(self, network: Network) -> dict[str, int]:
         """Of each stream."""
         image = math.prod(-(-side // network.latent_patch) for side in self.latent)
-        return {"image": image, "text": self.text_tokens}
+        return {"image": image * -(-self.frames // network.latent_frames), "text": self.text_tokens}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

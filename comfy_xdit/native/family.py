@@ -52,6 +52,12 @@ def first_of(stream: str, side: Callable[[Any], int], *, unless: str = "") -> La
     return latent
 
 
+def _patch(transformer: Any) -> tuple[int, ...]:
+    size = getattr(transformer, "patch_size", 1)
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    return (1, *sides)[-3:]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ComfyFamily:
     """How ComfyUI's own models of a family run on several ranks.
@@ -65,6 +71,8 @@ class ComfyFamily:
     Any other argument is refused by name: nobody has shown that it comes out right.
     options: entries of transformer_options that the transformer's own code reads. options_need: the part of it that
     reads them, which may be None; "": it always does.
+    patch(transformer): of how many frames, rows and columns of a latent one token is made. text_tokens: of a usual
+    prompt, as its text encoders pad it.
     prepares: methods of the transformer that ComfyUI's model has work on conditioning before sampling. They run on the
     workers, on each rank whole.
     rebuilt: entries of arguments, as "argument.entry", that the transformer makes of the others where they are missing.
@@ -85,16 +93,21 @@ class ComfyFamily:
     constants: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     options_need: str = ""
+    patch: Callable[[Any], tuple[int, ...]] = _patch
+    text_tokens: int = 256
     prepares: tuple[str, ...] = ()
     rebuilt: tuple[str, ...] = ()
     scales: tuple[str, ...] = ()
     max_rows: int = 0
     latent: Latent | None = None
 
-    def shape(self, transformer: nn.Module) -> ModelShape:
-        """What limits the degrees of this model; it may be one without weights."""
+    def shape(self, transformer: nn.Module, *, is_quantised: bool = False) -> ModelShape:
+        """What limits the degrees of this model; it may be one without weights.
+
+        is_quantised: whether a layer is, where its weights don't show it.
+        """
         num_blocks = sum(len(list(transformer.get_submodule(blocks.path).children())) for blocks in self.plan.blocks)
-        divides = self._tensor_divides(transformer)
+        divides = 0 if is_quantised else self._tensor_divides(transformer)
         return ModelShape(
             title=self.title,
             num_heads=self.num_heads(transformer),
@@ -109,8 +122,7 @@ class ComfyFamily:
         if plan is None:
             return 0
         try:
-            weights = [getattr(layer, "weight", None) for layer in layers_cut(transformer, plan)]
-            is_plain = all(type(one.data) is Tensor and one.dtype in PLAIN for one in weights if one is not None)
+            is_plain = all(map(_is_plain, layers_cut(transformer, plan)))
             return common_divisor(transformer, plan) if is_plain else 0
         except ValueError:
             return 0
@@ -224,6 +236,14 @@ class ComfyFamily:
         if isinstance(x, Tensor):
             return (x.shape[0], model.num_channels, *x.shape[2:])
         return (num_rows(call), 1, sum(math.prod(part.shape[1:]) for part in x))
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    weight = getattr(layer, "weight", None)
+    if weight is None:
+        # Made when it is loaded.
+        return getattr(layer, "weight_comfy_model_dtype", None) in (None, *PLAIN)
+    return type(weight.data) is Tensor and weight.dtype in PLAIN
 
 
 def _required(module: nn.Module) -> list[str]:

@@ -15,7 +15,7 @@ from comfy_xdit.errors import InputError
 
 from .block_call import Call
 from .spec import BALANCES
-from .tokens import TokenPlan
+from .tokens import Blocks, TokenPlan
 
 TYPICAL_TOKENS = 4096
 """Image tokens of 1024 × 1024 pixels: how much attention counts beside the weights."""  # noqa: RUF001
@@ -77,17 +77,23 @@ def block_costs(module: nn.Module, plan: TokenPlan, balance: str = BALANCES[0]) 
     rules = {blocks.path: blocks for blocks in plan.blocks}
     costs = []
     for path in block_paths(module, plan):
-        rule, weights = rules[path.rpartition(".")[0]], _weights(module.get_submodule(path))
+        rule, block = rules[path.rpartition(".")[0]], module.get_submodule(path)
+        weights = weights_of(block)
         if balance == "memory":
             costs.append(sum(elements for _, elements, _ in weights))
             continue
         matrices = [(name, elements, width) for name, elements, width in weights if width]
         few, none = (_elements(matrices, names) for names in (rule.light, rule.once))
-        widths = Counter(width for _, _, width in matrices)
-        # That of the stream, which most matrices read.
-        hidden = max(widths, key=lambda width: (widths[width], width), default=0)
-        costs.append(cost_of(_elements(matrices, ("",)) - few - none, few, hidden=hidden))
+        costs.append(cost_of(_elements(matrices, ("",)) - few - none, few, hidden=stream_width(block, rule)))
     return costs
+
+
+def stream_width(block: nn.Module, rule: Blocks) -> int:
+    """Channels of the tokens that a block hands on: what most of the matrices read that multiply all of them."""
+    few = (*rule.light, *rule.once)
+    widths = Counter(width for name, _, width in weights_of(block) if width and not name.startswith(few))
+    # Where a block is a matrix and another one back, as Flux's single ones, the first reads the tokens.
+    return max(widths, key=lambda width: (widths[width], -width), default=0)
 
 
 def _elements(weights: list[tuple[str, int, int]], starts: tuple[str, ...]) -> int:
@@ -95,7 +101,7 @@ def _elements(weights: list[tuple[str, int, int]], starts: tuple[str, ...]) -> i
     return sum(elements for name, elements, _ in weights if name.startswith(starts))
 
 
-def _weights(block: nn.Module) -> list[tuple[str, int, int]]:
+def weights_of(block: nn.Module) -> list[tuple[str, int, int]]:
     """(name, elements, width of the input) of a block's weights; the width is 0 for those that it does not multiply by.
 
     A quantised layer has no weight yet.
@@ -103,10 +109,11 @@ def _weights(block: nn.Module) -> list[tuple[str, int, int]]:
     found = []
     for name, layer in block.named_modules():
         own = dict(layer.named_parameters(name, recurse=False))
-        if isinstance(width := getattr(layer, "in_features", None), int):
+        width = getattr(layer, "in_features", None)
+        if isinstance(width, int) and hasattr(layer, "out_features"):
             own.pop(f"{name}.weight", None)
             found.append((f"{name}.weight", width * int(layer.out_features), width))  # type: ignore[arg-type]
-        found += [(key, weight.numel(), weight.shape[-1] if weight.dim() >= 2 else 0) for key, weight in own.items()]
+        found += [(key, weight.numel(), 0) for key, weight in own.items()]
     return found
 
 

@@ -13,10 +13,13 @@ from comfy_xdit_nodes.native.options import use_comfy
 from comfy_xdit_nodes.native.source import describe, load_message
 from torch import Tensor
 
+from comfy_xdit.cost.arithmetic import Network
 from comfy_xdit.errors import InputError
 from comfy_xdit.messages import LoadModel
 from comfy_xdit.native.families import family_of
 from comfy_xdit.native.family import ComfyFamily
+from comfy_xdit.native.network import network_of
+from comfy_xdit.native.resident import plain_tensors
 from comfy_xdit.parallel.spec import BALANCES, ModelShape
 from comfy_xdit.weights.stamp import stamp
 
@@ -28,8 +31,8 @@ OF_DIFFUSERS = ("PixArtAlpha", "PixArtSigma")
 class ComfyCheckpoint:
     """The file that the workers load a MODEL from, and what ComfyUI made of it.
 
-    message: makes it resident, but for its degrees. config: of the transformer, as ComfyUI detected it.
-    num_dims: of its latent. is_quantised: whether a layer is. meta: key → tensor without numbers.
+    message: makes it resident, but for its degrees. config: of the transformer, as ComfyUI detected it. network: what
+    its cost depends on. num_dims: of its latent. is_quantised: whether a layer is. meta: key → tensor without numbers.
     """
 
     whose: ClassVar[str] = " (ComfyUI's class)"
@@ -38,6 +41,7 @@ class ComfyCheckpoint:
     message: LoadModel
     family: ComfyFamily
     shape: ModelShape
+    network: Network
     config: dict[str, Any]
     num_dims: int
     is_quantised: bool
@@ -98,10 +102,13 @@ def comfy_checkpoint(patcher: Any, family: ComfyFamily, owner: Any) -> ComfyChec
     weights = dict([*net.named_parameters(), *net.named_buffers()])
     is_gguf = ops_of(model.model_config) is not None
     message = gguf.describe(patcher) if is_gguf else describe(patcher) or export(patcher, owner)
+    shape = family.shape(net, is_quantised=is_quantised(model))
+    kept = sum(part.nbytes for weight in net.parameters() for part in plain_tensors(weight))
     return ComfyCheckpoint(
         message=message,
         family=family,
-        shape=family.shape(net),
+        shape=shape,
+        network=network_of(family, net, shape, latent_channels=model.latent_format.latent_channels, kept_bytes=kept),
         config=model.model_config.unet_config,
         num_dims=model.latent_format.latent_dimensions + 2,
         is_quantised=is_quantised(model),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from typing import Any
 
@@ -15,8 +14,9 @@ from comfy_xdit_nodes.native.source import load_message, source_of
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from comfy_xdit.native.family import PLAIN
 from comfy_xdit.native.load import detected, read
-from comfy_xdit.parallel.spec import ModelShape
+from comfy_xdit.native.network import network_of
 from comfy_xdit.weights.stamp import stamp
 
 META = torch.device("meta")
@@ -46,15 +46,24 @@ def open_header(path: str, *, dtype: torch.dtype | None, fp8: bool) -> tuple[Any
             return None
         _choose(config, weights, dtype, fp8)
         net = config.get_model(dict(weights), "", device=META).diffusion_model
+    shape, meta = family.shape(net, is_quantised=is_quantised), _weights(net)
+    kept = sum(_kept_as(key, one, meta, is_quantised).nbytes for key, one in weights.items())
+    channels = config.latent_format.latent_channels
     return config, ComfyCheckpoint(
         message=load_message(path, source_of(config), found),
         family=family,
-        shape=_without_tensor(family.shape(net)) if is_quantised else family.shape(net),
+        shape=shape,
+        network=network_of(family, net, shape, latent_channels=channels, kept_bytes=kept),
         config=config.unet_config,
         num_dims=config.latent_format.latent_dimensions + 2,
         is_quantised=is_quantised,
-        meta=_weights(net),
+        meta=meta,
     )
+
+
+def _kept_as(key: str, weight: Tensor, meta: dict[str, Tensor], is_quantised: bool) -> Tensor:
+    """A quantised weight, and what belongs to it, stays as it is in the file; any other one gets the chosen dtype."""
+    return weight if key not in meta or (is_quantised and weight.dtype not in PLAIN) else meta[key]
 
 
 def _choose(config: Any, weights: dict[str, Tensor], dtype: torch.dtype | None, fp8: bool) -> None:
@@ -72,12 +81,6 @@ def _choose(config: Any, weights: dict[str, Tensor], dtype: torch.dtype | None, 
     config.set_inference_dtype(dtype, cast)
     if fp8:
         config.optimizations["fp8"] = True
-
-
-def _without_tensor(shape: ModelShape) -> ModelShape:
-    """Which layers are quantised is not known here, and their matrices are not cut."""
-    methods = tuple(method for method in shape.methods if method != "tensor")
-    return dataclasses.replace(shape, methods=methods, tensor_divides=0)
 
 
 def _weights(net: nn.Module) -> dict[str, Tensor]:

@@ -44,9 +44,10 @@ def plan_of(
     double: dict[str, Rule], single: dict[str, Rule] | None, tensor: TensorPlan = TENSOR
 ) -> TokenPlan:
     """single: None where there are no single blocks."""
-    blocks = [Blocks(path="double_blocks", takes=double, gives=("img", "txt"))]
+    text, once = ("txt_attn.", "txt_mlp."), ("img_mod.", "txt_mod.")
+    blocks = [Blocks(path="double_blocks", takes=double, gives=("img", "txt"), light=text, once=once)]
     if single is not None:
-        blocks.append(Blocks(path="single_blocks", takes=single, gives=("x",)))
+        blocks.append(Blocks(path="single_blocks", takes=single, gives=("x",), once=("modulation.",)))
     attention = {f"{each.path}.*": Attention(BOTH) for each in blocks}
     return TokenPlan(blocks=tuple(blocks), attention=attention, tensor=tensor)
 

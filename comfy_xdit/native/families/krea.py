@@ -40,6 +40,7 @@ KREA2 = ComfyFamily(
             counts={"attn": ("heads", "kvheads")},
         ),
     ),
+    patch=lambda transformer: (1, transformer.patch, transformer.patch),
     num_heads=lambda transformer: transformer.heads,
     rows=("context", "ref_latents"),
     constants=("ref_latents_method",),

@@ -19,7 +19,8 @@ def tensor_of(attentions: tuple[str, ...], mlps: tuple[str, ...]) -> TensorPlan:
         rows=(*(f"{a}.to_out.0" for a in attentions), *(f"{mlp}.net.2" for mlp in mlps)),
         counts={a: ("heads",) for a in attentions},
         norms=tuple(f"{a}.{name}" for a in attentions for name in ("q_norm", "k_norm")),
-        per_head={a: {"pe": 2, "k_pe": 2} for a in attentions},
+        # Attention to a text has no positions.
+        per_head={a: {"pe": 2, "k_pe": 2} for a in attentions if not a.endswith("attn2")},
     )
 
 
@@ -38,6 +39,7 @@ LTXV = ComfyFamily(
                     "self_attention_mask": GUIDES,
                 },
                 gives=("x",),
+                light=("attn2.to_k.", "attn2.to_v."),
             ),
         ),
         attention={"transformer_blocks.*.attn1": Attention(VIDEO)},

@@ -37,6 +37,12 @@ LTXAV = ComfyFamily(
                     "self_attention_mask": GUIDES,
                 },
                 gives=("x.0", "x.1"),
+                # A sound has few tokens, too.
+                light=(
+                    *("audio_attn", "audio_ff.", "attn2.to_k.", "attn2.to_v."),
+                    *("audio_to_video_attn.to_k.", "audio_to_video_attn.to_v."),
+                    *("video_to_audio_attn.to_q.", "video_to_audio_attn.to_out."),
+                ),
             ),
         ),
         attention={
@@ -50,6 +56,7 @@ LTXAV = ComfyFamily(
             ("ff", "audio_ff"),
         ),
     ),
+    text_tokens=1024,
     num_heads=lambda transformer: min(transformer.num_attention_heads, transformer.audio_num_attention_heads),
     rows=("context", "attention_mask", "denoise_mask", "audio_denoise_mask", "keyframe_idxs", "a_timestep"),
     constants=("frame_rate", "guide_attention_entries", "generated_keyframes", "ref_audio"),

@@ -20,11 +20,13 @@ LUMINA = ComfyFamily(
                 path="noise_refiner",
                 takes={"x": Tokens(IMAGE), "freqs_cis": Tokens(IMAGE), "timestep_zero_index": Ranges(IMAGE)},
                 gives=("x",),
+                once=("adaLN_modulation.",),
             ),
             Blocks(
                 path="layers",
                 takes={"x": Tokens(BOTH), "freqs_cis": Tokens(BOTH), "timestep_zero_index": Ranges(BOTH)},
                 gives=("x",),
+                once=("adaLN_modulation.",),
             ),
         ),
         attention={"noise_refiner.*.attention": Attention(IMAGE), "layers.*.attention": Attention(BOTH)},

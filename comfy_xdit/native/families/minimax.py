@@ -18,6 +18,7 @@ MINIMAX = ComfyFamily(
                 path="blocks",
                 takes={"x": Tokens(ALL, dim=0), "mod_segments": Ranges(ALL), "rope_freqs": Tokens(ALL)},
                 gives=("x",),
+                once=("adaln_proj.",),
             ),
         ),
         attention={"blocks.*.attn": Attention(ALL)},
@@ -30,6 +31,7 @@ MINIMAX = ComfyFamily(
             counts={"attn": ("heads",)},
         ),
     ),
+    patch=lambda transformer: (1, 2, 2),
     num_heads=lambda transformer: transformer.blocks[0].attn.heads,
     rows=("context",),
     # It takes one row only, so what belongs to it is the same for all.

@@ -12,7 +12,9 @@ PIXART = ComfyFamily(
     title="PixArt",
     kinds=("PixArtAlpha", "PixArtSigma"),
     plan=TokenPlan(
-        blocks=(Blocks(path="blocks", takes={"x": Tokens(IMAGE)}, gives=("x",)),),
+        blocks=(
+            Blocks(path="blocks", takes={"x": Tokens(IMAGE)}, gives=("x",), light=("cross_attn.kv_linear.",)),
+        ),
         # It passes no options on to its attention.
         attention={"blocks.*.attn": Attention(IMAGE, seam="optimized_attention")},
     ),

@@ -26,6 +26,8 @@ QWEN = ComfyFamily(
                     "timestep_zero_index": Index(("image",)),
                 },
                 gives=("encoder_hidden_states", "hidden_states"),
+                light=("txt_mlp.", "attn.add_", "attn.to_add_out."),
+                once=("img_mod.", "txt_mod."),
             ),
         ),
         # The mask is made inside of the block, of the text that the rank has.

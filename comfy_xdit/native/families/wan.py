@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from comfy_xdit.native.family import ComfyFamily, first_of
 from comfy_xdit.parallel.tensor_plan import TensorPlan, tensor_within
-from comfy_xdit.parallel.tokens import Attention, Blocks, TokenPlan, Tokens
+from comfy_xdit.parallel.tokens import Attention, Blocks, Rule, TokenPlan, Tokens
 
 VIDEO = ("video",)
 
+HELD: dict[str, Rule] = {"x": Tokens(VIDEO), "freqs": Tokens(VIDEO)}
+TEXTS = ("cross_attn.k", "cross_attn.v")
 
 ATTENTIONS = ("self_attn", "cross_attn")
 
@@ -35,8 +37,9 @@ WAN = ComfyFamily(
             Blocks(
                 path="blocks",
                 # e has four dims with a timestep for each frame; else it is one for all, of three.
-                takes={"x": Tokens(VIDEO), "e": Tokens(VIDEO, spread=True, ndim=4), "freqs": Tokens(VIDEO)},
+                takes={**HELD, "e": Tokens(VIDEO, spread=True, ndim=4)},
                 gives=("x",),
+                light=TEXTS,
             ),
         ),
         attention={"blocks.*.self_attn": Attention(VIDEO)},
@@ -49,6 +52,7 @@ WAN = ComfyFamily(
     ),
     options=("rope_options",),
     latent=first_of("video", lambda transformer: transformer.patch_size[-1], unless="reference_latent"),
+    text_tokens=512,
 )
 
 VACE = ComfyFamily(
@@ -57,12 +61,8 @@ VACE = ComfyFamily(
     kinds=("WAN21_Vace",),
     plan=TokenPlan(
         blocks=(
-            Blocks(path="blocks", takes={"x": Tokens(VIDEO), "freqs": Tokens(VIDEO)}, gives=("x",)),
-            Blocks(
-                path="vace_blocks",
-                takes={"c": Tokens(VIDEO), "x": Tokens(VIDEO), "freqs": Tokens(VIDEO)},
-                gives=("c", "c"),
-            ),
+            Blocks(path="blocks", takes=HELD, gives=("x",), light=TEXTS),
+            Blocks(path="vace_blocks", takes={"c": Tokens(VIDEO), **HELD}, gives=("c", "c"), light=TEXTS),
         ),
         attention={"blocks.*.self_attn": Attention(VIDEO), "vace_blocks.*.self_attn": Attention(VIDEO)},
         tensor=tensor_of("blocks.*", "vace_blocks.*"),
