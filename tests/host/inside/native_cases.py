@@ -242,6 +242,7 @@ def image_cases() -> Table:
     flux1 = {**latents, "text": tiny.CONTEXT, "form": ("float8_e4m3fn", "nvfp4")}
     dev, inpaint = tiny.flux_config().unet_config, {**tiny.flux_config().unet_config, "in_channels": 96}
     pooled = {"pooled_output": random(1, tiny.POOLED), "guidance": 3.0}
+    canny, beside = {**dev, "in_channels": 32}, {"concat_latent_image": fill["concat_latent_image"]}
     edit = [reference[:, :, None] for reference in references["reference_latents"]]
     return {
         "qwen": Case(**qwen, both={"attention_mask": ones}),
@@ -267,6 +268,7 @@ def image_cases() -> Table:
         "flux2": Case(kind="Flux2", config=flux2, **grid, both={"guidance": 3.0}, counts=("guidance",)),
         "flux2 klein references": Case(kind="Flux2", config=klein, **grid, both=seen, counts=tuple(seen)),
         "flux kontext": Case(kind="Flux", config=dev, **flux1, both={**pooled, **references}, counts=tuple(references)),
+        "flux canny": Case(kind="Flux", config=canny, **flux1, both={**pooled, **beside}, counts=tuple(beside)),
         "flux fill": Case(kind="FluxInpaint", config=inpaint, **flux1, both={**pooled, **fill}, counts=tuple(fill)),
     }
 
