@@ -39,7 +39,7 @@ class XDiTLoadDiffusionModel:
         name = {"tooltip": "A safetensors file from models/diffusion_models."}
         dtype = {
             "tooltip": "What the workers keep the weights in; quantised ones stay as they are. fp8 takes half the "
-            "memory of bf16; 'fast' asks for fp8 sums too, which Flux.1, SD3 and PixArt do in their compute type."
+            "memory of bf16; 'fast' asks for fp8 sums too, which PixArt, and ComfyUI before 0.29.0, do in bf16 or fp16."
         }
         return {"required": {"unet_name": (names, name), "weight_dtype": (list(WEIGHT_DTYPES), dtype)}}
 

@@ -116,6 +116,8 @@ class Residents:
             raise InputError(
                 f"the model is loaded for {held.load.spec}, which spreads its weights otherwise than {spec}; {AGAIN}"
             )
+        if isinstance(model, ComfyModel):
+            model.require_whole_inputs(spec)
         return model
 
     def vae(self, key: str) -> ResidentVAE:

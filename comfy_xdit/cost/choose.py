@@ -67,7 +67,7 @@ def specs(network: Network, work: Work, num_ranks: int) -> Iterator[ParallelSpec
     tokens = work.tokens(network)
     least = min(tokens[stream] for stream in network.cut)
     for spec in products(num_ranks, {"cfg": min(MAX_CFG, work.chunks)}):
-        # A shorter stream is cut by nobody, and every rank computes all (`TokenShards.short`).
+        # It could run, but a shorter stream is cut by nobody (`TokenShards.short`), and its price is not known.
         too_small = spec.pipe > 1 and spec.ring * spec.ulysses > least
         if not too_small and not check(spec, num_ranks=num_ranks, shape=network.shape):
             yield spec

@@ -28,6 +28,11 @@ PACKAGE = "comfy_xdit_gguf_pack"
 PARTS = ("loader.py", "ops.py", "dequant.py")
 
 
+def weights_of(read: Any) -> dict[str, Tensor]:
+    """Of what the pack's reader gives: the weights, in some versions with notes beside them."""
+    return dict(read[0] if isinstance(read, tuple) else read)
+
+
 class GGUF:
     """The pack that `told` names. operations: to make a model's layers of."""
 
@@ -41,7 +46,7 @@ class GGUF:
     def read(self, path: str) -> dict[str, Tensor]:
         """Key → view of the mapped file, with the shape that it has as numbers. Raises InputError for no such file."""
         try:
-            return dict(self._read(path))
+            return weights_of(self._read(path))
         except (ValueError, TypeError, KeyError, IndexError) as error:
             # What its reader raises for a damaged file.
             raise InputError(f"ComfyUI-GGUF can't read it ({type(error).__name__}); download it again") from error

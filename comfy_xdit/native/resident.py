@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from comfy_xdit.errors import InputError
 from comfy_xdit.messages import LoadModel, SetPatches
-from comfy_xdit.parallel.spec import ModelShape, WeightShare
+from comfy_xdit.parallel.spec import ModelShape, ParallelSpec, WeightShare
 
 from .families import family_of
 from .family import ComfyFamily
+from .input_scales import require_whole_inputs, scaled_by_all
 from .load import Mine
 from .stage import keep_share
 
@@ -56,7 +57,12 @@ class ComfyModel:
         if not family.scales:
             self.module.forward = getattr(self.module, "_forward", self.module.forward)
         self.compute_dtype: torch.dtype = self._model.get_dtype_inference()
+        self._scaled_by_all = scaled_by_all(self.module)
         self.num_channels: int = self._model.latent_format.latent_channels
+
+    def require_whole_inputs(self, spec: ParallelSpec) -> None:
+        """Raises InputError where under `spec` it would compute otherwise than on one rank."""
+        require_whole_inputs(self.family.title, self._scaled_by_all, spec)
 
     def set_patches(self, message: SetPatches) -> int:
         """As `WeightPatches.set`."""

@@ -104,6 +104,7 @@ def _outcomes(
         calls = subject.calls(config)
         refused = subject.refused(config) if subject.refused else {}
     except Exception as error:
+        _raise_for_memory(error)
         yield Outcome(call=f"{subject.kind}, which could not be made", error=math.inf, why=_text(error))
         return
     for name, call in {**calls, **refused}.items():
@@ -111,6 +112,7 @@ def _outcomes(
         try:
             expected = on_one(trial.model, call)
         except Exception as error:
+            _raise_for_memory(error)
             yield Outcome(call=f"{title} on one rank", error=math.inf, why=_text(error))
             continue
         for spec in _usual(shape) if specs is None else specs:
@@ -162,6 +164,7 @@ class Trial:
         try:
             answers = on_threads(spec, lambda context: self._on_rank(call, context))
         except Exception as error:
+            _raise_for_memory(error)
             return math.inf, _text(error)
         return _difference([pair for out in answers for pair in zip(out, expected, strict=True)])
 
@@ -177,6 +180,7 @@ class Trial:
                 return None
             made = on_threads(ParallelSpec(), lambda context: self._patched(call, latent, context))
         except Exception as error:
+            _raise_for_memory(error)
             return math.inf, _text(error)
         return _difference(list(zip(made, expected, strict=True)))
 
@@ -189,6 +193,7 @@ class Trial:
                 wanted = [part[row : row + 1] for part in expected]
                 pairs += list(zip(on_one(self.model, one), wanted, strict=True))
         except Exception as error:
+            _raise_for_memory(error)
             return math.inf, _text(error)
         return _difference(pairs)
 
@@ -254,6 +259,12 @@ def _difference(pairs: list[tuple[Tensor, Tensor]]) -> tuple[float, str]:
 
 def _tensors(out: Any) -> list[Tensor]:
     return list(out) if isinstance(out, (list, tuple)) else [out]
+
+
+def _raise_for_memory(error: Exception) -> None:
+    """A machine without room says nothing of a plan."""
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):
+        raise error
 
 
 def _text(error: Exception) -> str:

@@ -23,6 +23,7 @@ OF_FILES: tuple[tuple[str, str], ...] = (
     (r"hunyuanvideo1\.5", "hunyuan-video-1.5"),
     (r"hunyuan_video|hunyuanimage2\.1", "hunyuan-video"),
     (r"anima[-_]", "anima"),
+    (r"cosmos_predict2", "cosmos"),
     (r"sd3", "sd3"),
     (r"pixart", "pixart"),
 )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from comfy_xdit.errors import InputError
 from comfy_xdit.messages import LoadModel
+from comfy_xdit.native.gguf import weights_of
 from comfy_xdit.native.load import configured
 from comfy_xdit.weights.stamp import stamp
 
@@ -65,8 +66,8 @@ def _why_not_of(path: str, patcher: Any, weights: dict[str, Tensor]) -> str | No
     """What tells the file's weights from `weights`; None where nothing does."""
     config = patcher.model.model_config
     try:
-        found, in_file = configured(dict(reader_of(config)(path)), None, source_of(config))
-    except (InputError, KeyError, TypeError) as error:
+        found, in_file = configured(weights_of(reader_of(config)(path)), None, source_of(config))
+    except (InputError, KeyError, TypeError, ValueError) as error:
         return str(error)
     in_file = found.process_unet_state_dict(dict(in_file))
     for key, weight in weights.items():

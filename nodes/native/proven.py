@@ -8,6 +8,7 @@ from comfy_xdit_nodes.native.checkpoint import ComfyCheckpoint
 from comfy_xdit_nodes.native.options import use_comfy
 from comfy_xdit_nodes.remote import poll
 
+from comfy_xdit.native.boot import sources_of
 from comfy_xdit.native.families import FAMILIES
 from comfy_xdit.native.proof import RESULTS, why_refused
 from comfy_xdit.native.subject import as_text, from_text
@@ -30,6 +31,8 @@ def _require(name: str, kind: str, config: str) -> None:
 
     message = use_comfy()
     assert message is not None, "no MODEL is described for workers that can't have its class"
+    if sources_of(message.folder) != message.sources:
+        raise ValueError("ComfyUI's files have changed since it was started; restart ComfyUI and the pool")
     why = why_refused(FAMILIES[name], {kind: from_text(config)}, message.folder, own_folder() / RESULTS, poll)
     if why:
         raise ValueError(why)

@@ -29,7 +29,7 @@ WAN = ComfyFamily(
     name="wan",
     title="Wan",
     kinds=(
-        *("WAN21_T2V", "WAN21_I2V", "WAN21_FunControl2V", "WAN21_FlowRVS", "WAN21_Camera"),
+        *("WAN21_T2V", "WAN21_I2V", "WAN21_FunControl2V", "WAN21_Camera"),
         *("WAN22_Camera", "WAN22_T2V"),
     ),
     plan=TokenPlan(

@@ -68,7 +68,6 @@ SUBJECTS = (
     subject("WAN21_I2V", model_type="i2v", in_dim=36, flf_pos_embed_token_number=514),
     subject("WAN22_T2V", model_type="t2v", in_dim=48, out_dim=48),
     subject("WAN21_FunControl2V", model_type="i2v", in_dim=48, in_dim_ref_conv=16),
-    subject("WAN21_FlowRVS", model_type="flow_rvs", in_dim=16),
     subject("WAN21_Camera", model_type="camera", in_dim=32),
     subject("WAN22_Camera", model_type="camera_2.2", in_dim=36),
 )

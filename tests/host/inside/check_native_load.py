@@ -14,6 +14,7 @@ from comfy_xdit_nodes.parity.models import CONTEXT, POOLED
 from comfy_xdit_nodes.pool import connect
 
 from comfy_xdit import messages as m
+from comfy_xdit.native.input_scales import scaled_by_all
 from comfy_xdit.parallel.spec import ParallelSpec
 from comfy_xdit.pool.errors import PoolError
 
@@ -187,3 +188,16 @@ def test_a_model_without_a_file_is_not_described(tmp_path):
     assert describe(patcher).path == str(path)
     patcher.cached_patcher_init = None
     assert describe(patcher) is None
+
+
+def test_layers_that_scale_their_inputs_by_all_tokens_are_known(tmp_path):
+    """Those of ComfyUI's own, as a card that multiplies in nvfp4 has them, and as this CPU has them."""
+    weights = make.quantised(make.weights(make.qwen()), ["nvfp4", "float8_e4m3fn", None])
+    net = comfy.sd.load_diffusion_model(str(make.save(tmp_path / "a.safetensors", weights))).model.diffusion_model
+    assert scaled_by_all(net) == []
+    of_format = {}
+    for name, layer in net.named_modules():
+        if form := getattr(layer, "quant_format", None):
+            layer._full_precision_mm = False
+            of_format.setdefault(form, []).append(name)
+    assert of_format["float8_e4m3fn"] and scaled_by_all(net) == of_format["nvfp4"]
