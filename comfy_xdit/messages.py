@@ -260,16 +260,55 @@ class Cancel(Message):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoadVAE(Message):
-    """Make an image VAE resident: a safetensors file in ComfyUI's layout, and its dtype.
+class VAESource(Message):
+    """How the client's ComfyUI made a VAE of its own class; workers do the same and choose nothing.
 
-    stamp: as in `LoadModel`.
+    kind: the class of its model ("WanVAE"); hash: of all that it is but its weights (`native.vae_hash`).
+    params: arguments of ComfyUI's AutoencoderKL, for one that ComfyUI can't tell from its weights; config: the entry
+    "vae" of the settings that the file of some VAEs holds beside the weights; attributes: what the loader set on the
+    VAE object afterwards.
+    """
+
+    kind: str
+    hash: str
+    params: dict[str, Any] | None = None
+    config: dict[str, Any] | None = None
+    attributes: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadVAE(Message):
+    """Make a VAE resident: a safetensors file, and its dtype.
+
+    stamp: as in `LoadModel`. source: for ComfyUI's own class (after `UseComfy`), and any of its VAEs for pictures and
+    videos. None: diffusers' class, and an image VAE in ComfyUI's layout.
     """
 
     vae: str
     path: str
     dtype: str
     stamp: FileStamp | None = None
+    source: VAESource | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunVAE(Message):
+    """Decode or encode with a VAE of ComfyUI's own class, as the method of its VAE object that `does` names.
+
+    job: chosen by the client, for `Peek` and `Cancel`. does: "decode" or "encode". samples: what that method takes.
+    tiling: the arguments of the method for tiles; None: without tiles, unless memory is full. is_full: whether that is
+    known beforehand. is_batch: whether the first dim of samples are pictures or videos that know nothing of each other.
+    Answer: `Result(value=what the method gives)` from rank 0, None when the job was cancelled; report as
+    `native.vae.ComfyVAE.run` says.
+    """
+
+    job: str
+    vae: str
+    does: str
+    samples: Tensor
+    tiling: dict[str, Any] | None = None
+    is_full: bool = False
+    is_batch: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

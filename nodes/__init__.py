@@ -9,7 +9,7 @@ from comfy_xdit_nodes.loader import XDiTLoadDiffusionModel
 from comfy_xdit_nodes.parallel_model import XDiTParallelModel
 from comfy_xdit_nodes.pool import XDiTWorkerPool
 from comfy_xdit_nodes.samplers import XDiTKSampler, XDiTKSamplerAdvanced, XDiTSamplerCustomAdvanced
-from comfy_xdit_nodes.vae import XDiTVAEDecode, XDiTVAEEncode
+from comfy_xdit_nodes.vae import XDiTVAEDecode, XDiTVAEDecodeTiled, XDiTVAEEncode, XDiTVAEEncodeTiled
 
 NODE_CLASS_MAPPINGS = {
     "XDiTWorkerPool": XDiTWorkerPool,
@@ -21,7 +21,9 @@ NODE_CLASS_MAPPINGS = {
     "XDiTKSamplerAdvanced": XDiTKSamplerAdvanced,
     "XDiTSamplerCustomAdvanced": XDiTSamplerCustomAdvanced,
     "XDiTVAEDecode": XDiTVAEDecode,
+    "XDiTVAEDecodeTiled": XDiTVAEDecodeTiled,
     "XDiTVAEEncode": XDiTVAEEncode,
+    "XDiTVAEEncodeTiled": XDiTVAEEncodeTiled,
 }
 
 NODE_DISPLAY_NAME_MAPPINGS = {
@@ -34,5 +36,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "XDiTKSamplerAdvanced": "KSampler Advanced (xDiT)",
     "XDiTSamplerCustomAdvanced": "SamplerCustomAdvanced (xDiT)",
     "XDiTVAEDecode": "VAE Decode (xDiT)",
+    "XDiTVAEDecodeTiled": "VAE Decode Tiled (xDiT)",
     "XDiTVAEEncode": "VAE Encode (xDiT)",
+    "XDiTVAEEncodeTiled": "VAE Encode Tiled (xDiT)",
 }

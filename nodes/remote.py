@@ -181,7 +181,7 @@ class RemoteModel:
         """
         self.residency.add(pool, load.model.model)
         if load.model.source is not None:
-            _use_this_comfyui(pool)
+            use_this_comfyui(pool)
         held = [status["patches_id"] for status in _made_resident(pool, load.model)]
         # One rank may have failed where the others did not.
         if any(patches_id != load.patches_id for patches_id in held):
@@ -189,7 +189,7 @@ class RemoteModel:
             _say_misfits(patches, pool.call(patches, poll=poll).value["misfits"])
 
 
-def _use_this_comfyui(pool: Pool) -> None:
+def use_this_comfyui(pool: Pool) -> None:
     """Have the workers import this ComfyUI's classes, if they haven't."""
     message = use_comfy()
     assert message is not None, "no MODEL is described for workers that can't have its class"

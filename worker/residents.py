@@ -16,6 +16,7 @@ import torch
 from comfy_xdit import messages as m
 from comfy_xdit.errors import InputError, is_out_of_memory
 from comfy_xdit.native.resident import ComfyModel
+from comfy_xdit.native.vae import ComfyVAE
 from comfy_xdit.weights.stamp import stamp
 
 from .lent import Lent, lent
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from comfy_xdit.parallel.spec import ParallelSpec, WeightShare
     from comfy_xdit.vae import ResidentVAE
 
-    Loaded = ResidentModel | ComfyModel | ResidentVAE
+    Loaded = ResidentModel | ComfyModel | ResidentVAE | ComfyVAE
 
 log = logging.getLogger("comfy_xdit")
 
@@ -95,14 +96,19 @@ class Residents:
 
     def load_vae(self, message: m.LoadVAE) -> None:
         """As `load_model`."""
-        from comfy_xdit.vae import load_vae
-
         now = self._stamp(message)
         held = self._held.get(message.vae)
-        if held is None or _is_other(held, message, now):
-            self._make(message.vae, message, now, lambda: load_vae(message, self._device))
+        if held is None or _is_other(held, message, now) or held.load.source != message.source:
+            self._make(message.vae, message, now, lambda: self._load_vae(message))
         else:
             self._use(message.vae, message)
+
+    def _load_vae(self, message: m.LoadVAE) -> ResidentVAE | ComfyVAE:
+        if message.source is not None:
+            return ComfyVAE(message, self._device)
+        from comfy_xdit.vae import load_vae
+
+        return load_vae(message, self._device)
 
     def model(self, key: str) -> ResidentModel | ComfyModel:
         """Raises InputError when it is not here, or its file is not what it was."""
@@ -120,7 +126,7 @@ class Residents:
             model.require_whole_inputs(spec)
         return model
 
-    def vae(self, key: str) -> ResidentVAE:
+    def vae(self, key: str) -> ResidentVAE | ComfyVAE:
         """As `model`."""
         return self._ready(key, m.LoadVAE)
 

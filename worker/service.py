@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -17,17 +17,21 @@ from comfy_xdit import messages as m
 from comfy_xdit.errors import InputError
 from comfy_xdit.mailbox import Mailbox
 from comfy_xdit.native.resident import ComfyModel
+from comfy_xdit.native.vae import ComfyVAE
 from comfy_xdit.parallel import kernels
 from comfy_xdit.parallel.context import ParallelContext
 from comfy_xdit.parallel.denoise import denoise
 from comfy_xdit.parallel.groups import GroupCache
 from comfy_xdit.parallel.model import loop_dtype
 from comfy_xdit.parallel.sample import sample
+from comfy_xdit.vae import ResidentVAE
 
 from .residents import AGAIN, Residents
 
 if TYPE_CHECKING:
     from comfy_xdit.models.resident import ResidentModel
+
+Kind = TypeVar("Kind")
 
 MAX_UNREAD = 16
 """Previews that may wait for the client, which asks ten times a second, before new memory is pinned for one."""
@@ -63,6 +67,7 @@ class Service:
             m.LoadVAE: self._load_vae,
             m.VAEDecode: self._vae_decode,
             m.VAEEncode: self._vae_encode,
+            m.RunVAE: self._run_vae,
             m.Unload: self._unload,
             m.Probe: self._probe,
             m.Status: lambda message: m.Result(value=self.status()),
@@ -139,9 +144,12 @@ class Service:
         return m.Result(value={"version": message.version, "sources": message.sources, "kitchen": message.kitchen})
 
     def _load_model(self, message: m.LoadModel) -> m.Result:
+        self._require_comfy(message)
+        return m.Result(value=_describe(message.model, self._residents.load_model(message)))
+
+    def _require_comfy(self, message: m.LoadModel | m.LoadVAE) -> None:
         if message.source is not None and self._comfy is None:
             raise InputError(f"the workers don't know of a ComfyUI yet; {AGAIN}")
-        return m.Result(value=_describe(message.model, self._residents.load_model(message)))
 
     def _set_patches(self, message: m.SetPatches) -> m.Result:
         model = self._residents.model(message.model)
@@ -217,22 +225,43 @@ class Service:
         self._mailbox.post({**entry, "denoised": host}, copied.query)
 
     def _load_vae(self, message: m.LoadVAE) -> m.Result:
+        self._require_comfy(message)
         self._residents.load_vae(message)
         return m.Result()
 
     def _vae_decode(self, message: m.VAEDecode) -> m.Result:
-        vae = self._residents.vae(message.vae)
+        vae = self._vae(message.vae, ResidentVAE)
         vae.check_latent(message.latent)
         image = vae.decode(message.latent.to(self.device), self._groups.world)
         self._residents.require_unchanged(message.vae)
         return m.Result(value=image if self.rank == 0 else None)
 
     def _vae_encode(self, message: m.VAEEncode) -> m.Result:
-        vae = self._residents.vae(message.vae)
+        vae = self._vae(message.vae, ResidentVAE)
         vae.check_image(message.image)
         moments = vae.encode(message.image.to(self.device), self._groups.world)
         self._residents.require_unchanged(message.vae)
         return m.Result(value=moments if self.rank == 0 else None)
+
+    def _run_vae(self, message: m.RunVAE) -> m.Result:
+        if message.does not in ("decode", "encode"):
+            raise InputError(f"a VAE does not {message.does!r}; it decodes and encodes")
+        vae = self._vae(message.vae, ComfyVAE)
+        self._mailbox.open(message.job)
+        value, report = vae.run(
+            message,
+            self._groups.world,
+            stop=lambda: self._mailbox.is_cancelled(message.job),
+            done=lambda step, total: self._mailbox.post({"step": step, "total": total, "denoised": None}),
+        )
+        self._residents.require_unchanged(message.vae)
+        return m.Result(value=value, report=report)
+
+    def _vae(self, key: str, kind: type[Kind]) -> Kind:
+        vae = self._residents.vae(key)
+        if not isinstance(vae, kind):
+            raise InputError(f"this VAE is on the workers as another class; {AGAIN}")
+        return vae
 
     def _probe(self, message: m.Probe) -> m.Result:
         from comfy_xdit.cost.probe import probe

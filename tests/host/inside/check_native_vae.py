@@ -1,0 +1,250 @@
+"""VAEs of ComfyUI's own classes on a pool of two ranks: stock's pictures, videos and latents."""
+
+import importlib.util
+import inspect
+import logging
+from pathlib import Path
+
+import comfy.ldm.wan.vae
+import comfy.sd
+import comfy.taesd.taesd
+import comfy.utils
+import comfy_xdit_nodes.native.vae as native_vae
+import pytest
+import torch
+from comfy_xdit_bench.vae_checkpoint import random_vae
+from comfy_xdit_nodes.load_vae import XDiTLoadVAE
+from comfy_xdit_nodes.native.options import use_comfy
+from comfy_xdit_nodes.vae import XDiTVAEDecode, XDiTVAEDecodeTiled, XDiTVAEEncode, XDiTVAEEncodeTiled
+from safetensors.torch import save_file
+
+import folder_paths
+import nodes
+from comfy_xdit import messages as m
+from comfy_xdit.native.vae_hash import vae_hash
+from comfy_xdit.pool.errors import PoolError
+
+pytestmark = pytest.mark.skipif(use_comfy() is None, reason="this ComfyUI's own classes don't go to workers")
+
+spec = importlib.util.spec_from_file_location("tiny_vae", Path(__file__).resolve().parents[2] / "tiny_vae.py")
+tiny_vae = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tiny_vae)
+
+TILES = {"tile_size": 64, "overlap": 16, "temporal_size": 8, "temporal_overlap": 4}
+KINDS = ("image", "video")
+
+
+def random_weights(model):
+    draw = torch.Generator().manual_seed(0)
+    weights = {}
+    for key, one in model.state_dict().items():
+        drawn = torch.randn(one.shape, generator=draw)
+        weights[key] = drawn * 0.7 / max(one[0].numel(), 1) ** 0.5 if one.ndim > 1 else 1 + drawn * 0.02
+    return weights
+
+
+def image_vae(folder):
+    """An AutoencoderKL that ComfyUI can't tell from its weights alone: other widths, and four pixels to the latent's."""
+    name = "native-vae.safetensors"
+    save_file(random_vae(tiny_vae.config()), str(folder / name))
+    return XDiTLoadVAE().load_vae(name)[0]
+
+
+def video_vae():
+    """Wan 2.1's, narrower; it decodes frames in order, with a cache."""
+    settings = {"dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_scales": [], "dropout": 0.0}
+    model = comfy.ldm.wan.vae.WanVAE(dim=8, z_dim=16, temperal_downsample=[False, True, True], **settings)
+    return comfy.sd.VAE(sd=random_weights(model), dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def vaes():
+    folder = Path(folder_paths.get_folder_paths("vae")[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    with torch.inference_mode():
+        return {"image": image_vae(folder), "video": video_vae()}
+
+
+@pytest.fixture(autouse=True)
+def inference():
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture
+def setting(pools):
+    return pools(2)
+
+
+@pytest.fixture
+def said(caplog):
+    with caplog.at_level(logging.INFO, "comfy_xdit"):
+        yield caplog
+
+
+def latent(kind, batch=1):
+    shape = {"image": (batch, 4, 24, 20), "video": (batch, 16, 4, 12, 10)}[kind]
+    return {"samples": torch.randn(shape, generator=torch.Generator().manual_seed(batch))}
+
+
+def pixels(kind):
+    shape = {"image": (2, 96, 88, 3), "video": (13, 80, 96, 3)}[kind]
+    return torch.rand(shape, generator=torch.Generator().manual_seed(5))
+
+
+def assert_same(ours, stock):
+    assert (ours.shape, ours.dtype, ours.device) == (stock.shape, stock.dtype, stock.device)
+    assert stock.std() > 0.01
+    assert torch.equal(ours, stock), (ours - stock).abs().max().item()
+
+
+def num_tiles(said):
+    (text,) = [record.message for record in said.records if " tiles on 2 ranks" in record.message]
+    return int(text.split(" in ")[1].split()[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tiled_decode_is_stock_to_the_bit(kind, vaes, setting, said):
+    given = latent(kind, batch=2 if kind == "image" else 1)
+    before = given["samples"].clone()
+    (ours,) = XDiTVAEDecodeTiled().decode(vae=vaes[kind], samples=given, pool=setting, **TILES)
+    assert torch.equal(given["samples"], before)
+    (stock,) = nodes.VAEDecodeTiled().decode(vae=vaes[kind], samples=given, **TILES)
+    assert_same(ours, stock)
+    assert num_tiles(said) > 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tiled_encode_is_stock_to_the_bit(kind, vaes, setting, said):
+    given = pixels(kind)
+    (ours,) = XDiTVAEEncodeTiled().encode(vae=vaes[kind], pixels=given, pool=setting, **TILES)
+    (stock,) = nodes.VAEEncodeTiled().encode(vae=vaes[kind], pixels=given, **TILES)
+    assert_same(ours["samples"], stock["samples"])
+    assert num_tiles(said) > 4
+
+
+def test_a_video_without_tiles_is_one_ranks(vaes, setting, said):
+    vae, given = vaes["video"], latent("video")
+    (ours,) = XDiTVAEDecode().decode(vae=vae, samples=given, pool=setting)
+    assert_same(ours, nodes.VAEDecode().decode(vae, given)[0])
+    (encoded,) = XDiTVAEEncode().encode(vae=vae, pixels=pixels("video"), pool=setting)
+    assert_same(encoded["samples"], nodes.VAEEncode().encode(vae, pixels("video"))[0]["samples"])
+    assert said.text.count("by one rank, since a single one is not cut") == 2
+
+
+def test_a_batch_of_videos_is_shared(vaes, setting, said):
+    vae, given = vaes["video"], latent("video", batch=3)
+    (ours,) = XDiTVAEDecode().decode(vae=vae, samples=given, pool=setting)
+    # Stock decodes them at once; a convolution may then add up in another order.
+    (stock,) = nodes.VAEDecode().decode(vae, given)
+    assert ours.shape == stock.shape
+    assert (ours - stock).abs().max() <= 1e-5
+    assert "decoded as a batch on 2 ranks" in said.text
+
+
+def test_a_tiny_autoencoder_is_carried(setting, said):
+    weights = random_weights(comfy.taesd.taesd.TAESD(latent_channels=4))
+    vae = comfy.sd.VAE(sd=weights, dtype=torch.float32)
+    given = {"samples": torch.randn(1, 4, 8, 8)}
+    (ours,) = XDiTVAEDecode().decode(vae=vae, samples=given, pool=setting)
+    assert_same(ours, nodes.VAEDecode().decode(vae, given)[0])
+    assert "TAESD (ComfyUI's class): decoded by one rank" in said.text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_where_memory_is_full_the_tiles_are_those_that_comfyui_takes(kind, vaes, setting, said, monkeypatch):
+    vae, given = vaes[kind], latent(kind)
+    on_pool = native_vae.VAEOnPool(vae, native_vae.source_of(vae, "decode"), setting, is_full=True)
+    ours = on_pool.decode(given["samples"])
+    real, calls = vae.first_stage_model.decode, []
+
+    def full_at_first(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 1:
+            raise comfy.model_management.OOM_EXCEPTION("full")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(vae.first_stage_model, "decode", full_at_first)
+    assert_same(ours, vae.decode(given["samples"]))
+    assert "no memory on the workers to decode the whole; tiles are taken" in said.text
+
+
+def test_progress_is_shown_tile_by_tile(vaes, setting, said, monkeypatch):
+    shown = []
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda step, total, *rest, **named: shown.append((step, total)))
+    slow = dict(TILES, tile_size=64, overlap=32)
+    XDiTVAEDecodeTiled().decode(vae=vaes["video"], samples=latent("video", batch=2), pool=setting, **slow)
+    assert shown and {total for _, total in shown} == {num_tiles(said)}
+
+
+def test_the_users_interruption_ends_the_tiles(vaes, setting, monkeypatch):
+    class Interrupted(Exception):
+        pass
+
+    def interrupted(self):
+        raise Interrupted
+
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        patched.setattr(native_vae.Follower, "_peek", interrupted)
+        XDiTVAEDecodeTiled().decode(vae=vaes["video"], samples=latent("video", batch=4), pool=setting, **TILES)
+    given = latent("image")
+    (ours,) = XDiTVAEDecodeTiled().decode(vae=vaes["image"], samples=given, pool=setting, **TILES)
+    assert_same(ours, nodes.VAEDecodeTiled().decode(vae=vaes["image"], samples=given, **TILES)[0])
+
+
+def test_a_vae_that_is_made_of_more_than_its_weights_is_refused(vaes, setting, monkeypatch):
+    vae = video_vae()
+    vae.process_output = lambda image: image
+    with pytest.raises(PoolError, match=r"makes another WanVAE of its weights .* use ComfyUI's own VAE node"):
+        XDiTVAEDecodeTiled().decode(vae=vae, samples=latent("video"), pool=setting, **TILES)
+
+
+def test_one_that_draws_random_numbers_is_refused(vaes, setting):
+    source = native_vae.source_of(vaes["video"], "decode")
+    assert isinstance(source, m.VAESource)
+    vaes["video"].first_stage_model.timestep_conditioning = True
+    try:
+        with pytest.raises(ValueError, match="adds noise of its own when it decodes"):
+            native_vae.source_of(vaes["video"], "decode")
+        native_vae.source_of(vaes["video"], "encode")
+    finally:
+        del vaes["video"].first_stage_model.timestep_conditioning
+
+
+def test_the_hash_tells_settings_apart_but_not_weights(vaes):
+    same, other = video_vae(), video_vae()
+    with torch.no_grad():
+        same.first_stage_model.conv2.weight.zero_()
+    assert vae_hash(same) == vae_hash(vaes["video"])
+    other.first_stage_model.decoder.conv1.padding_mode = "circular"
+    assert vae_hash(other) != vae_hash(vaes["video"])
+
+
+@pytest.mark.parametrize("change", ["hook", "method", "sound"])
+def test_others_are_run_by_comfyui_and_the_log_says_so(change, said):
+    vae = video_vae()
+    if change == "hook":
+        vae.first_stage_model.decoder.register_forward_hook(lambda *args: None)
+    elif change == "method":
+        vae.decode_tiled = vae.decode_tiled
+    else:
+        vae.output_channels = 2
+    given = latent("video")
+    (ours,) = XDiTVAEDecodeTiled().decode(vae=vae, samples=given, **TILES)
+    assert torch.equal(ours, nodes.VAEDecodeTiled().decode(vae=vae, samples=given, **TILES)[0])
+    reason = {"hook": "changed its decoder", "method": "another node changed it", "sound": "not for pictures"}[change]
+    assert f"ComfyUI decodes with this VAE itself, on one device: {reason}" in said.text.replace("it is a WanVAE, which is ", "")
+
+
+@pytest.mark.parametrize(
+    "ours,stock", [(XDiTVAEDecodeTiled, nodes.VAEDecodeTiled), (XDiTVAEEncodeTiled, nodes.VAEEncodeTiled)]
+)
+def test_inputs_are_the_stock_ones(ours, stock):
+    required, theirs = ours.INPUT_TYPES()["required"], stock.INPUT_TYPES()["required"]
+    assert {name: kind for name, (kind, _) in required.items()} == {name: kind for name, (kind, *_) in theirs.items()}
+    assert list(required) == list(theirs)
+    for name, (_, *rest) in theirs.items():
+        assert (rest[0] if rest else {}).items() <= required[name][1].items()
+    assert all("tooltip" in entry[1] for group in ours.INPUT_TYPES().values() for entry in group.values())
+    assert (ours.RETURN_TYPES, ours.FUNCTION) == (stock.RETURN_TYPES, stock.FUNCTION)
+    assert inspect.signature(getattr(ours, ours.FUNCTION)).parameters["tiling"].kind is inspect.Parameter.VAR_KEYWORD
