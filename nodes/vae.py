@@ -19,8 +19,8 @@ from comfy_xdit.vae.layout import VAEConfig
 log = logging.getLogger("comfy_xdit")
 
 VAE_TOOLTIP = (
-    "Any VAE for pictures or videos. The image VAEs of Flux, SD3, SDXL and SD 1.5 are split by rows over the workers; of "
-    "others each worker takes some of the batch. What the workers can't have ComfyUI runs itself, and the log says so."
+    "Any VAE for pictures or videos. The image VAEs of Flux, SD3, SDXL and SD 1.5 are split by rows over the workers; "
+    "of others each worker takes some of the batch. What the workers can't have ComfyUI runs itself: the log says so."
 )
 
 TILED_TOOLTIP = (

@@ -94,9 +94,10 @@ class ComfyVAE:
             before = _random_state(self.device)
             out = method(*args, **kwargs)
             if any(not torch.equal(one, other) for one, other in zip(before, _random_state(self.device), strict=True)):
+                kind = type(self._vae.first_stage_model).__name__
                 raise InputError(
-                    f"this VAE ({type(self._vae.first_stage_model).__name__}) draws random numbers as it {does}s, which "
-                    f"the workers would draw otherwise than ComfyUI; {WAY_OUT}"
+                    f"this VAE ({kind}) draws random numbers as it {does}s, and the workers would draw others than "
+                    f"ComfyUI; {WAY_OUT}"
                 )
             return out
 
@@ -178,8 +179,8 @@ def _made(message: LoadVAE, source: VAESource, device: torch.device) -> Any:
         raise InputError(f"the workers' ComfyUI takes its weights for {found}, this one for {source.kind}; {WAY_OUT}")
     if vae_hash(vae) != source.hash:
         raise InputError(
-            f"the workers' ComfyUI makes another {found} of its weights than this one has, which its loader made of more "
-            f"than weights, or a node changed; {WAY_OUT}"
+            f"the workers' ComfyUI makes another {found} of its weights than this one has, which a node changed, or a "
+            f"loader made of more than weights; {WAY_OUT}"
         )
     return vae
 

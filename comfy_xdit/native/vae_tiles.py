@@ -132,7 +132,7 @@ class Dealer:
 
 
 def send(tensor: Tensor, rank: int, group: dist.ProcessGroup | None) -> None:
-    """To be received by `receive` there; `group` has all ranks. On the CPU, where ranks are connected whatever their devices."""
+    """To be received by `receive` there. `group` has all ranks, connected on the CPU whatever their devices."""
     shape = [tensor.ndim, DTYPES.index(tensor.dtype), *tensor.shape]
     header = torch.tensor(shape + [0] * (MAX_DIMS + 2 - len(shape)))
     dist.send(header, group=group, dst=rank)
