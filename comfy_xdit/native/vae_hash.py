@@ -14,7 +14,11 @@ from torch import nn
 OF_A_PROCESS = frozenset(("device", "output_device", "patcher", "size", "disable_offload", "first_stage_model"))
 """Attributes of ComfyUI's VAE object that say where it is, and nothing of what it computes."""
 
-OF_A_RUN = re.compile(r"_.*|training|.*comfy_.*|.*_function|.*cache.*")
+OF_A_RUN = re.compile(
+    r"_.*|training|.*comfy_.*|.*_function|.*cache.*|device|seed_key|skip_injection"
+    r"|current_patcher|current_weight_patches_uuid|currently_used|dynamic_(patchers|pins|vbars)"
+    r"|lowvram_patch_counter|model_(loaded_weight_memory|lowvram|offload_buffer_memory)"
+)
 """Attributes of its layers that ComfyUI's memory management sets, or a run leaves behind."""
 
 
