@@ -11,6 +11,7 @@ import comfy.sd
 import comfy.taesd.taesd
 import comfy.utils
 import comfy_xdit_nodes.native.vae as native_vae
+import comfy_xdit_nodes.vae_remote as vae_remote
 import folder_paths
 import pytest
 import torch
@@ -22,6 +23,8 @@ from safetensors.torch import save_file
 
 import nodes
 from comfy_xdit import messages as m
+from comfy_xdit.errors import InputError
+from comfy_xdit.native.vae import ComfyVAE
 from comfy_xdit.native.vae_hash import vae_hash
 from comfy_xdit.pool.errors import PoolError
 
@@ -173,6 +176,42 @@ def test_where_memory_is_full_the_tiles_are_those_that_comfyui_takes(kind, vaes,
     assert "no memory on the workers to decode the whole; tiles are taken" in said.text
 
 
+@pytest.fixture
+def alone(vaes):
+    """The video VAE as a rank has it that is alone, in this process."""
+    load = vae_remote.remote_vae(vaes["video"], native_vae.source_of(vaes["video"], "decode")).load
+    return ComfyVAE(load, torch.device("cpu"))
+
+
+def decoded(alone, given, tiling=None):
+    message = m.RunVAE(job="job", vae=alone.key, does="decode", samples=given, tiling=tiling, is_batch=True)
+    return alone.run(message, None, stop=lambda: False, done=lambda step, total: None)
+
+
+def test_a_rank_that_finds_no_memory_for_the_whole_takes_tiles(vaes, alone, monkeypatch):
+    given = torch.randn(1, 16, 2, 40, 12, generator=torch.Generator().manual_seed(2))
+    for vae in (alone._vae, vaes["video"]):
+        real = vae.first_stage_model.decode
+
+        def only_tiles(tile, *args, real=real):
+            if tile.shape == given.shape:
+                raise comfy.model_management.OOM_EXCEPTION("full")
+            return real(tile, *args)
+
+        monkeypatch.setattr(vae.first_stage_model, "decode", only_tiles)
+    ours, report = decoded(alone, given)
+    assert report["full"] and report["tiles"] > 1
+    assert_same(ours, vaes["video"].decode(given))
+
+
+@pytest.mark.parametrize("tiling", [None, {"tile_x": 8, "tile_y": 8, "overlap": 2}], ids=["whole", "tiles"])
+def test_a_model_that_draws_random_numbers_is_refused(tiling, alone, monkeypatch):
+    real = alone._vae.first_stage_model.decode
+    monkeypatch.setattr(alone._vae.first_stage_model, "decode", lambda tile: real(tile + torch.randn_like(tile)))
+    with pytest.raises(InputError, match=r"WanVAE\) draws random numbers as it decodes"):
+        decoded(alone, latent("video")["samples"], tiling)
+
+
 def test_progress_is_shown_tile_by_tile(vaes, setting, said, monkeypatch):
     shown = []
 
@@ -207,9 +246,7 @@ def test_a_vae_that_is_made_of_more_than_its_weights_is_refused(vaes, setting, m
         XDiTVAEDecodeTiled().decode(vae=vae, samples=latent("video"), pool=setting, **TILES)
 
 
-def test_one_that_draws_random_numbers_is_refused(vaes, setting):
-    source = native_vae.source_of(vaes["video"], "decode")
-    assert isinstance(source, m.VAESource)
+def test_one_that_is_known_to_draw_random_numbers_is_left_to_comfyui(vaes):
     vaes["video"].first_stage_model.timestep_conditioning = True
     try:
         with pytest.raises(ValueError, match="adds noise of its own when it decodes"):
@@ -230,24 +267,25 @@ def test_the_hash_tells_settings_apart_but_not_weights(vaes):
     assert vae_hash(other) != vae_hash(vaes["video"])
 
 
-@pytest.mark.parametrize("change", ["hook", "method", "sound"])
+def test_vaes_of_sound_are_not_carried(vaes, monkeypatch):
+    for name, value in {"latent_dim": 1, "extra_1d_channel": 16, "output_channels": 2}.items():
+        with monkeypatch.context() as patched, pytest.raises(ValueError, match="a WanVAE, which is not for pictures"):
+            patched.setattr(vaes["video"], name, value)
+            native_vae.source_of(vaes["video"], "decode")
+
+
+@pytest.mark.parametrize("change", ["hook", "method"])
 def test_others_are_run_by_comfyui_and_the_log_says_so(change, said):
     vae = video_vae()
     if change == "hook":
         vae.first_stage_model.decoder.register_forward_hook(lambda *args: None)
-    elif change == "method":
-        vae.decode_tiled = vae.decode_tiled
     else:
-        vae.output_channels = 2
+        vae.decode_tiled = vae.decode_tiled
     given = latent("video")
     (ours,) = XDiTVAEDecodeTiled().decode(vae=vae, samples=given, **TILES)
     assert torch.equal(ours, nodes.VAEDecodeTiled().decode(vae=vae, samples=given, **TILES)[0])
-    reasons = {
-        "hook": "another node changed its decoder",
-        "method": "another node changed it",
-        "sound": "it is a WanVAE, which is not for pictures or videos",
-    }
-    assert f"ComfyUI decodes with this VAE itself, on one device: {reasons[change]}" in said.text
+    reason = "another node changed it" + {"hook": "s decoder", "method": ""}[change]
+    assert f"ComfyUI decodes with this VAE itself, on one device: {reason}" in said.text
 
 
 @pytest.mark.parametrize(
