@@ -48,15 +48,15 @@ def config_of(vae: Any) -> VAEConfig:
 
 
 def changed_or_padded(layer: torch.nn.Module) -> bool:
-    """As `changed`, or circular padding, which an AutoencoderKL has from nodes only."""
+    """As `changed`, or any padding but zeros, which is all that the split layers do."""
     return changed(layer) or getattr(layer, "padding_mode", "zeros") != "zeros"
 
 
 def changed(layer: torch.nn.Module) -> bool:
-    """Whether something beside its weights was put on a layer: hooks, a new forward."""
+    """Whether something beside its weights was put on a layer: hooks, a new forward, circular padding."""
     own = {"forward", "decode", "encode", "_forward", "_conv_forward"} & vars(layer).keys()
     hooks = layer._forward_hooks or layer._forward_pre_hooks
-    return bool(own or hooks)
+    return bool(own or hooks) or getattr(layer, "padding_mode", "zeros") == "circular"
 
 
 def require_unpatched(vae: Any, methods: frozenset[str], changed: Callable[[torch.nn.Module], bool]) -> None:

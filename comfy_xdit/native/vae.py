@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -38,10 +37,7 @@ class ComfyVAE:
         assert message.source is not None
         self.key = message.vae
         self.device = device
-        try:
-            self._vae = _made(message, message.source, device)
-        except InputError as error:
-            raise InputError(f"{os.path.basename(message.path)}: {error}") from None
+        self._vae = _made(message, message.source, device)
         # All of it, and for good: this process offloads nothing.
         self._vae.disable_offload = True
         comfy.model_management.load_models_gpu([self._vae.patcher], force_full_load=True)
