@@ -148,8 +148,11 @@ class Residents:
 
     def forget(self, keys: list[str]) -> None:
         """Free these; unknown keys are ignored."""
-        for key in keys:
-            self._held.pop(key, None)
+        if self._held.keys() & set(keys):
+            for key in keys:
+                self._held.pop(key, None)
+            # Some hold themselves: a VAE object of ComfyUI's has functions that know it.
+            gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 

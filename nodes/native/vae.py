@@ -33,8 +33,6 @@ def source_of(vae: Any, does: str) -> VAESource:
     Raises ValueError, naming what they can't have, for VAEs of sound and shapes, changed ones, and those that draw
     random numbers.
     """
-    if use_comfy() is None:
-        raise ValueError("this ComfyUI is too old for its own classes on the workers; 0.29.0 does")
     model = vae.first_stage_model
     kind = type(model).__name__
     require_unpatched(vae, METHODS, changed)
@@ -45,6 +43,8 @@ def source_of(vae: Any, does: str) -> VAESource:
     for key, weight in vae.get_sd().items():
         if type(weight.data) is not Tensor or weight.dtype not in TYPES:
             raise ValueError(f"its {key} is quantised")
+    if use_comfy() is None:
+        raise ValueError("this ComfyUI is too old for its own classes on the workers; 0.29.0 does")
     config = getattr(model, "config", None)
     return VAESource(
         kind=kind,

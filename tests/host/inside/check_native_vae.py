@@ -1,8 +1,10 @@
 """VAEs of ComfyUI's own classes on a pool of two ranks: stock's pictures, videos and latents."""
 
+import gc
 import importlib.util
 import inspect
 import logging
+import weakref
 from pathlib import Path
 
 import comfy.ldm.wan.vae
@@ -202,6 +204,16 @@ def test_a_rank_that_finds_no_memory_for_the_whole_takes_tiles(vaes, alone, monk
     ours, report = decoded(alone, given)
     assert report["full"] and report["tiles"] > 1
     assert_same(ours, vaes["video"].decode(given))
+
+
+def test_one_that_is_let_go_of_is_gone(vaes):
+    load = vae_remote.remote_vae(vaes["video"], native_vae.source_of(vaes["video"], "decode")).load
+    another = ComfyVAE(load, torch.device("cpu"))
+    assert another.bytes_held() > 0
+    model = weakref.ref(another._vae.first_stage_model)
+    del another
+    gc.collect()
+    assert model() is None, "ComfyUI's memory management holds it"
 
 
 @pytest.mark.parametrize("tiling", [None, {"tile_x": 8, "tile_y": 8, "overlap": 2}], ids=["whole", "tiles"])
