@@ -97,7 +97,7 @@ def test_a_worker_survives_hostile_arguments(pool, trap, name):
     pids = worker_pids(pool)
     with pool.lease():
         generation = pool.generation
-        worker = pool._group.place.name(1)
+        worker = pool._group.member.name(1)
         with pytest.raises(RuntimeError, match="refused"):
             torch_rpc.rpc_sync(worker, rpc.serve, args=(1, attacks(trap)[name], []), timeout=20)
         assert pool.call(Echo(value="still here")).value == "still here"
@@ -112,7 +112,7 @@ def test_a_worker_runs_no_other_function(pool, trap, function):
 
     with pool.lease():
         with pytest.raises(RuntimeError, match="refused"):
-            torch_rpc.rpc_sync(pool._group.place.name(1), function, args=(f"touch {trap}",), timeout=20)
+            torch_rpc.rpc_sync(pool._group.member.name(1), function, args=(f"touch {trap}",), timeout=20)
         assert pool.call(Echo(value=1)).value == 1
     assert not trap.exists()
 
