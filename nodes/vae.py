@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
-from comfy_xdit_nodes.native.vae import VAEOnPool, source_of
+from comfy_xdit_nodes.native.vae import VAEOnPool, say_not_carried, source_of
 from comfy_xdit_nodes.pool import CATEGORY, POOL_INPUT, PoolSetting
 from comfy_xdit_nodes.vae_remote import config_of, remote_vae
 from torch import Tensor
@@ -15,8 +14,6 @@ import nodes as host_nodes
 from comfy_xdit.messages import VAEDecode, VAEEncode
 from comfy_xdit.pool.errors import PoolError
 from comfy_xdit.vae.layout import VAEConfig
-
-log = logging.getLogger("comfy_xdit")
 
 VAE_TOOLTIP = (
     "Any VAE for pictures or videos. The image VAEs of Flux, SD3, SDXL and SD 1.5 are split by rows over the workers; "
@@ -174,7 +171,7 @@ def _carried(vae: Any, does: str, setting: PoolSetting) -> Any:
     try:
         return VAEOnPool(vae, source_of(vae, does), setting)
     except ValueError as reason:
-        log.info("ComfyUI %ss with this VAE itself, on one device: %s", does, reason)
+        say_not_carried(does, reason)
         return vae
 
 

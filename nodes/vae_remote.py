@@ -20,6 +20,7 @@ from comfy_xdit_nodes.residency import Residency
 from torch import Tensor
 
 from comfy_xdit import messages as m
+from comfy_xdit.pool.errors import PoolError
 from comfy_xdit.vae.layout import VAEConfig, describe
 from comfy_xdit.weights.stamp import stamp
 
@@ -71,6 +72,10 @@ def require_unpatched(vae: Any, methods: frozenset[str], changed: Callable[[torc
             raise ValueError(f"another node changed its {name or 'forward'}")
 
 
+class NotCarried(Exception):
+    """The workers can't have a VAE as ComfyUI's own class, as they found when they made it; it says why."""
+
+
 class RemoteVAE:
     """One VAE on the workers, as one class, and where it is resident; its weights are in shared memory.
 
@@ -99,8 +104,9 @@ class RemoteVAE:
         message: m.VAEDecode | m.VAEEncode | m.RunVAE,
         poll_of: Callable[[Pool], Callable[[], Any]] = lambda pool: poll,
     ) -> m.Result:
-        """The pool's answer. poll_of: what to call meanwhile. Raises PoolError with a sentence, or ComfyUI's
-        interruption.
+        """The pool's answer. poll_of: what to call meanwhile.
+
+        Raises NotCarried, PoolError with a sentence, or ComfyUI's interruption.
         """
         pool = connect(setting)
         require_reachable(pool, self.load.path, what="VAE", way_out=f"{WAY_OUT}, or a pool of this machine")
@@ -110,8 +116,16 @@ class RemoteVAE:
             self._residency.add(pool, self.load.vae)
             if self.load.source is not None:
                 use_this_comfyui(pool)
-            pool.call(self.load, poll=poll)
+            self._load(pool)
             return pool.call(message, poll=poll_of(pool))
+
+    def _load(self, pool: Pool) -> None:
+        try:
+            pool.call(self.load, poll=poll)
+        except PoolError as error:
+            if error.kind != "input" or self.load.source is None:
+                raise
+            raise NotCarried(str(error)) from None
 
 
 def _digest(weights: dict[str, Tensor]) -> str:

@@ -172,11 +172,11 @@ def _made(message: LoadVAE, source: VAESource, device: torch.device) -> Any:
         setattr(vae, name, value)
     found = "no VAE" if vae.first_stage_model is None else type(vae.first_stage_model).__name__
     if found != source.kind:
-        raise InputError(f"the workers' ComfyUI takes its weights for {found}, this one for {source.kind}; {WAY_OUT}")
+        raise InputError(f"the workers' ComfyUI takes its weights for {found}, this one for {source.kind}")
     if vae_hash(vae) != source.hash:
         raise InputError(
             f"the workers' ComfyUI makes another {found} of its weights than this one has, which a node changed, or a "
-            f"loader made of more than weights; {WAY_OUT}"
+            "loader made of more than weights"
         )
     return vae
 

@@ -11,7 +11,7 @@ import comfy.utils
 from comfy_xdit_nodes.load_vae import STOCK_CHANNELS, host_config
 from comfy_xdit_nodes.native.options import use_comfy
 from comfy_xdit_nodes.pool import PoolSetting
-from comfy_xdit_nodes.vae_remote import TYPES, changed, config_of, remote_vae, require_unpatched
+from comfy_xdit_nodes.vae_remote import TYPES, NotCarried, changed, config_of, remote_vae, require_unpatched
 from comfy_xdit_nodes.whole_run import Follower
 from torch import Tensor
 
@@ -96,7 +96,11 @@ class VAEOnPool:
         def following(pool: Pool) -> Callable[[], Any]:
             return Follower(pool, message.job, show).poll
 
-        result = remote.call(self._setting, message, following)
+        try:
+            result = remote.call(self._setting, message, following)
+        except NotCarried as reason:
+            say_not_carried(does, reason)
+            return _stock(self._vae, does, samples, tiling)
         if result.value is None:
             raise RuntimeError(f"the workers stopped before they had {does}d; queue the workflow again")
         self._say(does, tiling, result.report)
@@ -122,6 +126,17 @@ class VAEOnPool:
         else:
             how = "by one rank, since a single one is not cut"
         log.info("%s: %sd %s", name, does, how)
+
+
+def say_not_carried(does: str, reason: Exception) -> None:
+    log.info("ComfyUI %ss with this VAE itself, on one device: %s", does, reason)
+
+
+def _stock(vae: Any, does: str, samples: Tensor, tiling: dict[str, Any] | None) -> Tensor:
+    """What the VAE itself gives."""
+    if tiling is None:
+        return getattr(vae, does)(samples)  # type: ignore[no-any-return]
+    return getattr(vae, f"{does}_tiled")(samples, **tiling)  # type: ignore[no-any-return]
 
 
 def _ranks(report: dict[str, Any]) -> str:

@@ -22,13 +22,13 @@ from comfy_xdit_nodes.load_vae import XDiTLoadVAE
 from comfy_xdit_nodes.native.options import use_comfy
 from comfy_xdit_nodes.vae import XDiTVAEDecode, XDiTVAEDecodeTiled, XDiTVAEEncode, XDiTVAEEncodeTiled
 from safetensors.torch import save_file
+from vae_classes import CLASSES, file_of
 
 import nodes
 from comfy_xdit import messages as m
 from comfy_xdit.errors import InputError
 from comfy_xdit.native.vae import ComfyVAE
 from comfy_xdit.native.vae_hash import vae_hash
-from comfy_xdit.pool.errors import PoolError
 
 pytestmark = pytest.mark.skipif(use_comfy() is None, reason="this ComfyUI's own classes don't go to workers")
 
@@ -251,11 +251,21 @@ def test_the_users_interruption_ends_the_tiles(vaes, setting, monkeypatch):
     assert_same(ours, nodes.VAEDecodeTiled().decode(vae=vaes["image"], samples=given, **TILES)[0])
 
 
-def test_a_vae_that_is_made_of_more_than_its_weights_is_refused(vaes, setting, monkeypatch):
-    vae = video_vae()
+def test_a_vae_that_is_made_of_more_than_its_weights_is_run_by_comfyui(setting, said):
+    vae, given = video_vae(), latent("video")
     vae.process_output = lambda image: image
-    with pytest.raises(PoolError, match=r"makes another WanVAE of its weights .* use ComfyUI's own VAE node"):
-        XDiTVAEDecodeTiled().decode(vae=vae, samples=latent("video"), pool=setting, **TILES)
+    (ours,) = XDiTVAEDecodeTiled().decode(vae=vae, samples=given, pool=setting, **TILES)
+    assert_same(ours, nodes.VAEDecodeTiled().decode(vae=vae, samples=given, **TILES)[0])
+    assert "itself, on one device: the workers' ComfyUI makes another WanVAE of its weights" in said.text
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_class_is_found_again_in_a_copy_of_its_weights(name):
+    """As a worker makes it, which refuses another one."""
+    weights, notes = file_of(name)
+    vae = comfy.sd.VAE(sd=weights, metadata=notes, dtype=torch.bfloat16)
+    load = vae_remote.remote_vae(vae, native_vae.source_of(vae, "encode")).load
+    assert ComfyVAE(load, torch.device("cpu")).bytes_held() > 0
 
 
 def test_one_that_is_known_to_draw_random_numbers_is_left_to_comfyui(vaes):
