@@ -13,6 +13,7 @@ import comfy.sd
 import comfy.taesd.taesd
 import comfy.utils
 import comfy_xdit_nodes.native.vae as native_vae
+import comfy_xdit_nodes.vae as vae_nodes
 import comfy_xdit_nodes.vae_remote as vae_remote
 import folder_paths
 import pytest
@@ -29,6 +30,7 @@ from comfy_xdit import messages as m
 from comfy_xdit.errors import InputError
 from comfy_xdit.native.vae import ComfyVAE
 from comfy_xdit.native.vae_hash import vae_hash
+from comfy_xdit.pool.errors import PoolError
 
 pytestmark = pytest.mark.skipif(use_comfy() is None, reason="this ComfyUI's own classes don't go to workers")
 
@@ -176,6 +178,26 @@ def test_where_memory_is_full_the_tiles_are_those_that_comfyui_takes(kind, vaes,
     monkeypatch.setattr(vae.first_stage_model, "decode", full_at_first)
     assert_same(ours, vae.decode(given["samples"]))
     assert "no memory on the workers to decode the whole; tiles are taken" in said.text
+
+
+def test_a_picture_whose_bands_of_rows_find_no_memory_is_decoded_in_tiles(vaes, setting, said, monkeypatch):
+    def full(*args):
+        raise PoolError("no memory for the bands", kind="memory")
+
+    given = latent("image")
+    monkeypatch.setattr(vae_nodes, "_decode", full)
+    (ours,) = XDiTVAEDecode().decode(vae=vaes["image"], samples=given, pool=setting)
+    on_pool = native_vae.VAEOnPool(vaes["image"], native_vae.source_of(vaes["image"], "decode"), setting, is_full=True)
+    assert_same(ours, on_pool.decode(given["samples"]))
+    assert said.text.count("no memory on the workers to decode the whole; tiles are taken") == 2
+    monkeypatch.setattr(native_vae.VAEOnPool, "decode", lambda *args: pytest.fail("only want of memory is"))
+
+    def lost(*args):
+        raise PoolError("a worker died", kind="lost")
+
+    monkeypatch.setattr(vae_nodes, "_decode", lost)
+    with pytest.raises(PoolError, match="a worker died"):
+        XDiTVAEDecode().decode(vae=vaes["image"], samples=given, pool=setting)
 
 
 @pytest.fixture
