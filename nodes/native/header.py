@@ -9,6 +9,7 @@ import comfy.model_management
 import comfy.utils
 import torch
 from comfy_xdit_nodes.native.checkpoint import ComfyCheckpoint, family_here
+from comfy_xdit_nodes.native.options import use_comfy
 from comfy_xdit_nodes.native.same_weights import stand_ins
 from comfy_xdit_nodes.native.source import load_message, source_of
 from safetensors import SafetensorError
@@ -26,8 +27,11 @@ def open_header(path: str, *, dtype: torch.dtype | None, fp8: bool) -> tuple[Any
     """ComfyUI's configuration of the model in a safetensors file, and how the workers load it.
 
     dtype: what to keep the weights in; None chooses as the stock loader does. fp8: multiply fp8 matrices as such.
-    None where diffusers' class is to run it, where there is no plan for it, and for what is no whole safetensors file.
+    None where diffusers' class is to run it, as in an older ComfyUI, where there is no plan for it, and for what is no
+    whole safetensors file.
     """
+    if use_comfy() is None:
+        return None
     path = os.path.abspath(path)
     # First: who writes to the file while it is looked at gives it another stamp.
     found = stamp(path)
