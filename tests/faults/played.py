@@ -11,10 +11,14 @@ from typing import Any
 from harness import wait_until
 
 from comfy_xdit.pool.coordinator import Coordinator
+from comfy_xdit.pool.errors import PoolError
 from comfy_xdit.pool.folder import pool_folder
 from comfy_xdit.pool.handshake import prove, read_key
+from comfy_xdit.pool.locks import Lock
 from comfy_xdit.pool.network import Network
 from comfy_xdit.pool.wire import Wire, versions
+
+PORTS = 5
 
 
 def free_port() -> int:
@@ -27,26 +31,36 @@ class Over(Exception):
     """Ends a coordinator that is played with."""
 
 
+def _opened(lock: Lock, num_machines: int, num_devices: int) -> Coordinator:
+    """At a port that was free; another program may take it in between, so several are tried."""
+    for attempt in range(PORTS):
+        network = None
+        if num_machines > 1:
+            network = Network(num_machines=num_machines, interface="lo", address="127.0.0.1", port=free_port())
+        try:
+            return Coordinator(
+                pool_folder("test"),
+                ["cpu"] * num_devices,
+                lock=lock,
+                stop=lambda: None,
+                kill_starting=lambda: None,
+                network=network,
+            )
+        except PoolError:
+            if attempt + 1 == PORTS:
+                raise
+    raise AssertionError
+
+
 @contextlib.contextmanager
 def played_coordinator(num_machines: int, num_devices: int = 2) -> Iterator[Coordinator]:
     """A coordinator of the pool "test" on its own thread: for machines on loopback, or for one machine alone.
 
     Its pools' folder is the one of this moment's $COMFY_XDIT_HOME.
     """
-    network = None
-    if num_machines > 1:
-        network = Network(num_machines=num_machines, interface="lo", address="127.0.0.1", port=free_port())
-    folder = pool_folder("test")
-    lock = folder.lock("alive")
+    lock = pool_folder("test").lock("alive")
     assert lock.take()
-    coordinator = Coordinator(
-        folder,
-        ["cpu"] * num_devices,
-        lock=lock,
-        stop=lambda: None,
-        kill_starting=lambda: None,
-        network=network,
-    )
+    coordinator = _opened(lock, num_machines, num_devices)
     is_over, tick = threading.Event(), coordinator._tick
 
     def tick_until_over() -> None:
