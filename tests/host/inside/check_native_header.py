@@ -8,6 +8,7 @@ from check_native_lora import block_lora, dressed
 from check_native_sample import CASES, plain
 from comfy_xdit_nodes import patcher as patchers
 from comfy_xdit_nodes.loader import WEIGHT_DTYPES, XDiTLoadDiffusionModel
+from comfy_xdit_nodes.native import checkpoint
 from comfy_xdit_nodes.native.checkpoint import comfy_checkpoint, comfy_family
 from comfy_xdit_nodes.native.header import open_header
 from comfy_xdit_nodes.native.options import use_comfy
@@ -58,11 +59,13 @@ def test_the_stock_loaders_model(name, tmp_path):
         assert shapes[0] == shapes[1]
 
 
-def test_what_is_not_for_this_way(tmp_path):
+def test_what_is_not_for_this_way(tmp_path, monkeypatch):
     def opened(state):
         return open_header(str(make.save(tmp_path / "a.safetensors", state)), dtype=None, fp8=False)
 
     assert opened({"nothing": torch.zeros(3, 4)}) is None, "ComfyUI knows no such model"
+    assert opened(make.flux("bf16")) is not None
+    monkeypatch.setattr(checkpoint, "OF_DIFFUSERS", make.DIFFUSERS)
     assert opened(make.flux("bf16")) is None, "diffusers' class runs it"
     (tmp_path / "b.safetensors").write_bytes(b"no header")
     assert open_header(str(tmp_path / "b.safetensors"), dtype=None, fp8=False) is None
