@@ -35,7 +35,7 @@ def draft(name: str, subjects: list[Subject]) -> Draft:
     for model, calls in models:
         for call in calls.values():
             options |= dict.fromkeys(call.get("transformer_options", {}))
-            for argument, value in _arguments(model, call).items():
+            for argument, value in arguments_reached(model, call).items():
                 (rows if _has_rows(value) else constants)[argument] = None
     model, calls = models[0]
     heads = _heads(model, next(iter(calls.values())), plan)
@@ -52,7 +52,7 @@ def draft(name: str, subjects: list[Subject]) -> Draft:
     return Draft(family=family, text=_text(family, heads))
 
 
-def _arguments(model: nn.Module, call: Call) -> dict[str, Any]:
+def arguments_reached(model: nn.Module, call: Call) -> dict[str, Any]:
     """What reaches the transformer's innermost forward, beside x, the timestep and the options."""
     name = "_forward" if hasattr(model, "_forward") else "forward"
     inner, found = getattr(model, name), {}

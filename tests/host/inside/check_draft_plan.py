@@ -3,7 +3,6 @@
 import comfyui_version
 import native_models as make
 import pytest
-import torch
 from comfy_xdit_nodes.native.options import use_comfy
 
 from comfy_xdit.cli import draft_plan
@@ -13,21 +12,16 @@ from comfy_xdit.native.selftest import selftest, verdict
 from comfy_xdit.native.subject import exists
 from comfy_xdit.native.subjects import SUBJECTS
 
-pytestmark = pytest.mark.skipif(use_comfy() is None, reason="this ComfyUI keeps to diffusers' classes")
+pytestmark = [
+    pytest.mark.skipif(use_comfy() is None, reason="this ComfyUI keeps to diffusers' classes"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 DRAFTED = [
     name
     for name in ("krea2", "z-image", "qwen-image", "cosmos", "sd3")
     if any(exists(kind) for kind in FAMILIES[name].kinds)
 ]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("name", DRAFTED)

@@ -4,7 +4,6 @@ import asyncio
 import inspect
 import logging
 
-import comfy.sd
 import native_models as make
 import pytest
 import torch
@@ -31,16 +30,7 @@ SHARE = 0.7
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory):
     """`stock(name)`: the MODEL of a case, and its latent."""
-    made = {}
-
-    def get(name):
-        if name not in made:
-            path = tmp_path_factory.mktemp(name) / f"{name}.safetensors"
-            model = comfy.sd.load_diffusion_model(str(make.save(path, CASES[name].weights())))
-            made[name] = model, CASES[name].run(model)
-        return made[name]
-
-    return get
+    return make.loaded_once(CASES, tmp_path_factory)
 
 
 def model_nodes():

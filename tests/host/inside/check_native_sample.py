@@ -90,17 +90,7 @@ CASES = {
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory):
     """`stock(name)`: the MODEL of a case, and its latent as ComfyUI makes it."""
-    made = {}
-
-    def get(name):
-        if name not in made:
-            case = CASES[name]
-            path = tmp_path_factory.mktemp(name) / f"{name}.safetensors"
-            model = comfy.sd.load_diffusion_model(str(make.save(path, case.weights())))
-            made[name] = model, case.run(model)
-        return made[name]
-
-    return get
+    return make.loaded_once(CASES, tmp_path_factory)
 
 
 @pytest.mark.parametrize("mode", MODES)

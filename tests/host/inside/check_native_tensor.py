@@ -52,16 +52,7 @@ CASES = {
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory):
     """`stock(name)`: the MODEL of a case, and its latent as ComfyUI makes it."""
-    made = {}
-
-    def get(name):
-        if name not in made:
-            path = tmp_path_factory.mktemp(name) / f"{name}.safetensors"
-            model = comfy.sd.load_diffusion_model(str(make.save(path, CASES[name].weights())))
-            made[name] = model, CASES[name].run(model)
-        return made[name]
-
-    return get
+    return make.loaded_once(CASES, tmp_path_factory)
 
 
 def error_of(ours, expected):

@@ -1,7 +1,6 @@
 """Families of ComfyUI's own classes: each plan equals one rank on this ComfyUI; what a family names was tried."""
 
 import dataclasses
-import inspect
 import logging
 import os
 import subprocess
@@ -12,12 +11,12 @@ import comfy.sd
 import comfyui_version
 import native_models as make
 import pytest
-import torch
 from comfy_xdit_nodes.native.options import use_comfy
 
 from comfy_xdit.native import proof
+from comfy_xdit.native.drafting.written import arguments_reached
 from comfy_xdit.native.families import FAMILIES, family_of
-from comfy_xdit.native.selftest import outcomes_of, run, selftest, verdict
+from comfy_xdit.native.selftest import outcomes_of, selftest, verdict
 from comfy_xdit.native.subject import as_text, build, cases, exists, from_text
 from comfy_xdit.native.subjects import SUBJECTS, hunyuan
 from comfy_xdit.parallel.spec import ParallelSpec
@@ -25,17 +24,11 @@ from comfy_xdit.parallel.tokens import Refused
 
 log = logging.getLogger("comfy_xdit")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 is_new = pytest.mark.skipif(use_comfy() is None, reason="this ComfyUI keeps to diffusers' classes")
 
 KNOWN = {name: family for name, family in FAMILIES.items() if any(exists(kind) for kind in family.kinds)}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @is_new
@@ -44,27 +37,6 @@ def test_every_family_holds(name):
     outcomes = selftest(KNOWN[name], SUBJECTS[name])
     assert outcomes and not verdict(KNOWN[name], outcomes, comfyui_version.__version__)
     log.info("%s: %d calls, worst %.1e", name, len(outcomes), max(outcome.error for outcome in outcomes))
-
-
-def arguments(model, call):
-    """Names of what reaches the transformer's innermost forward, beside x, the timestep and the options."""
-    name = "_forward" if hasattr(model, "_forward") else "forward"
-    inner, found = getattr(model, name), set()
-
-    def noted(*args, **kwargs):
-        given = dict(inspect.signature(inner).bind(*args, **kwargs).arguments)
-        given |= given.pop("kwargs", {})
-        named = list(given)[2:]
-        found.update(name for name in named if given[name] is not None and name != "transformer_options")
-        return inner(*args, **kwargs)
-
-    setattr(model, name, noted)
-    try:
-        with torch.inference_mode():
-            run(model, call)
-    finally:
-        delattr(model, name)
-    return found
 
 
 @is_new
@@ -78,7 +50,7 @@ def test_what_a_family_names_is_what_was_tried(name):
         config = subject.configured()
         model = build(subject.kind, config)
         for call in subject.calls(config).values():
-            named |= arguments(model, call)
+            named |= arguments_reached(model, call).keys()
             options |= call.get("transformer_options", {}).keys()
     assert named == set(family.rows) | set(family.constants)
     assert options == set(family.options)

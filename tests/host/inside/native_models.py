@@ -2,6 +2,7 @@
 
 import json
 
+import comfy.sd
 import comfy.supported_models
 import safetensors.torch
 import torch
@@ -132,3 +133,17 @@ def flux2():
 def save(path, state):
     safetensors.torch.save_file({key: value.contiguous() for key, value in state.items()}, path)
     return path
+
+
+def loaded_once(cases, tmp_path_factory):
+    """name → the MODEL of a case, by the stock loader from a file of its weights, and the latent that ComfyUI makes."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            path = tmp_path_factory.mktemp(name) / f"{name}.safetensors"
+            model = comfy.sd.load_diffusion_model(str(save(path, cases[name].weights())))
+            made[name] = model, cases[name].run(model)
+        return made[name]
+
+    return get
