@@ -32,9 +32,6 @@ MODES = {
 
 PATCHES = (2, {"pipe": 2, "num_patches": 3})
 
-NEAR = 1.0
-"""How far from stock a run of few steps with old keys may be, on random weights."""
-
 EXACT = "1 rank, step by step"
 """To the bit. In runs of the workers' own a batch has the two texts in the other order, which may round otherwise."""
 
@@ -98,7 +95,7 @@ def test_near_to_stock_in_patches(tried, pools):
     num_ranks, degrees = PATCHES
     error = error_of(tried.case.run(parallelize(tried.model, pools(num_ranks, **degrees))), tried.expected)
     log.info("%s in patches: %.1e", tried.name, error)
-    assert error <= NEAR
+    assert error <= tried.case.near
 
 
 @pytest.mark.parametrize("mode", ["1 rank", "pipe=2"])

@@ -52,7 +52,7 @@ class Case:
     form: formats of the blocks' matrices in turn, none for plain fp32. mask: of the first latent, 0 where it is given.
     both, positive: further entries of both kinds of conditioning and of the positive one; a function is given the
     text's length. counts: names of entries without which the latents are others. rows: the most that the model takes.
-    limit: of N ranks' largest error, of the largest number.
+    limit: of N ranks' largest error, of the largest number; near: of a run of few steps with old keys.
     """
 
     kind: str
@@ -68,6 +68,7 @@ class Case:
     counts: tuple = ()
     rows: int = 2
     limit: float = 1e-5
+    near: float = 0.02
     has_pipe: bool = True
 
     @property
@@ -247,7 +248,7 @@ def image_cases() -> Table:
     return {
         "qwen": Case(**qwen, both={"attention_mask": ones}),
         "qwen edit": Case(**qwen, both={"reference_latents": edit}, counts=("reference_latents",)),
-        "krea2": Case(kind="Krea2", config={**krea.SUBJECTS[0].config, **krea2}, **frames, text=160),
+        "krea2": Case(kind="Krea2", config={**krea.SUBJECTS[0].config, **krea2}, **frames, text=160, near=0.6),
         "krea2 references": Case(
             kind="Krea2",
             config={**krea.SUBJECTS[0].config, **krea2},
@@ -255,6 +256,7 @@ def image_cases() -> Table:
             text=160,
             both={"reference_latents": edit, "reference_latents_method": "index_timestep_zero"},
             counts=("reference_latents",),
+            near=0.6,
         ),
         "anima": Case(
             kind="Anima",
