@@ -73,10 +73,10 @@ def test_a_new_worker_is_told_of_comfyui_before_its_models(monkeypatch, checkout
     service = Service(rank=0, world_size=1, device=CPU)
     first = wanted(checkout)
     service.handle(first)
-    assert service.residents() == [first]
+    assert service.setup() == [first]
     (checkout / "comfy" / "ops.py").write_text("")
     service.handle(first)
     assert booted == [first]
     with pytest.raises(InputError, match="with other options; restart the pool"):
         service.handle(wanted(checkout, options={"fast": ["autotune"]}))
-    assert service.residents() == [first]
+    assert service.setup() == [first]

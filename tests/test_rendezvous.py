@@ -27,6 +27,7 @@ from comfy_xdit.pool import grants, membership, network, pace, rendezvous, rpc
 from comfy_xdit.pool.client import Pool, PoolError
 from comfy_xdit.pool.folder import pool_folder
 from comfy_xdit.pool.handshake import Challenge, kept_key, prove, read_key
+from comfy_xdit.pool.judge import Cause
 from comfy_xdit.pool.network import network_on
 from comfy_xdit.pool.report import report
 from comfy_xdit.pool.wire import Wire, versions
@@ -66,6 +67,18 @@ def test_a_worker_that_waits_outlives_the_others(coordinator):
         assert passing.hears()["type"] == "refused"
     assert stays.hears_nothing(), "it is not sent away"
     assert coordinator.num_restarts == 1
+
+
+@pytest.mark.parametrize(("cause", "kept"), [("memory", ["b"]), ("fault", ["a", "b"])])
+def test_new_workers_load_again_what_is_in_use_and_first_what_loads_need(coordinator, cause, kept):
+    workers = [Played(coordinator, number) for number in range(2)]
+    assert [worker.hears()["residents"] for worker in workers] == [[], []]
+    workers[0].say("residents", setup=["first"], messages=["a", "b"])
+    wait_until(lambda: coordinator.residents == ["a", "b"], "the report")
+    coordinator._lose("lost", cause=Cause(generation=1, serial=1, failure={"kind": cause}))
+    assert all(worker.hears() is None for worker in workers)
+    again = [Played(coordinator, number) for number in range(2)]
+    assert [worker.hears()["residents"] for worker in again] == [["first", *kept]] * 2
 
 
 def test_no_two_attempts_share_a_store(coordinator):

@@ -36,6 +36,7 @@ class Service(Protocol):
     def handle(self, message: Message) -> Result: ...
     def aside(self, message: Message) -> Result: ...
     def abandon(self) -> None: ...
+    def setup(self) -> list[Message]: ...
     def residents(self) -> list[Message]: ...
     def free_others(self) -> None: ...
     def forget_abandoned(self) -> None: ...
@@ -77,7 +78,7 @@ class Loop:
         self._group: Group | None = None
         # Written by the coordinator's thread, read by the others: generations up to this one are over.
         self._closed = 0
-        self._residents: list[str] = []
+        self._reported: tuple[list[str], list[str]] = ([], [])
         self._snapshot: dict[str, Any] = {}
         self._snapshot_at = 0.0
         # Whether the service was given the message that runs: only then does it know what became of it.
@@ -248,11 +249,12 @@ class Loop:
     # Reports
 
     def _report_residents(self) -> None:
-        residents = [encode(message)[0] for message in self._service.residents()]
-        if residents != self._residents:
-            self._residents = residents
+        told = self._service.setup(), self._service.residents()
+        setup, residents = ([encode(message)[0] for message in messages] for messages in told)
+        if (setup, residents) != self._reported:
+            self._reported = setup, residents
             if self._rank == 0:
-                self._coordinator.say("residents", messages=residents)
+                self._coordinator.say("residents", setup=setup, messages=residents)
 
     def _look(self, after_s: float = 0.0) -> None:
         """Take the device's and the service's status, here because both belong to the main thread."""

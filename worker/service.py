@@ -106,9 +106,13 @@ class Service:
         """The client is gone: end its job after the current step. Any thread may call."""
         self._mailbox.abandon()
 
+    def setup(self) -> list[m.Message]:
+        """What a worker that replaces this one is to be told before any load."""
+        return [self._comfy] if self._comfy else []
+
     def residents(self) -> list[m.Message]:
-        """The loads to repeat in a worker that replaces this one."""
-        return [*([self._comfy] if self._comfy else []), *self._residents.loads]
+        """The loads to repeat in it."""
+        return self._residents.loads
 
     def free_others(self) -> None:
         """Memory is full: keep only the model or VAE that was used last."""

@@ -62,6 +62,7 @@ class Coordinator:
         self.membership = Membership(devices, network)
         # The last used last.
         self.residents: list[str] = []
+        self._setup: list[str] = []
         self.changes = Changes(replaced={}, dropped={})
         """What the workers' environment has not of this process'."""
         self.pace, self.starts = Pace(), Starts()
@@ -204,7 +205,7 @@ class Coordinator:
                 "store": store,
                 "rank": worker.rank,
                 "devices": self.membership.devices,
-                "residents": self.residents if self.starts.loads_residents else [],
+                "residents": [*self._setup, *self.residents] if self.starts.loads_residents else [],
             }
         )
 
@@ -247,7 +248,7 @@ class Coordinator:
         elif kind == "failed":
             self.starts.last_error = text(message, "message")
         elif kind == "residents":
-            self.residents = texts(message, "messages")
+            self._setup, self.residents = texts(message, "setup"), texts(message, "messages")
         elif kind == "began":
             worker.running = text(message, "message")
         elif kind == "done":

@@ -116,6 +116,9 @@ class FaultService:
             dist.all_reduce(total)
         return Result(value=float(total))
 
+    def setup(self) -> list[Message]:
+        return []
+
     def residents(self) -> list[Message]:
         return list(self.kept)
 
