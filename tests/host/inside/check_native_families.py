@@ -159,7 +159,7 @@ def test_bfloat16(alone, pools):
     errors = {mode: error_of(alone.on(pools, mode, half), expected) for mode in modes}
     rounding = error_of(expected, alone.expected)
     log.info("%s in bfloat16, itself %.1e from fp32: %s", alone.name, rounding, errors)
-    assert errors[EXACT] == 0 and max(errors.values()) <= 2 * rounding, "as far apart as two roundings can be"
+    assert errors[EXACT] == 0 and max(errors.values()) <= 1.5 * rounding, "as far apart as roundings can be"
 
 
 def test_other_shifts_of_minimax_h3(alone, pools):
